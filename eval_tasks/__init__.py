@@ -1,0 +1,1 @@
+"""Measuring: answers, latency and reports."""

@@ -1,0 +1,101 @@
+"""Result files, and the tables made from them."""
+
+import datetime
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+RESULT_FIELDS = ("command", "date", "versions", "machine", "device", "model", "revision", "data", "seed", "figures")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets")
+
+
+def result(command: str, model: str, revision: str | None, data: str, seed: int, figures: dict) -> dict:
+    """
+    A result: what was measured, on what, and by which command.
+
+    Args:
+        command (`str`): the command that makes it.
+        model, revision, data, seed: what it was made with.
+        figures (`dict`): from a name with its unit to a number, or to `[value, low, high]`.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "device": str(device),
+        "model": model,
+        "revision": revision,
+        "data": data,
+        "seed": seed,
+        "figures": figures,
+    }
+
+
+def write_result(path: str | Path, content: dict) -> None:
+    """Writes a result file aside and renames it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def read_result(path: str | Path) -> dict:
+    """
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it is not a result file.
+    """
+    content = json.loads(Path(path).read_text())
+    missing = [name for name in RESULT_FIELDS if name not in content]
+    if missing:
+        raise ValueError(f"{path} is not a result file: it lacks {', '.join(missing)}.")
+    return content
+
+
+def format_figure(figure: float | list[float]) -> str:
+    """`0.994`, or `21.3 (20.1 to 22.4)` for a value with its interval."""
+    if isinstance(figure, list):
+        value, low, high = figure
+        return f"{value:.3g} ({low:.3g} to {high:.3g})"
+    return f"{figure:.3g}" if isinstance(figure, float) else str(figure)
+
+
+def markdown_table(content: dict) -> str:
+    """The figures of a result, one a row, with what made them below."""
+    lines = ["| figure | value |", "|---|---|"]
+    lines += [f"| {name.replace('_', ' ')} | {format_figure(value)} |" for name, value in content["figures"].items()]
+    versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
+    revision = f" at {content['revision']}" if content["revision"] else ""
+    lines += [
+        "",
+        f"<sub>`{content['command']}`, {content['date']}; {content['model']}{revision}; {content['data']}; "
+        f"seed {content['seed']}; {content['device']}, {content['machine']}; {versions}.</sub>",
+    ]
+    return "\n".join(lines)
+
+
+def fill_tables(text: str, results: dict[str, dict]) -> str:
+    """
+    Replaces what stands between `<!-- result NAME -->` and `<!-- end NAME -->` by the table of that result.
+
+    Raises:
+        ValueError: if a start marker has no end, or names no result.
+    """
+    for line in text.splitlines():
+        if line.startswith("<!-- result "):
+            name = line.removeprefix("<!-- result ").removesuffix(" -->")
+            start, end = line, f"<!-- end {name} -->"
+            if name not in results:
+                raise ValueError(f"there is no result file {name}.json.")
+            if end not in text:
+                raise ValueError(f"the marker {start!r} has no {end!r} after it.")
+            before, rest = text.split(start, 1)
+            after = rest.split(end, 1)[1]
+            text = f"{before}{start}\n{markdown_table(results[name])}\n{end}{after}"
+    return text

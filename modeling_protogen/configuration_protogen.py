@@ -1,0 +1,140 @@
+"""Configuration of a ProtoGen model."""
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .proto_tokens import ARRANGEMENTS
+
+M_SCOPES = ("per_example", "per_category", "shared", "fixed")
+SINKS = ("bos", "none")
+
+
+class ProtoGenConfig(PreTrainedConfig):
+    """
+    Configuration of [`ProtoGenForConditionalGeneration`]. Each field is documented where it is declared.
+
+    Raises:
+        ValueError: if the fields contradict each other; the message says which and what to change.
+    """
+
+    model_type = "protogen"
+    sub_configs_defaults = {
+        "encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
+        "decoder_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    # The two models. Their configurations, as objects or dicts.
+    encoder_config: dict | PreTrainedConfig | None = None
+    decoder_config: dict | PreTrainedConfig | None = None
+    # Hub id or local folder that the frozen decoder came from, and its revision (commit, tag or branch).
+    decoder_name_or_path: str | None = None
+    decoder_revision: str | None = None
+    # A thin checkpoint leaves the frozen decoder out; loading attaches it again from `decoder_name_or_path`.
+    thin: bool = False
+
+    # How `e` and `m` are laid out over the decoder's positions: one of `ARRANGEMENTS` (table 1 of arXiv:2505.21189).
+    arrangement: str = "e_mN"
+    # Number of `e` proto-tokens that open a chunk. More than one needs arrangement `e_m` or `e_mN`.
+    num_e_tokens: int = 1
+    # Answer tokens governed by one `(e, m)` pair, and the number of such chunks laid end to end in the one pass.
+    chunk_size: int = 64
+    max_chunks: int = 1
+    # Longest answer in decoder tokens, EOS included; `None` means `chunk_size * max_chunks`.
+    max_answer_length: int | None = None
+    # Where `m` comes from: `per_example` (predicted), `per_category` (one trained vector a category),
+    # `shared` (one trained vector), `fixed` (one random vector that is never trained).
+    m_scope: str = "per_example"
+    # Category names, in the order of the trained vectors; needed by `per_category`.
+    categories: list[str] | None = None
+    # Adds a trained vector to `m` for each position in a chunk, zero at the start.
+    m_position_offsets: bool = False
+    # The real token before `e`: `bos` (the decoder's BOS) or `none`. With `decoder_sees_prompt` the prompt is the sink.
+    sink: str = "bos"
+    # Whether the prompt's own tokens stand before the proto-tokens in the decoder, in the same pass.
+    decoder_sees_prompt: bool = False
+
+    # Attention heads of the pooling that reads the encoder; must divide the encoder's hidden size.
+    num_pooling_heads: int = 8
+    # Standard deviation of freshly initialised proto-tokens: that of the decoder's input embeddings.
+    proto_token_std: float = 0.02
+    # The predicted variance of the log length stays inside these bounds (log of squared nats).
+    log_length_variance_range: list[float] | tuple[float, float] = (-6.0, 3.0)
+
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.max_answer_length is None:
+            self.max_answer_length = self.chunk_size * self.max_chunks
+        # `register_for_auto_class` records one auto class; the model is a sequence-to-sequence one as well.
+        self.auto_map = {
+            "AutoConfig": "configuration_protogen.ProtoGenConfig",
+            "AutoModel": "modeling_protogen.ProtoGenForConditionalGeneration",
+            "AutoModelForSeq2SeqLM": "modeling_protogen.ProtoGenForConditionalGeneration",
+            "AutoProcessor": "processing_protogen.ProtoGenProcessor",
+        }
+        kwargs.pop("auto_map", None)
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self):
+        def require(condition, message):
+            if not condition:
+                raise ValueError(f"ProtoGenConfig: {message}")
+
+        def require_choice(name, choices):
+            value = getattr(self, name)
+            require(value in choices, f"{name}={value!r} is not one of {', '.join(choices)}.")
+
+        require_choice("arrangement", ARRANGEMENTS)
+        require_choice("m_scope", M_SCOPES)
+        require_choice("sink", SINKS)
+        for name in ("num_e_tokens", "chunk_size", "max_chunks", "max_answer_length", "num_pooling_heads"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
+        require(
+            self.max_answer_length <= self.chunk_size * self.max_chunks,
+            f"max_answer_length={self.max_answer_length} does not fit in max_chunks={self.max_chunks} chunks of "
+            f"chunk_size={self.chunk_size} tokens; raise one of them.",
+        )
+        require(
+            self.num_e_tokens == 1 or self.arrangement in ("e_m", "e_mN"),
+            f"num_e_tokens={self.num_e_tokens} needs arrangement e_m or e_mN; "
+            f"{self.arrangement} places a single e by itself.",
+        )
+        if self.arrangement == "e_only":
+            require(self.m_scope == "per_example", "arrangement e_only has no m, so m_scope must stay per_example.")
+            require(not self.m_position_offsets, "arrangement e_only has no m for m_position_offsets to shift.")
+        require(
+            (self.m_scope == "per_category") == bool(self.categories),
+            "categories must be given with m_scope=per_category, and only then.",
+        )
+        require(
+            not (self.decoder_sees_prompt and self.sink == "none"),
+            "decoder_sees_prompt puts the prompt before e, where it is the attention sink; sink=none contradicts it.",
+        )
+        require(
+            self.decoder_sees_prompt or self.sink == "none" or self.decoder_config.bos_token_id is not None,
+            "sink=bos needs a decoder with a bos_token_id; this one has none: set sink=none, "
+            "or give decoder_config.bos_token_id.",
+        )
+        require(
+            self.encoder_config.hidden_size % self.num_pooling_heads == 0,
+            f"num_pooling_heads={self.num_pooling_heads} does not divide the encoder's hidden size "
+            f"{self.encoder_config.hidden_size}.",
+        )
+        low, high = self.log_length_variance_range
+        require(low < high, f"log_length_variance_range={low, high} is empty.")
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The decoder's end-of-sequence ids; the top-level ones belong to whichever tokenizer wrote them last."""
+        eos = self.decoder_config.eos_token_id
+        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+    @property
+    def answer_pad_token_id(self) -> int:
+        """What fills the rows of `generate`'s sequences after the answer's end."""
+        pad = self.decoder_config.pad_token_id
+        return pad if pad is not None else self.eos_token_ids[0] if self.eos_token_ids else 0
+
+
+ProtoGenConfig.register_for_auto_class("AutoConfig")

@@ -1,0 +1,108 @@
+"""One-step decoding: the whole answer in one pass of the frozen decoder, with its confidence."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationMixin
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class ProtoGenGenerateOutput(ModelOutput):
+    """
+    Output of [`ProtoGenForConditionalGeneration.generate`] with `return_dict_in_generate=True`.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(batch, length)`):
+            Answers in the decoder's vocabulary, up to and including EOS, then padding.
+        lengths (`torch.LongTensor` of shape `(batch,)`): tokens in each answer, EOS included.
+        predicted_lengths (`torch.FloatTensor` of shape `(batch,)`): median of the predicted length, in tokens.
+        length_sigmas (`torch.FloatTensor` of shape `(batch,)`):
+            Standard deviation of the length in tokens, to first order: `predicted_length` times that of the log length.
+        token_confidences (`torch.FloatTensor` of shape `(batch, length)`): probability of each token; 0 at padding.
+        confidences (`torch.FloatTensor` of shape `(batch,)`): geometric mean of an answer's token probabilities.
+    """
+
+    sequences: torch.LongTensor | None = None
+    lengths: torch.LongTensor | None = None
+    predicted_lengths: torch.FloatTensor | None = None
+    length_sigmas: torch.FloatTensor | None = None
+    token_confidences: torch.FloatTensor | None = None
+    confidences: torch.FloatTensor | None = None
+
+
+def log_normalizer(logits: torch.Tensor, rows: int = 128) -> torch.Tensor:
+    """`logsumexp` over the vocabulary in float32, a few rows at a time: `(tokens, vocab)` in, `(tokens,)` out."""
+    return torch.cat([block.float().logsumexp(-1) for block in logits.split(rows)])
+
+
+class ProtoGenGenerationMixin(GenerationMixin):
+    """Replaces `GenerationMixin.generate`: nothing here is written token by token."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        decoder_prompt_ids: torch.LongTensor | None = None,
+        decoder_prompt_mask: torch.Tensor | None = None,
+        category_ids: torch.LongTensor | None = None,
+        *,
+        length: int | torch.LongTensor | None = None,
+        num_length_sigmas: float = 0.0,
+        return_dict_in_generate: bool = False,
+    ) -> torch.LongTensor | ProtoGenGenerateOutput:
+        """
+        Writes one answer for each instruction in a single pass of the decoder, and cuts it at EOS.
+
+        Args:
+            input_ids, attention_mask, decoder_prompt_ids, decoder_prompt_mask, category_ids:
+                As in [`ProtoGenForConditionalGeneration.forward`]; the processor makes them.
+            length (`int` or `torch.LongTensor` of shape `(batch,)`, *optional*):
+                Tokens to write, instead of the predicted length.
+            num_length_sigmas (`float`): writes `exp(mean + num_length_sigmas * sigma)` tokens of the predicted
+                log-normal length; EOS still cuts.
+            return_dict_in_generate (`bool`): whether to return lengths and confidences as well.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, length)`, or [`ProtoGenGenerateOutput`].
+
+        Raises:
+            ValueError: if `length` is below 1 or above `config.max_answer_length`.
+        """
+        config = self.config
+        e, m, m_offsets, mean, variance = self.predict(input_ids, attention_mask, category_ids)
+        sigma = variance.sqrt()
+        if length is None:
+            budget = self.clamp_lengths((mean + num_length_sigmas * sigma).exp())
+        else:
+            budget = torch.as_tensor(length, device=mean.device).expand(len(mean))
+            if budget.min() < 1 or budget.max() > config.max_answer_length:
+                raise ValueError(
+                    f"length must lie in 1..{config.max_answer_length} tokens (config.max_answer_length); got {length}."
+                )
+        logits = self.decode(e, m, m_offsets, budget, decoder_prompt_ids, decoder_prompt_mask)
+        # `argmax` over bfloat16 is several times slower than `max` on CPUs.
+        best, tokens = logits.max(-1)
+
+        written = torch.arange(budget.max(), device=budget.device) < budget[:, None]
+        sequences = torch.full(written.shape, config.answer_pad_token_id, device=budget.device)
+        sequences[written] = tokens.to(budget.device)
+        is_eos = torch.isin(sequences, torch.tensor(config.eos_token_ids, device=budget.device)) & written
+        lengths = torch.where(is_eos.any(-1), is_eos.int().argmax(-1) + 1, budget)
+        kept = torch.arange(lengths.max(), device=budget.device) < lengths[:, None]
+        sequences = sequences[:, : kept.shape[1]].masked_fill(~kept, config.answer_pad_token_id)
+        if not return_dict_in_generate:
+            return sequences
+
+        log_confidence = torch.zeros(written.shape, device=budget.device)
+        log_confidence[written] = (best.float() - log_normalizer(logits)).to(budget.device)
+        log_confidence = log_confidence[:, : kept.shape[1]]
+        return ProtoGenGenerateOutput(
+            sequences=sequences,
+            lengths=lengths,
+            predicted_lengths=mean.exp(),
+            length_sigmas=mean.exp() * sigma,
+            token_confidences=log_confidence.exp() * kept,
+            confidences=((log_confidence * kept).sum(-1) / lengths).exp(),
+        )

@@ -1,0 +1,505 @@
+"""ProtoGen: an encoder predicts `e`, `m` and the answer's length; a frozen decoder writes the answer in one pass."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_protogen import ProtoGenConfig
+from .generation_protogen import ProtoGenGenerationMixin
+from .proto_tokens import Layout, build_layout, fill_slots, position_ids
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class ProtoGenOutput(ModelOutput):
+    """
+    Output of [`ProtoGenForConditionalGeneration`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*): `reconstruction_loss + length_nll`; with `labels` only.
+        reconstruction_loss (`torch.FloatTensor` of shape `()`, *optional*): see [`reconstruction_loss`].
+        length_nll (`torch.FloatTensor` of shape `()`, *optional*): see [`length_nll`].
+        logits (`torch.FloatTensor` of shape `(answer_tokens, vocab)`):
+            The decoder's logits at the answers' positions only, answer after answer: row `i` belongs to the `i`-th
+            element of `labels[labels != -100]`. There are no rows for padding.
+        e (`torch.FloatTensor` of shape `(batch, max_chunks, num_e_tokens, decoder_dim)`): predicted `e` proto-tokens.
+        m (`torch.FloatTensor` of shape `(batch, max_chunks, decoder_dim)`): `m` proto-tokens.
+        log_length_mean (`torch.FloatTensor` of shape `(batch,)`): mean of the natural log of the length in tokens.
+        log_length_variance (`torch.FloatTensor` of shape `(batch,)`): its variance, in squared nats.
+        lengths (`torch.LongTensor` of shape `(batch,)`): answer lengths in tokens that `logits` covers.
+    """
+
+    loss: torch.FloatTensor | None = None
+    reconstruction_loss: torch.FloatTensor | None = None
+    length_nll: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    e: torch.FloatTensor | None = None
+    m: torch.FloatTensor | None = None
+    log_length_mean: torch.FloatTensor | None = None
+    log_length_variance: torch.FloatTensor | None = None
+    lengths: torch.LongTensor | None = None
+
+
+def reconstruction_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    Cross-entropy of the answers' tokens: the mean over a text's tokens, then the mean over texts, so that equal
+    micro-batches average exactly under gradient accumulation.
+
+    Args:
+        logits (`torch.Tensor` of shape `(answer_tokens, vocab)`): rows in the order of `labels[labels != -100]`.
+        labels (`torch.LongTensor` of shape `(batch, length)`): token ids, -100 where there is no token.
+    """
+    is_token = labels != IGNORE_INDEX
+    token_loss = F.cross_entropy(logits.float(), labels[is_token], reduction="none")
+    weight = is_token / is_token.sum(-1, keepdim=True)
+    return (token_loss * weight[is_token]).sum() / len(labels)
+
+
+def length_nll(mean: torch.Tensor, variance: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """
+    Gaussian negative log-likelihood of the log length, `mean((log n - mean)^2 / variance + log variance) / 2`
+    (Nix & Weigend, 1994), without its constant. All arguments have shape `(batch,)`; lengths are in tokens.
+    """
+    return F.gaussian_nll_loss(mean.float(), lengths.float().log(), variance.float())
+
+
+def answer_logits(
+    decoder: PreTrainedModel,
+    slots: torch.Tensor,
+    layout: Layout,
+    prefix_ids: torch.LongTensor,
+    prefix_mask: torch.Tensor,
+    cache_prefix: bool = False,
+) -> torch.Tensor:
+    """
+    Runs the frozen decoder over `[prefix][slots]` and returns the logits at the answers' positions.
+
+    Args:
+        decoder (`PreTrainedModel`): a causal language model.
+        slots (`torch.Tensor` of shape `(batch, slots, dim)`): proto-tokens in their slots.
+        layout (`Layout`): what the slots are.
+        prefix_ids (`torch.LongTensor` of shape `(batch, prefix)`): sink or prompt; padded on the left; may be empty.
+        prefix_mask (`torch.Tensor` of shape `(batch, prefix)`): 1 for real tokens.
+        cache_prefix (`bool`): run the prefix first, without gradients, and reuse its keys and values. In training this
+            saves the prefix's backward pass; without gradients one joined pass is faster.
+
+    Returns:
+        `torch.Tensor` of shape `(answer_tokens, vocab)`, in the decoder's dtype, ordered text after text.
+    """
+    slots = slots.to(decoder.dtype)
+    num_prefix = prefix_ids.shape[1]
+    mask = torch.cat([prefix_mask.long(), layout.mask.long()], dim=1)
+    positions = position_ids(mask)
+    if cache_prefix and num_prefix:
+        with torch.no_grad():
+            cache = decoder(
+                input_ids=prefix_ids,
+                attention_mask=prefix_mask,
+                position_ids=positions[:, :num_prefix],
+                use_cache=True,
+                logits_to_keep=1,
+            ).past_key_values
+        inputs = {"inputs_embeds": slots, "position_ids": positions[:, num_prefix:], "past_key_values": cache}
+        predicts = layout.predicts
+    else:
+        prefix = decoder.get_input_embeddings()(prefix_ids)
+        inputs = {"inputs_embeds": torch.cat([prefix, slots], dim=1), "position_ids": positions, "use_cache": False}
+        predicts = F.pad(layout.predicts, (num_prefix, 0))
+    # A boolean mask gathers the answer positions into one contiguous matrix before the language-model head: no logits
+    # at other positions, and none of the slowness of a linear layer on a strided bfloat16 slice on CPUs.
+    return decoder(**inputs, attention_mask=mask, logits_to_keep=predicts).logits
+
+
+class ScaledLinear(nn.Linear):
+    """A linear layer whose fresh weights have the standard deviation `init_std`."""
+
+    def __init__(self, in_features: int, out_features: int, init_std: float):
+        self.init_std = init_std
+        super().__init__(in_features, out_features)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """A table of vectors whose fresh elements have the standard deviation `init_std`."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, init_std: float):
+        self.init_std = init_std
+        super().__init__(num_embeddings, embedding_dim)
+
+
+class AttentionPooling(nn.Module):
+    """Multi-head attention of learned queries over the encoder's states: `(batch, source, dim)` in,
+    `(batch, num_queries, dim)` out."""
+
+    def __init__(self, dim: int, num_queries: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.queries = nn.Parameter(torch.empty(num_queries, dim))
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim)
+
+    def forward(self, states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        batch, _, dim = states.shape
+
+        def split_heads(x):
+            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+        pooled = F.scaled_dot_product_attention(
+            split_heads(self.queries.expand(batch, -1, -1)),
+            split_heads(self.key(states)),
+            split_heads(self.value(states)),
+            attn_mask=attention_mask.bool()[:, None, None, :],
+        )
+        return self.output(pooled.transpose(1, 2).flatten(2))
+
+
+class Projection(nn.Module):
+    """Two-layer perceptron on a normalised input; `output_std` is the scale of its output when fresh."""
+
+    def __init__(self, dim: int, output_dim: int, output_std: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        # The normalised input keeps unit variance in `hidden`, and E[gelu(z)^2] = 0.425.
+        self.hidden = ScaledLinear(dim, output_dim, init_std=dim**-0.5)
+        self.output = ScaledLinear(output_dim, output_dim, init_std=output_std * (0.425 * output_dim) ** -0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(F.gelu(self.hidden(self.norm(x))))
+
+
+class ProtoTokenPredictor(nn.Module):
+    """
+    Predicts proto-tokens and the answer's length from the encoder's states: one learned query for each `e`, each
+    predicted `m`, and the length.
+    """
+
+    def __init__(self, config: ProtoGenConfig):
+        super().__init__()
+        self.config = config
+        source_dim, decoder_dim = config.encoder_config.hidden_size, config.decoder_config.hidden_size
+        self.num_e = config.max_chunks * config.num_e_tokens
+        predicts_m = config.m_scope == "per_example" and config.arrangement != "e_only"
+        num_queries = self.num_e + (config.max_chunks if predicts_m else 0) + 1
+        self.pooling = AttentionPooling(source_dim, num_queries, config.num_pooling_heads)
+        self.e_projection = Projection(source_dim, decoder_dim, config.proto_token_std)
+        self.m_projection = Projection(source_dim, decoder_dim, config.proto_token_std) if predicts_m else None
+        self.m_table = None
+        if config.m_scope != "per_example":
+            self.m_table = ScaledEmbedding(len(config.categories or [0]), decoder_dim, config.proto_token_std)
+        self.m_offsets = None
+        if config.m_position_offsets:
+            self.m_offsets = ScaledEmbedding(config.chunk_size, decoder_dim, init_std=0.0)
+        self.length_norm = nn.LayerNorm(source_dim)
+        self.length_projection = nn.Linear(source_dim, 2)
+
+    def forward(
+        self, states: torch.Tensor, attention_mask: torch.Tensor, category_ids: torch.LongTensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            states (`torch.Tensor` of shape `(batch, source, encoder_dim)`)
+            attention_mask (`torch.Tensor` of shape `(batch, source)`)
+            category_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): needed by `m_scope="per_category"`.
+
+        Returns:
+            `e` `(batch, max_chunks, num_e_tokens, decoder_dim)`, `m` `(batch, max_chunks, decoder_dim)`, offsets of
+            `m` `(chunk_size, decoder_dim)` or None, and mean and variance of the log length, each `(batch,)`.
+        """
+        config, batch = self.config, len(states)
+        pooled = self.pooling(states, attention_mask)
+        e = self.e_projection(pooled[:, : self.num_e]).unflatten(1, (config.max_chunks, config.num_e_tokens))
+        if self.m_projection is not None:
+            m = self.m_projection(pooled[:, self.num_e : -1])
+        elif self.m_table is not None:
+            if config.m_scope != "per_category":
+                category_ids = torch.zeros(batch, dtype=torch.long, device=states.device)
+            elif category_ids is None:
+                raise ValueError("m_scope=per_category needs category_ids: positions in config.categories.")
+            m = self.m_table(category_ids)[:, None].expand(-1, config.max_chunks, -1)
+        else:
+            m = e.new_zeros(batch, config.max_chunks, e.shape[-1])
+        offsets = None
+        if self.m_offsets is not None:
+            offsets = self.m_offsets(torch.arange(config.chunk_size, device=states.device))
+
+        mean, variance_logit = self.length_projection(self.length_norm(pooled[:, -1])).float().unbind(-1)
+        low, high = config.log_length_variance_range
+        variance = (low + (high - low) * variance_logit.sigmoid()).exp()
+        # The bias starts at zero; predictions start at half the longest answer.
+        return e, m, offsets, mean + math.log(max(config.max_answer_length / 2, 1)), variance
+
+
+class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel):
+    """
+    An encoder that predicts proto-tokens, and a frozen decoder that writes the whole answer from them in one pass.
+
+    The decoder is frozen for good: its parameters never require gradients and it stays in evaluation mode, also after
+    `train()` and `from_pretrained`.
+
+    Args:
+        config (`ProtoGenConfig`)
+        encoder (`PreTrainedModel`, *optional*): built from `config.encoder_config` when left out.
+        decoder (`PreTrainedModel`, *optional*): built from `config.decoder_config` when left out, unless
+            `config.thin`: then it is attached later.
+    """
+
+    config_class = ProtoGenConfig
+    main_input_name = "input_ids"
+    # The loss is a mean over texts, not over the tokens of an accumulated batch.
+    accepts_loss_kwargs = False
+    _no_split_modules = ["ProtoTokenPredictor"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(
+        self,
+        config: ProtoGenConfig,
+        encoder: PreTrainedModel | None = None,
+        decoder: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(config.encoder_config) if encoder is None else encoder
+        self.proto_predictor = ProtoTokenPredictor(config)
+        if decoder is None and not config.thin:
+            decoder = AutoModelForCausalLM.from_config(config.decoder_config)
+        self.decoder = decoder
+        self.post_init()
+        self._freeze()
+
+    @classmethod
+    def from_encoder_decoder_pretrained(
+        cls,
+        encoder_name_or_path: str,
+        decoder_name_or_path: str,
+        *,
+        encoder_revision: str | None = None,
+        decoder_revision: str | None = None,
+        encoder_dtype: torch.dtype = torch.float32,
+        decoder_dtype: torch.dtype | str = "auto",
+        **config_kwargs,
+    ) -> "ProtoGenForConditionalGeneration":
+        """
+        Joins a pretrained encoder and a pretrained decoder with fresh proto-token heads.
+
+        Args:
+            encoder_name_or_path (`str`): Hub id or folder of any `AutoModel` encoder.
+            decoder_name_or_path (`str`): Hub id or folder of any `AutoModelForCausalLM`.
+            encoder_revision, decoder_revision (`str`, *optional*): Hub revisions.
+            encoder_dtype (`torch.dtype`, defaults to float32): dtype of all that is trained.
+            decoder_dtype (`torch.dtype` or `"auto"`): dtype of the frozen decoder; bfloat16 is about three times faster
+                than float32 where the processor has it.
+            **config_kwargs: fields of [`ProtoGenConfig`].
+        """
+        encoder = AutoModel.from_pretrained(encoder_name_or_path, revision=encoder_revision, dtype=encoder_dtype)
+        decoder = AutoModelForCausalLM.from_pretrained(
+            decoder_name_or_path, revision=decoder_revision, dtype=decoder_dtype
+        )
+        config_kwargs.setdefault("proto_token_std", decoder.get_input_embeddings().weight.float().std().item())
+        config = cls.config_class(
+            encoder_config=encoder.config.to_dict(),
+            decoder_config=decoder.config.to_dict(),
+            decoder_name_or_path=decoder_name_or_path,
+            decoder_revision=decoder_revision,
+            **config_kwargs,
+        )
+        return cls._from_config(config, encoder=encoder, decoder=decoder, dtype=encoder_dtype)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, decoder_name_or_path=None, **kwargs):
+        """
+        As [`PreTrainedModel.from_pretrained`]; for a thin checkpoint the decoder is loaded from
+        `config.decoder_name_or_path` at `config.decoder_revision`, in the same dtype and device map.
+
+        Args:
+            decoder_name_or_path (`str`, *optional*): load the decoder from here instead.
+
+        Raises:
+            OSError: if the decoder cannot be found.
+            ValueError: if it is not of the shape that the checkpoint was trained with.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.decoder is None:
+            config = model.config
+            name = decoder_name_or_path or config.decoder_name_or_path
+            try:
+                decoder = AutoModelForCausalLM.from_pretrained(
+                    name,
+                    revision=None if decoder_name_or_path else config.decoder_revision,
+                    dtype=kwargs.get("dtype") or model.dtype,
+                    device_map=kwargs.get("device_map"),
+                )
+            except OSError as error:
+                raise OSError(
+                    f"{pretrained_model_name_or_path} is a thin checkpoint and its decoder {name!r} cannot be loaded; "
+                    "pass decoder_name_or_path=... to load it from another place."
+                ) from error
+            model.attach_decoder(decoder)
+        return loaded
+
+    def attach_decoder(self, decoder: PreTrainedModel):
+        """
+        Attaches the frozen decoder to a model that was loaded without one.
+
+        Raises:
+            ValueError: if its width or vocabulary is not the one in the configuration.
+        """
+        for field in ("model_type", "hidden_size", "vocab_size"):
+            found, expected = getattr(decoder.config, field), getattr(self.config.decoder_config, field)
+            if found != expected:
+                raise ValueError(
+                    f"this model was trained for a decoder with {field}={expected}"
+                    f" ({self.config.decoder_name_or_path}); the one given has {field}={found}."
+                )
+        self.decoder = decoder
+        # What post_init gathers from the children.
+        self.all_tied_weights_keys.update(
+            {f"decoder.{k}": f"decoder.{v}" for k, v in decoder.all_tied_weights_keys.items()}
+        )
+        self._no_split_modules |= decoder._no_split_modules
+        self._freeze()
+
+    def save_pretrained(self, save_directory, *, thin=None, state_dict=None, save_original_format=False, **kwargs):
+        """
+        As [`PreTrainedModel.save_pretrained`].
+
+        Args:
+            thin (`bool`, *optional*, defaults to `config.thin`): leave the frozen decoder out.
+
+        Raises:
+            ValueError: if a thin checkpoint is wanted but nothing says where the decoder comes from.
+        """
+        thin = self.config.thin if thin is None else thin
+        if thin:
+            if not self.config.decoder_name_or_path:
+                raise ValueError("a thin checkpoint needs config.decoder_name_or_path, to find the decoder again.")
+            state_dict = self.state_dict() if state_dict is None else state_dict
+            state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("decoder.")}
+        elif self.decoder is None:
+            raise ValueError("there is no decoder to save; attach one, or save with thin=True.")
+        was_thin, self.config.thin = self.config.thin, thin
+        try:
+            super().save_pretrained(
+                save_directory, state_dict=state_dict, save_original_format=save_original_format, **kwargs
+            )
+        finally:
+            self.config.thin = was_thin
+
+    def _freeze(self):
+        if self.decoder is not None:
+            self.decoder.requires_grad_(False).eval()
+        if self.config.m_scope == "fixed":
+            self.proto_predictor.m_table.requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        # `from_pretrained` puts new parameters in place and ends here, in `eval()`.
+        self._freeze()
+        return self
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, AttentionPooling):
+            init.normal_(module.queries)
+        elif isinstance(module, (ScaledLinear, ScaledEmbedding)):
+            init.normal_(module.weight, std=module.init_std)
+
+    def predict(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        category_ids: torch.LongTensor | None = None,
+    ):
+        """The encoder's half of `forward`; returns what [`ProtoTokenPredictor`] returns."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.proto_predictor(states, attention_mask, category_ids)
+
+    def decode(
+        self,
+        e: torch.Tensor,
+        m: torch.Tensor,
+        m_offsets: torch.Tensor | None,
+        lengths: torch.LongTensor,
+        decoder_prompt_ids: torch.LongTensor | None = None,
+        decoder_prompt_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        The decoder's half of `forward`: logits `(answer_tokens, vocab)` of answers of the given lengths.
+
+        Raises:
+            ValueError: if a length is impossible, or the decoder is to see a prompt and there is none.
+            RuntimeError: if no decoder is attached.
+        """
+        if self.decoder is None:
+            raise RuntimeError("no decoder is attached; load with from_pretrained, or call attach_decoder.")
+        config = self.config
+        layout = build_layout(lengths, config.arrangement, config.chunk_size, config.max_chunks, config.num_e_tokens)
+        slots = fill_slots(layout, e, m, m_offsets)
+        if config.decoder_sees_prompt:
+            if decoder_prompt_ids is None:
+                raise ValueError("decoder_sees_prompt=True needs decoder_prompt_ids; the processor makes them.")
+            prefix_ids, prefix_mask = decoder_prompt_ids, decoder_prompt_mask
+        else:
+            shape = (len(lengths), 1 if config.sink == "bos" else 0)
+            prefix_ids, prefix_mask = lengths.new_full(shape, config.decoder_config.bos_token_id or 0), None
+        if prefix_mask is None:
+            prefix_mask = torch.ones_like(prefix_ids)
+        cache_prefix = config.decoder_sees_prompt and slots.requires_grad
+        return answer_logits(self.decoder, slots, layout, prefix_ids, prefix_mask, cache_prefix)
+
+    def clamp_lengths(self, lengths: torch.Tensor) -> torch.LongTensor:
+        """Rounds lengths in tokens to the whole numbers that an answer can have; any shape."""
+        return lengths.round().long().clamp(1, self.config.max_answer_length)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        decoder_prompt_ids: torch.LongTensor | None = None,
+        decoder_prompt_mask: torch.Tensor | None = None,
+        category_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        length_labels: torch.LongTensor | None = None,
+        return_loss: bool = True,
+    ) -> ProtoGenOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, source)`): instruction, in the encoder's vocabulary.
+            attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*)
+            decoder_prompt_ids (`torch.LongTensor` of shape `(batch, prompt)`, *optional*):
+                Prompt in the decoder's vocabulary, padded on the left; used with `decoder_sees_prompt`.
+            decoder_prompt_mask (`torch.Tensor` of shape `(batch, prompt)`, *optional*)
+            category_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): for `m_scope="per_category"`.
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                Answer in the decoder's vocabulary, -100 where it has ended. Without labels the answer has its
+                predicted length.
+            length_labels (`torch.LongTensor` of shape `(batch,)`, *optional*):
+                True lengths in tokens, where `labels` are cut; by default the length of `labels`.
+            return_loss (`bool`): whether to compute the losses when there are labels.
+        """
+        e, m, m_offsets, mean, variance = self.predict(input_ids, attention_mask, category_ids)
+        if labels is None:
+            lengths = self.clamp_lengths(mean.exp())
+        else:
+            lengths = (labels != IGNORE_INDEX).sum(-1)
+        logits = self.decode(e, m, m_offsets, lengths, decoder_prompt_ids, decoder_prompt_mask)
+        output = ProtoGenOutput(
+            logits=logits, e=e, m=m, log_length_mean=mean, log_length_variance=variance, lengths=lengths
+        )
+        if labels is not None and return_loss:
+            output.reconstruction_loss = reconstruction_loss(logits, labels)
+            output.length_nll = length_nll(mean, variance, lengths if length_labels is None else length_labels)
+            output.loss = output.reconstruction_loss + output.length_nll
+        return output
+
+
+ProtoGenForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -1,0 +1,180 @@
+"""Text to tensors and back: the encoder's tokenizer, the decoder's tokenizer and the prompt template."""
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, ProcessorMixin
+
+PROMPT_TEMPLATE = "Instruction: {message}\n\nResponse:\n"
+
+
+class ProtoGenProcessor(ProcessorMixin):
+    """
+    Prepares instructions for the encoder and for the decoder, and answers as labels.
+
+    The encoder reads `instruction` and `context` as a pair. The decoder's prompt is one user message, the instruction
+    and the context joined by an empty line, in the decoder tokenizer's chat template, or in `prompt_template` when it
+    has none. What does not fit is cut from the end of the context, never from the instruction.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the encoder's.
+        decoder_tokenizer (`PreTrainedTokenizerBase`): the decoder's.
+        max_input_length (`int`, defaults to 512): the encoder's window in tokens.
+        max_prompt_length (`int`, defaults to 1024): longest prompt of the decoder in tokens.
+        max_answer_length (`int`, defaults to 64): longest answer in tokens, EOS included; longer labels are cut.
+        prompt_template (`str`, *optional*): holds `{message}`; for a decoder without a chat template.
+    """
+
+    def __init__(
+        self,
+        tokenizer=None,
+        decoder_tokenizer=None,
+        max_input_length: int = 512,
+        max_prompt_length: int = 1024,
+        max_answer_length: int = 64,
+        prompt_template: str = PROMPT_TEMPLATE,
+        **kwargs,
+    ):
+        self.max_input_length = max_input_length
+        self.max_prompt_length = max_prompt_length
+        self.max_answer_length = max_answer_length
+        self.prompt_template = prompt_template
+        super().__init__(tokenizer, decoder_tokenizer, **kwargs)
+
+    @classmethod
+    def from_encoder_decoder_pretrained(
+        cls,
+        encoder_name_or_path: str,
+        decoder_name_or_path: str,
+        *,
+        encoder_revision: str | None = None,
+        decoder_revision: str | None = None,
+        **kwargs,
+    ) -> "ProtoGenProcessor":
+        """Loads both tokenizers and takes the encoder's window from its tokenizer and configuration."""
+        tokenizer = AutoTokenizer.from_pretrained(encoder_name_or_path, revision=encoder_revision)
+        decoder_tokenizer = AutoTokenizer.from_pretrained(decoder_name_or_path, revision=decoder_revision)
+        if "max_input_length" not in kwargs:
+            config = AutoConfig.from_pretrained(encoder_name_or_path, revision=encoder_revision)
+            # RoBERTa counts positions from its padding id on, so its last two are out of reach.
+            offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
+            kwargs["max_input_length"] = min(tokenizer.model_max_length, config.max_position_embeddings - offset)
+        return cls(tokenizer, decoder_tokenizer, **kwargs)
+
+    def __call__(
+        self,
+        instruction: str | list[str],
+        context: str | list[str | None] | None = None,
+        answer: str | list[str] | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """
+        Args:
+            instruction (`str` or `list[str]`)
+            context (`str` or `list[str | None]`, *optional*): text that the instruction speaks of.
+            answer (`str` or `list[str]`, *optional*): becomes `labels` and `length_labels`.
+
+        Returns:
+            `BatchFeature` of PyTorch tensors: `input_ids` and `attention_mask` `(batch, source)`,
+            `decoder_prompt_ids` and `decoder_prompt_mask` `(batch, prompt)`, padded on the left, and with answers
+            `labels` `(batch, length)`, -100 after the end, and `length_labels` `(batch,)`, the uncut length in tokens.
+
+        Raises:
+            ValueError: if an instruction is empty or longer than a window, or the lists differ in length.
+        """
+        if kwargs.pop("return_tensors", "pt") != "pt":
+            raise ValueError("ProtoGenProcessor makes PyTorch tensors only: return_tensors='pt'.")
+        instructions = [instruction] if isinstance(instruction, str) else list(instruction)
+        contexts = [context] * len(instructions) if context is None or isinstance(context, str) else list(context)
+        if len(contexts) != len(instructions):
+            raise ValueError(f"{len(instructions)} instructions, but {len(contexts)} contexts.")
+        contexts = [(text or "").strip() for text in contexts]
+        for row, text in enumerate(instructions):
+            if not text or not text.strip():
+                raise ValueError(f"instruction {row} is empty; give some text.")
+
+        encoded = [self._encode(*pair) for pair in zip(instructions, contexts, strict=True)]
+        prompts = [self._encode_prompt(*pair) for pair in zip(instructions, contexts, strict=True)]
+        batch = dict(self.tokenizer.pad({"input_ids": encoded}, padding_side="right", return_tensors="pt"))
+        batch["decoder_prompt_ids"], batch["decoder_prompt_mask"] = pad_left(prompts)
+        if answer is not None:
+            answers = [answer] if isinstance(answer, str) else list(answer)
+            if len(answers) != len(instructions):
+                raise ValueError(f"{len(instructions)} instructions, but {len(answers)} answers.")
+            batch.update(self.encode_answers(answers))
+        return BatchFeature(batch)
+
+    def encode_answers(self, answers: list[str]) -> dict[str, torch.LongTensor]:
+        """
+        Answers with EOS, cut at `max_answer_length`.
+
+        Returns:
+            `labels` `(batch, length)` padded with -100, and `length_labels` `(batch,)`: lengths before the cut.
+        """
+        eos = [self.decoder_tokenizer.eos_token_id]
+        ids = [self.decoder_tokenizer(text, add_special_tokens=False).input_ids + eos for text in answers]
+        longest = min(self.max_answer_length, max(len(row) for row in ids))
+        labels = torch.full((len(ids), longest), -100)
+        for label, row in zip(labels, ids, strict=True):
+            label[: len(row)] = torch.tensor(row[:longest])
+        return {"labels": labels, "length_labels": torch.tensor([len(row) for row in ids])}
+
+    def _encode(self, instruction: str, context: str) -> list[int]:
+        ids = self.tokenizer(instruction).input_ids
+        if len(ids) > self.max_input_length:
+            raise ValueError(
+                f"an instruction has {len(ids)} tokens and the encoder reads {self.max_input_length}: shorten it, or "
+                f"pass long material as context, which is cut to fit. It begins: {instruction[:60]!r}"
+            )
+        room = self.max_input_length - len(ids)
+        if not context or room < 4:  # separators of the second text
+            return ids
+        return self.tokenizer(
+            instruction, context, truncation="only_second", max_length=self.max_input_length
+        ).input_ids
+
+    def _encode_prompt(self, instruction: str, context: str) -> list[int]:
+        ids = self._prompt_ids(instruction, context)
+        excess = len(ids) - self.max_prompt_length
+        while excess > 0 and context:
+            context_ids = self.decoder_tokenizer(context, add_special_tokens=False).input_ids
+            context = self.decoder_tokenizer.decode(context_ids[: max(0, len(context_ids) - excess)]).strip()
+            ids = self._prompt_ids(instruction, context)
+            excess = len(ids) - self.max_prompt_length
+        if excess > 0:
+            raise ValueError(
+                f"an instruction makes a prompt of {len(ids)} decoder tokens and max_prompt_length is "
+                f"{self.max_prompt_length}: shorten it. It begins: {instruction[:60]!r}"
+            )
+        return ids
+
+    def _prompt_ids(self, instruction: str, context: str) -> list[int]:
+        message = f"{instruction}\n\n{context}" if context else instruction
+        if self.decoder_tokenizer.chat_template:
+            text = self.decoder_tokenizer.apply_chat_template(
+                [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
+            )
+            # The template writes the special tokens itself.
+            return self.decoder_tokenizer(text, add_special_tokens=False).input_ids
+        return self.decoder_tokenizer(self.prompt_template.format(message=message)).input_ids
+
+    def batch_decode(self, sequences, skip_special_tokens: bool = True, **kwargs) -> list[str]:
+        """Answers as text; `sequences` has shape `(batch, length)` in the decoder's vocabulary."""
+        return self.decoder_tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def decode(self, sequence, skip_special_tokens: bool = True, **kwargs) -> str:
+        """One answer as text; `sequence` has shape `(length,)` in the decoder's vocabulary."""
+        return self.decoder_tokenizer.decode(sequence, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "decoder_prompt_ids", "decoder_prompt_mask"]
+
+
+def pad_left(rows: list[list[int]]) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Token ids and mask, each `(batch, longest row)`; padding comes first and has id 0."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+ProtoGenProcessor.register_for_auto_class("AutoProcessor")

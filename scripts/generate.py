@@ -1,0 +1,110 @@
+"""
+Answers instructions in one decoder pass each batch.
+
+    python scripts/generate.py runs/embedded/model "Name three birds that cannot fly."
+    python scripts/generate.py org/protogen-pythia-1b --file prompts.jsonl --json > answers.jsonl
+    cat prompts.txt | python scripts/generate.py runs/embedded/model
+
+A `.jsonl` file has `instruction` and, if any, `context`; any other file and standard input have one instruction a line.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import cli
+import torch
+
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from trainers.data import category_id
+
+
+def read_prompts(arguments) -> list[dict[str, str]]:
+    """Prompts from the command line, a file or standard input, as dicts with `instruction` and `context`."""
+    if arguments.prompt is not None:
+        return [{"instruction": arguments.prompt, "context": arguments.context}]
+    if arguments.file is None:
+        if sys.stdin.isatty():
+            raise ValueError("no prompt: give one as an argument, with --file, or on standard input.")
+        lines = sys.stdin.read().splitlines()
+    else:
+        path = Path(arguments.file)
+        if not path.is_file():
+            raise FileNotFoundError(f"prompt file {path} does not exist.")
+        lines = path.read_text().splitlines()
+    lines = [line for line in lines if line.strip()]
+    if arguments.file is None or Path(arguments.file).suffix != ".jsonl":
+        return [{"instruction": line} for line in lines]
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompt = json.loads(line)
+            prompts.append({"instruction": prompt["instruction"], "context": prompt.get("context")})
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{arguments.file}, line {number}: needs a JSON object with an instruction.") from error
+    return prompts
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub id of a ProtoGen model")
+    parser.add_argument("prompt", nargs="?", help="instruction")
+    parser.add_argument("--context", help="text that the instruction speaks of")
+    parser.add_argument("--file", help="file of prompts")
+    parser.add_argument("--category", help="category, for a model with one m for each")
+    parser.add_argument("--length", type=int, help="tokens to write, instead of the predicted length")
+    parser.add_argument("--num-length-sigmas", type=float, default=0.0, help="widen the predicted length by so many σ")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of the weights")
+    parser.add_argument("--decoder", help="load a thin checkpoint's decoder from here")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    arguments = parser.parse_args(argv)
+
+    prompts = read_prompts(arguments)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    processor = ProtoGenProcessor.from_pretrained(arguments.model)
+    model = ProtoGenForConditionalGeneration.from_pretrained(
+        arguments.model, dtype=getattr(torch, arguments.dtype), decoder_name_or_path=arguments.decoder
+    ).to(device)
+
+    for start in range(0, len(prompts), arguments.batch_size):
+        batch = prompts[start : start + arguments.batch_size]
+        began = time.perf_counter()
+        inputs = processor([p["instruction"] for p in batch], [p.get("context") for p in batch]).to(device)
+        if arguments.category is not None:
+            index = category_id(arguments.category, model.config.categories or [])
+            inputs["category_ids"] = torch.full((len(batch),), index, device=device)
+        output = model.generate(
+            **inputs,
+            length=arguments.length,
+            num_length_sigmas=arguments.num_length_sigmas,
+            return_dict_in_generate=True,
+        )
+        answers = processor.batch_decode(output.sequences)
+        milliseconds = 1000 * (time.perf_counter() - began) / len(batch)
+        for row, (prompt, answer) in enumerate(zip(batch, answers, strict=True)):
+            report = {
+                "instruction": prompt["instruction"],
+                "answer": answer,
+                "tokens": output.lengths[row].item(),
+                "predicted_length": round(output.predicted_lengths[row].item(), 1),
+                "length_sigma": round(output.length_sigmas[row].item(), 1),
+                "confidence": round(output.confidences[row].item(), 4),
+                "milliseconds": round(milliseconds, 1),
+            }
+            if arguments.json:
+                print(json.dumps(report, ensure_ascii=False))
+            else:
+                if len(prompts) > 1:
+                    print(f"> {prompt['instruction']}")
+                print(
+                    f"{answer}\n[{report['tokens']} tokens; predicted length {report['predicted_length']} ± "
+                    f"{report['length_sigma']}; confidence {report['confidence']:.2f}; "
+                    f"{report['milliseconds']} ms an answer]\n"
+                )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,154 @@
+"""Tiny random models and tokenizers, built here: the tests need no network and no pretrained weights."""
+
+import hashlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+# Before transformers is imported: the tests neither read nor write a person's cache.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="protogen-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+
+torch.set_num_threads(1)
+
+WORDS = [
+    *("the a cat dog bird sat ran flew on under mat tree who what where is was it name three animals color red").split(),
+    *("blue green tell me about context long short answer one two paris france capital of sky and").split(),
+]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<bos> ' + message['content'] + ' <eos> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'answer' }}{% endif %}"
+)
+
+
+def word_tokenizer(special: list[str], **kwargs) -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if "[CLS]" in special:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B [SEP]",
+            special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def encoder_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = word_tokenizer(
+        ["[UNK]", "[PAD]", "[CLS]", "[SEP]"],
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=32,
+    )
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=32,
+        pad_token_id=1,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_decoder(folder: Path, kind: str, hidden_size: int = 24) -> Path:
+    tokenizer = word_tokenizer(
+        ["<unk>", "<bos>", "<eos>"],
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<eos>",
+        chat_template=CHAT_TEMPLATE if kind == "llama" else None,
+    )
+    torch.manual_seed(2)
+    common = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden_size,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.3,
+    }
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**common, num_key_value_heads=2, tie_word_embeddings=True))
+    else:
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**common, tie_word_embeddings=False))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["llama", "neox"])
+def decoder_dir(request, tmp_path_factory) -> Path:
+    """A random tied Llama with a chat template, and a random GPTNeoX without."""
+    return save_decoder(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture
+def decoder(llama_dir):
+    return AutoModelForCausalLM.from_pretrained(llama_dir)
+
+
+@pytest.fixture
+def build(encoder_dir):
+    """Builds a model and its processor: `build(decoder_dir, **config_fields)`."""
+
+    def build(decoder_dir, **fields):
+        torch.manual_seed(0)
+        fields = {"chunk_size": 8, "num_pooling_heads": 4} | fields
+        model = ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(
+            str(encoder_dir), str(decoder_dir), **fields
+        ).eval()
+        processor = ProtoGenProcessor.from_encoder_decoder_pretrained(
+            str(encoder_dir), str(decoder_dir), max_answer_length=model.config.max_answer_length
+        )
+        return model, processor
+
+    return build
+
+
+def weights_hash(module: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+INSTRUCTIONS = ["who sat on the mat", "what color is the sky", "name three animals"]
+CONTEXTS = [None, "the sky was red and blue", None]
+ANSWERS = ["the cat sat on the mat", "blue", "cat dog and bird"]

@@ -1,0 +1,108 @@
+"""One-step decoding against the model's own forward and a plain softmax."""
+
+import pytest
+import torch
+from conftest import CONTEXTS, INSTRUCTIONS, weights_hash
+
+FIELDS = [
+    {},
+    {"decoder_sees_prompt": True},
+    {"arrangement": "e_m", "chunk_size": 3, "max_chunks": 3, "max_answer_length": 8},
+    {"arrangement": "halves"},
+]
+
+
+def without_eos(model):
+    """No token ends an answer."""
+    model.config.decoder_config.eos_token_id = None
+    model.config.decoder_config.pad_token_id = 0
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_tokens_and_confidence_are_those_of_forward(build, decoder_dir, fields):
+    model, processor = build(decoder_dir, **fields)
+    without_eos(model)
+    batch = processor(INSTRUCTIONS, CONTEXTS)
+    lengths = torch.tensor([3, 8, 1])
+    labels = torch.where(torch.arange(8) < lengths[:, None], 5, -100)
+    with torch.no_grad():
+        logits = model(**batch, labels=labels).logits
+    before = weights_hash(model.decoder)
+    output = model.generate(**batch, length=lengths, return_dict_in_generate=True)
+    assert weights_hash(model.decoder) == before
+
+    assert output.lengths.tolist() == [3, 8, 1]
+    probabilities = logits.softmax(-1)
+    for row, (tokens, chance) in enumerate(
+        zip(logits.argmax(-1).split([3, 8, 1]), probabilities.max(-1).values.split([3, 8, 1]), strict=True)
+    ):
+        n = len(tokens)
+        assert output.sequences[row, :n].tolist() == tokens.tolist()
+        assert output.sequences[row, n:].tolist() == [0] * (8 - n)
+        torch.testing.assert_close(output.token_confidences[row, :n], chance)
+        assert (output.token_confidences[row, n:] == 0).all()
+        torch.testing.assert_close(output.confidences[row], chance.prod() ** (1 / n))
+    assert torch.equal(model.generate(**batch, length=lengths), output.sequences)
+
+
+@pytest.mark.parametrize("fields", FIELDS[:3], ids=str)
+def test_a_batch_equals_its_texts_alone(build, decoder_dir, fields):
+    model, processor = build(decoder_dir, **fields)
+    output = model.generate(**processor(INSTRUCTIONS, CONTEXTS), return_dict_in_generate=True)
+    for row, (instruction, context) in enumerate(zip(INSTRUCTIONS, CONTEXTS, strict=True)):
+        alone = model.generate(**processor(instruction, context), return_dict_in_generate=True)
+        n = alone.lengths.item()
+        assert output.lengths[row] == n
+        assert output.sequences[row, :n].tolist() == alone.sequences[0].tolist()
+        torch.testing.assert_close(output.predicted_lengths[row], alone.predicted_lengths[0])
+
+
+def test_answers_are_cut_after_eos(build, llama_dir):
+    model, processor = build(llama_dir)
+    without_eos(model)
+    batch = processor(INSTRUCTIONS, CONTEXTS)
+    whole = model.generate(**batch, length=8)
+    eos = whole[0, 2].item()
+    model.config.decoder_config.eos_token_id = [eos, 10_000]
+    model.config.decoder_config.pad_token_id = 7
+    output = model.generate(**batch, length=8, return_dict_in_generate=True)
+    for row in range(3):
+        tokens = whole[row].tolist()
+        n = tokens.index(eos) + 1 if eos in tokens else 8
+        assert output.lengths[row] == n
+        assert output.sequences[row].tolist() == (tokens[:n] + [7] * 8)[: output.sequences.shape[1]]
+
+
+def test_lengths_come_from_the_predicted_distribution(build, llama_dir):
+    model, processor = build(llama_dir)
+    without_eos(model)
+    batch = processor(INSTRUCTIONS, CONTEXTS)
+    with torch.no_grad():
+        prediction = model(**batch)
+    mean, sigma = prediction.log_length_mean, prediction.log_length_variance.sqrt()
+    for k in (-1.0, 0.0, 0.5):
+        output = model.generate(**batch, num_length_sigmas=k, return_dict_in_generate=True)
+        expected = (mean + k * sigma).exp().round().clamp(1, 8).long()
+        assert output.lengths.tolist() == expected.tolist()
+        torch.testing.assert_close(output.predicted_lengths, mean.exp())
+        torch.testing.assert_close(output.length_sigmas, mean.exp() * sigma)
+
+
+@pytest.mark.parametrize("length", [0, 9, -1, torch.tensor([1, 2, 9])])
+def test_impossible_lengths_are_refused(build, llama_dir, length):
+    model, processor = build(llama_dir)
+    with pytest.raises(ValueError, match=r"length must lie in 1\.\.8 tokens"):
+        model.generate(**processor(INSTRUCTIONS), length=length)
+
+
+def test_options_of_other_decoders_are_not_swallowed(build, llama_dir):
+    model, processor = build(llama_dir)
+    with pytest.raises(TypeError, match="max_new_tokens"):
+        model.generate(**processor(INSTRUCTIONS), max_new_tokens=5)
+
+
+def test_long_answers_take_the_confidence_path_in_blocks(build, llama_dir):
+    from modeling_protogen.generation_protogen import log_normalizer
+
+    logits = torch.randn(300, 11, dtype=torch.bfloat16) * 5
+    torch.testing.assert_close(log_normalizer(logits, rows=128), logits.float().logsumexp(-1))

@@ -1,0 +1,189 @@
+"""The model against slow, direct computations with the same weights."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS, weights_hash
+from transformers import AutoModel, AutoModelForCausalLM
+
+VARIANTS = [
+    {},
+    {"arrangement": "e_m"},
+    {"arrangement": "e_m", "num_e_tokens": 2, "chunk_size": 3, "max_chunks": 3},
+    {"arrangement": "interleaved", "sink": "none"},
+    {"arrangement": "halves", "chunk_size": 4, "max_chunks": 2},
+    {"arrangement": "e_only"},
+    {"m_scope": "shared"},
+    {"m_scope": "fixed"},
+    {"m_scope": "per_category", "categories": ["open", "closed"]},
+    {"m_position_offsets": True},
+    {"decoder_sees_prompt": True},
+    {"decoder_sees_prompt": True, "chunk_size": 3, "max_chunks": 3},
+]
+
+
+def batch_for(model, processor):
+    batch = processor(INSTRUCTIONS, CONTEXTS, ANSWERS)
+    if model.config.m_scope == "per_category":
+        batch["category_ids"] = torch.tensor([0, 1, 1])
+    return batch
+
+
+def slots_of_one_text(config, e, m, offsets, length):
+    """A text's proto-tokens one after another, and the slots that predict: loops, straight from the definition."""
+    slots, predicting = [], []
+    for start in range(0, length, config.chunk_size):
+        chunk, tokens = start // config.chunk_size, min(config.chunk_size, length - start)
+        shift = (lambda t: offsets[t]) if offsets is not None else (lambda t: 0.0)
+        if config.arrangement == "e_m":
+            *unguided, last = list(e[chunk])
+            guided = [last] + [m[chunk] + shift(t) for t in range(1, tokens)]
+        elif config.arrangement == "e_mN":
+            unguided, guided = list(e[chunk]), [m[chunk] + shift(t) for t in range(tokens)]
+        elif config.arrangement == "interleaved":
+            unguided, guided = [], [m[chunk] if t % 2 else e[chunk, 0] for t in range(tokens)]
+        elif config.arrangement == "halves":
+            unguided, guided = [], [e[chunk, 0] if t < tokens / 2 else m[chunk] for t in range(tokens)]
+        else:
+            unguided, guided = [], [e[chunk, 0]] * tokens
+        predicting += [False] * len(unguided) + [True] * len(guided)
+        slots += unguided + guided
+    return torch.stack(slots), torch.tensor(predicting)
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_logits_equal_one_text_at_a_time(build, decoder_dir, fields):
+    model, processor = build(decoder_dir, **fields)
+    config, batch = model.config, batch_for(model, processor)
+    if config.m_position_offsets:
+        torch.nn.init.normal_(model.proto_predictor.m_offsets.weight)
+    with torch.no_grad():
+        output = model(**batch)
+        expected = []
+        for row, answer in enumerate(ANSWERS):
+            one = processor(INSTRUCTIONS[row], CONTEXTS[row])
+            category = batch["category_ids"][row : row + 1] if "category_ids" in batch else None
+            e, m, offsets, _, _ = model.predict(one["input_ids"], category_ids=category)
+            length = len(answer.split()) + 1
+            slots, predicting = slots_of_one_text(config, e[0], m[0], offsets, length)
+            prefix = one["decoder_prompt_ids"][0] if config.decoder_sees_prompt else torch.tensor([1])
+            if config.sink == "none":
+                prefix = prefix[:0]
+            inputs = torch.cat([model.decoder.get_input_embeddings()(prefix), slots])
+            logits = model.decoder(inputs_embeds=inputs[None]).logits[0, len(prefix) :]
+            expected.append(logits[predicting])
+    torch.testing.assert_close(output.logits, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    assert output.lengths.tolist() == [len(answer.split()) + 1 for answer in ANSWERS]
+
+
+def test_reusing_the_prompts_cache_changes_neither_logits_nor_gradients(build, decoder_dir):
+    from modeling_protogen.modeling_protogen import answer_logits
+    from modeling_protogen.proto_tokens import build_layout, fill_slots
+
+    model, processor = build(decoder_dir)
+    batch = processor(INSTRUCTIONS, CONTEXTS)
+    prompt = batch["decoder_prompt_ids"], batch["decoder_prompt_mask"]
+    assert (prompt[1].sum(1) < prompt[1].shape[1]).any(), "the prompts must be ragged"
+    layout = build_layout(torch.tensor([5, 2, 8]), "e_mN", chunk_size=8, num_chunks=1)
+    results = []
+    for cache_prefix in (False, True):
+        e = torch.linspace(-1, 1, 3 * 24).reshape(3, 1, 1, 24).requires_grad_()
+        m = torch.linspace(1, -2, 3 * 24).reshape(3, 1, 24).requires_grad_()
+        logits = answer_logits(model.decoder, fill_slots(layout, e, m), layout, *prompt, cache_prefix)
+        logits.square().mean().backward()
+        results.append((logits.detach(), e.grad, m.grad))
+    for joined, cached in zip(*results, strict=True):
+        torch.testing.assert_close(joined, cached, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_gradients_reach_all_that_is_trained_and_nothing_else(build, decoder_dir, fields):
+    model, processor = build(decoder_dir, **fields)
+    model.train()
+    model(**batch_for(model, processor)).loss.backward()
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert {name for name, _ in model.named_parameters() if name.startswith("decoder.")} <= frozen
+    assert ("proto_predictor.m_table.weight" in frozen) == (model.config.m_scope == "fixed")
+    without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert all(name.startswith("encoder.pooler") for name in without), without
+    # All of the encoder's words that occur have a gradient: it flows through the decoder to the embeddings.
+    assert model.encoder.embeddings.word_embeddings.weight.grad.abs().sum() > 0
+
+
+def test_losses_equal_their_formulas(build, llama_dir):
+    model, processor = build(llama_dir)
+    batch = processor(INSTRUCTIONS, CONTEXTS, ANSWERS)
+    output = model(**batch)
+    start, means = 0, []
+    for row in batch["labels"]:
+        tokens = row[row != -100]
+        log_probabilities = output.logits[start : start + len(tokens)].log_softmax(-1)
+        means.append(-log_probabilities[range(len(tokens)), tokens].mean())
+        start += len(tokens)
+    torch.testing.assert_close(output.reconstruction_loss, torch.stack(means).mean())
+
+    error = batch["length_labels"].log() - output.log_length_mean
+    nll = (error**2 / output.log_length_variance + output.log_length_variance.log()) / 2
+    torch.testing.assert_close(output.length_nll, nll.mean())
+    torch.testing.assert_close(output.loss, output.reconstruction_loss + output.length_nll)
+
+
+def test_length_variance_is_bounded_and_its_gradient_lives(build, llama_dir):
+    model, processor = build(llama_dir)
+    for bias in (-30.0, 30.0):
+        with torch.no_grad():
+            model.proto_predictor.length_projection.bias[1] = bias
+        output = model(**processor(INSTRUCTIONS))
+        low, high = model.config.log_length_variance_range
+        log_variance = output.log_length_variance.log()
+        assert (log_variance > low - 1e-4).all()
+        assert (log_variance < high + 1e-4).all()
+
+
+def test_without_labels_the_answer_has_its_predicted_length(build, llama_dir):
+    model, processor = build(llama_dir)
+    output = model(**processor(INSTRUCTIONS))
+    expected = output.log_length_mean.exp().round().clamp(1, 8).long()
+    assert output.lengths.tolist() == expected.tolist()
+    assert len(output.logits) == expected.sum()
+    assert output.loss is None
+
+
+def test_building_keeps_pretrained_weights_and_scales_fresh_ones(build, encoder_dir, decoder_dir):
+    model, processor = build(decoder_dir)
+    decoder = AutoModelForCausalLM.from_pretrained(decoder_dir)
+    assert weights_hash(model.decoder) == weights_hash(decoder)
+    assert weights_hash(model.encoder) == weights_hash(AutoModel.from_pretrained(encoder_dir))
+    output = model(**processor(INSTRUCTIONS))
+    std = decoder.get_input_embeddings().weight.std().item()
+    for vectors in (output.e, output.m):
+        assert 0.5 * std < vectors.std().item() < 1.5 * std
+
+
+def test_the_decoder_stays_frozen_and_in_eval_mode(build, llama_dir):
+    model, _ = build(llama_dir)
+    model.requires_grad_(True)
+    model.train()
+    assert model.encoder.training
+    assert not model.decoder.training
+    assert not any(p.requires_grad for p in model.decoder.parameters())
+
+
+def test_missing_inputs_are_named(build, llama_dir):
+    model, processor = build(llama_dir, decoder_sees_prompt=True)
+    batch = processor(INSTRUCTIONS)
+    with pytest.raises(ValueError, match="needs decoder_prompt_ids"):
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    model, processor = build(llama_dir, m_scope="per_category", categories=["open"])
+    with pytest.raises(ValueError, match="per_category needs category_ids"):
+        model(**processor(INSTRUCTIONS))
+
+
+def test_bfloat16_decoder_with_float32_heads(build, llama_dir):
+    model, processor = build(llama_dir, decoder_dtype=torch.bfloat16)
+    assert model.decoder.dtype == torch.bfloat16
+    output = model(**processor(INSTRUCTIONS, None, ANSWERS))
+    assert output.e.dtype == torch.float32
+    exact, _ = build(llama_dir)
+    reference = exact(**processor(INSTRUCTIONS, None, ANSWERS))
+    assert F.cosine_similarity(output.logits.float(), reference.logits, dim=-1).min() > 0.99

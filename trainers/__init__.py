@@ -1,0 +1,1 @@
+"""Learning: fitting proto-tokens to texts, and training the encoder that predicts them."""

@@ -1,0 +1,154 @@
+"""Instruction data: loading, splitting and collating."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import load_dataset, load_from_disk
+
+from modeling_protogen.processing_protogen import ProtoGenProcessor
+
+from .proto_bank import ProtoTokenBank
+
+
+@dataclass
+class DataArguments:
+    """Where the examples come from."""
+
+    data: str = field(
+        default="databricks/databricks-dolly-15k",
+        metadata={"help": "Hub id, a folder written by datasets, or a .jsonl, .json, .csv or .parquet file."},
+    )
+    data_revision: str | None = field(default=None, metadata={"help": "Hub revision of the data."})
+    data_split: str = field(default="train", metadata={"help": "Split to read; validation is taken from it."})
+    instruction_field: str = field(default="instruction", metadata={"help": "Column with the instruction."})
+    context_field: str | None = field(default="context", metadata={"help": "Column with the context."})
+    answer_field: str = field(default="response", metadata={"help": "Column with the answer."})
+    category_field: str | None = field(default="category", metadata={"help": "Column with the category."})
+    validation_share: float = field(default=0.1, metadata={"help": "Share of instructions kept for validation."})
+    max_train_examples: int | None = field(default=None, metadata={"help": "Training examples used; all by default."})
+    max_validation_examples: int | None = field(default=None, metadata={"help": "Validation examples used."})
+
+
+@dataclass
+class Example:
+    """
+    One instruction and its answer.
+
+    Args:
+        id (`str`): hash of instruction, context and answer: the same wherever the row stands.
+        instruction, context, answer (`str`): `context` may be empty.
+        category (`str`, *optional*)
+    """
+
+    id: str
+    instruction: str
+    context: str
+    answer: str
+    category: str | None = None
+
+
+def load_examples(args: DataArguments) -> list[Example]:
+    """
+    Reads the data; rows that repeat another one whole are dropped.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a column is missing, or an instruction or answer is empty.
+    """
+    path = Path(args.data)
+    formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    if path.suffix in formats:
+        if not path.is_file():
+            raise FileNotFoundError(f"data file {path} does not exist.")
+        rows = load_dataset(formats[path.suffix], data_files=str(path), split="train")
+    elif path.is_dir():
+        rows = load_from_disk(str(path))
+        rows = rows[args.data_split] if isinstance(rows, dict) else rows
+    else:
+        rows = load_dataset(args.data, revision=args.data_revision, split=args.data_split)
+
+    wanted = [args.instruction_field, args.context_field, args.answer_field]
+    missing = [name for name in wanted if name and name not in rows.column_names]
+    if missing:
+        raise ValueError(
+            f"{args.data} has no column {', '.join(missing)}; it has {', '.join(rows.column_names)}. "
+            "Set instruction_field, context_field and answer_field."
+        )
+    has_category = args.category_field in rows.column_names
+    examples = {}
+    for number, row in enumerate(rows):
+        instruction, answer = row[args.instruction_field], row[args.answer_field]
+        context = row[args.context_field] or "" if args.context_field else ""
+        for name, text in ((args.instruction_field, instruction), (args.answer_field, answer)):
+            if not text or not text.strip():
+                raise ValueError(f"row {number} of {args.data} has an empty {name}; remove or fill it.")
+        id = stable_hash("\0".join((instruction, context, answer)))[:16]
+        category = row[args.category_field] if has_category else None
+        examples[id] = Example(id, instruction.strip(), context.strip(), answer.strip(), category)
+    return list(examples.values())
+
+
+def stable_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def split_by_instruction(examples: list[Example], validation_share: float) -> tuple[list[Example], list[Example]]:
+    """
+    Training and validation examples. An instruction falls on one side by its own hash, so that one that repeats is
+    never on both, and adding rows moves none.
+    """
+    train, validation = [], []
+    for example in examples:
+        fraction = int(stable_hash(example.instruction)[:8], 16) / 16**8
+        (validation if fraction < validation_share else train).append(example)
+    return train, validation
+
+
+class ProtoGenCollator:
+    """
+    Makes a batch of examples.
+
+    Args:
+        processor (`ProtoGenProcessor`)
+        categories (`list[str]`, *optional*): names for `category_ids`.
+        bank (`ProtoTokenBank`, *optional*): adds `bank_e` `(batch, chunks, num_e_tokens, dim)` and `bank_m`
+            `(batch, chunks, dim)`, where it holds all of the examples.
+
+    Raises:
+        ValueError: if an example's category is not among `categories`.
+    """
+
+    def __init__(
+        self,
+        processor: ProtoGenProcessor,
+        categories: list[str] | None = None,
+        bank: ProtoTokenBank | None = None,
+    ):
+        self.processor = processor
+        self.categories = categories
+        self.bank = bank
+
+    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        batch = dict(
+            self.processor(
+                [example.instruction for example in examples],
+                [example.context for example in examples],
+                [example.answer for example in examples],
+            )
+        )
+        if self.categories:
+            batch["category_ids"] = torch.tensor([category_id(e.category, self.categories) for e in examples])
+        if self.bank is not None and all(example.id in self.bank for example in examples):
+            entries = [self.bank[example.id] for example in examples]
+            batch["bank_e"] = torch.stack([entry.e for entry in entries])
+            batch["bank_m"] = torch.stack([entry.m for entry in entries])
+        return batch
+
+
+def category_id(category: str | None, categories: list[str]) -> int:
+    """Position of a category; a ValueError says which ones there are."""
+    if category not in categories:
+        raise ValueError(f"unknown category {category!r}; the model knows {', '.join(categories)}.")
+    return categories.index(category)

@@ -1,0 +1,126 @@
+"""The trainer: routes a batch through the model to weighted losses and logs each of them."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from modeling_protogen.modeling_protogen import IGNORE_INDEX
+
+from .losses import BANK_LOSSES, LOSSES
+from .proto_bank import write_atomically
+
+LOSS_WEIGHTS_NAME = "losses.safetensors"
+# What the collator adds for the losses alone; the model does not take it.
+BANK_INPUTS = ("bank_e", "bank_m")
+
+
+class ProtoGenTrainer(Trainer):
+    """
+    Trains the encoder and the heads; the decoder stays frozen.
+
+    The loss is `sum(weight * loss(outputs, batch))` over `args.losses`; each component is logged as `loss_NAME`.
+    Parameters of the losses themselves (a learned temperature) are optimised and kept in the checkpoints.
+
+    Evaluation hands `compute_metrics` two predictions for each example: the tokens at the label's length, aligned with
+    `label_ids`, and the one-step answer at the predicted length, cut at EOS; both padded with -100.
+
+    Args:
+        args (`ProtoGenTrainingArguments`)
+        *args, **kwargs: as in `transformers.Trainer`.
+    """
+
+    # compute_loss returns a mean over the micro-batch.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.losses = nn.ModuleDict({name: LOSSES[name]() for name in self.args.losses}).to(self.args.device)
+        if self.args.encoder_learning_rate == 0:
+            self.model.encoder.requires_grad_(False)
+        # By whether the model was training.
+        self._components = {True: defaultdict(list), False: defaultdict(list)}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        model_inputs = {name: value for name, value in inputs.items() if name not in BANK_INPUTS}
+        outputs = model(**model_inputs, return_loss=False)
+        total = torch.zeros((), device=outputs.logits.device)
+        for name, weight in self.args.losses.items():
+            # Only training texts are banked: evaluation leaves out what compares with the bank.
+            if name in BANK_LOSSES and "bank_e" not in inputs and not model.training:
+                continue
+            component = self.losses[name](outputs, inputs)
+            self._components[model.training][name].append(component.detach())
+            total = total + weight * component
+        return (total, outputs) if return_outputs else total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        evaluating = "eval_loss" in logs
+        for name, values in self._components[not evaluating].items():
+            mean = self.accelerator.gather(torch.stack(values).mean()).mean().item()
+            logs[f"eval_loss_{name}" if evaluating else f"loss_{name}"] = mean
+        self._components[not evaluating].clear()
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(self.model))
+            groups = defaultdict(list)
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    groups[name.startswith("encoder."), name in decayed].append(parameter)
+            groups[False, False].extend(self.losses.parameters())
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self.args.encoder_learning_rate if in_encoder else self.args.learning_rate,
+                        "weight_decay": self.args.weight_decay if decays else 0.0,
+                    }
+                    for (in_encoder, decays), parameters in groups.items()
+                ],
+                **kwargs,
+            )
+        return self.optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        weights = self.losses.state_dict()
+        if weights and self.args.should_save:
+            write_atomically(Path(output_dir) / LOSS_WEIGHTS_NAME, lambda path: save_file(weights, path))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.losses.state_dict():
+            self.losses.load_state_dict(load_file(Path(checkpoint) / LOSS_WEIGHTS_NAME))
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            if prediction_loss_only:
+                return loss, None, None
+            tokens = labels.clone()
+            tokens[labels != IGNORE_INDEX] = outputs.logits.max(-1).indices
+            prompt = {
+                name: value
+                for name, value in inputs.items()
+                if name not in (*BANK_INPUTS, "labels", "length_labels")
+            }
+            answers = self.accelerator.unwrap_model(model).generate(**prompt, return_dict_in_generate=True)
+        written = torch.arange(answers.sequences.shape[1], device=labels.device) < answers.lengths[:, None]
+        return loss, (tokens, answers.sequences.masked_fill(~written, IGNORE_INDEX)), labels
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint that was written to its end (the trainer's state comes last), or None."""
+    states = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    folders = sorted((state.parent for state in states), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    return str(folders[-1]) if folders else None

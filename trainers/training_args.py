@@ -1,0 +1,49 @@
+"""Arguments of `ProtoGenTrainer`."""
+
+import json
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .losses import BANK_LOSSES, LOSSES
+
+
+@dataclass
+class ProtoGenTrainingArguments(TrainingArguments):
+    """
+    `transformers.TrainingArguments` with the weights of the losses and the encoder's own learning rate.
+
+    Other defaults than there: `remove_unused_columns=False` (the collator reads whole examples), `optim="adamw_torch"`,
+    `report_to="none"`, `save_total_limit=2`.
+
+    Raises:
+        ValueError: if a loss is unknown or no weight is positive.
+    """
+
+    losses: str | dict = field(
+        default_factory=lambda: {"reconstruction": 1.0, "length_nll": 0.1},
+        metadata={"help": f"Weight of each loss, as JSON; the losses are {', '.join(LOSSES)}."},
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of all that is new."})
+    encoder_learning_rate: float = field(
+        default=5e-5, metadata={"help": "Learning rate of the pretrained encoder; 0 freezes it."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
+    optim: str = field(default="adamw_torch", metadata={"help": "Optimiser, as in transformers."})
+    report_to: str = field(default="none", metadata={"help": "Where to log: none, tensorboard, wandb, ..."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+
+    def __post_init__(self):
+        if isinstance(self.losses, str):
+            self.losses = json.loads(self.losses)
+        unknown = sorted(set(self.losses) - set(LOSSES))
+        if unknown:
+            raise ValueError(f"unknown losses: {', '.join(unknown)}; the losses are {', '.join(LOSSES)}.")
+        if not any(weight > 0 for weight in self.losses.values()):
+            raise ValueError("no loss has a positive weight.")
+        super().__post_init__()
+
+    @property
+    def needs_bank(self) -> bool:
+        """Whether a loss compares predictions with banked proto-tokens."""
+        return any(name in self.losses for name in BANK_LOSSES)
