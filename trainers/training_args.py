@@ -20,9 +20,10 @@ class ProtoGenTrainingArguments(TrainingArguments):
         ValueError: if a loss is unknown or no weight is positive.
     """
 
-    losses: str | dict = field(
-        default_factory=lambda: {"reconstruction": 1.0, "length_nll": 0.1},
-        metadata={"help": f"Weight of each loss, as JSON; the losses are {', '.join(LOSSES)}."},
+    # A dict once built; the command line gives JSON.
+    losses: str = field(
+        default='{"reconstruction": 1.0, "length_nll": 0.1}',
+        metadata={"help": f"Weight of each loss, as JSON or dict; the losses are {', '.join(LOSSES)}."},
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of all that is new."})
     encoder_learning_rate: float = field(

@@ -1,0 +1,100 @@
+import pytest
+import torch
+from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS
+
+from modeling_protogen import ProtoGenProcessor
+
+
+@pytest.fixture
+def processor(encoder_dir, decoder_dir):
+    return ProtoGenProcessor.from_encoder_decoder_pretrained(str(encoder_dir), str(decoder_dir), max_answer_length=5)
+
+
+def prompts(processor, batch):
+    rows = zip(batch["decoder_prompt_ids"], batch["decoder_prompt_mask"].bool(), strict=True)
+    return [processor.decoder_tokenizer.decode(ids[mask]) for ids, mask in rows]
+
+
+def test_the_encoder_reads_instruction_and_context_as_a_pair(processor):
+    batch = processor(INSTRUCTIONS, CONTEXTS)
+    texts = processor.tokenizer.batch_decode(batch["input_ids"])
+    assert texts[1] == "[CLS] what color is the sky [SEP] the sky was red and blue [SEP]"
+    assert texts[2].split("[PAD]")[0].strip() == "[CLS] name three animals [SEP]"
+    assert batch["attention_mask"].sum(1).tolist() == [7, 14, 5]
+
+
+def test_the_decoder_reads_a_chat_template_where_there_is_one(processor):
+    last = prompts(processor, processor(INSTRUCTIONS, CONTEXTS))[1].split()
+    message = "what color is the sky the sky was red and blue".split()
+    if processor.decoder_tokenizer.chat_template:
+        assert last == ["<bos>", *message, "<eos>", "answer"]
+    else:
+        assert [word for word in last if word != "<unk>"] == message
+
+
+def test_prompts_are_padded_on_the_left(processor):
+    batch = processor(INSTRUCTIONS, CONTEXTS)
+    assert (batch["decoder_prompt_mask"][:, -1] == 1).all()
+    assert batch["decoder_prompt_mask"].diff(dim=1).min() >= 0
+
+
+def test_labels_end_in_eos_are_cut_and_remember_their_length(processor):
+    batch = processor(INSTRUCTIONS, CONTEXTS, ANSWERS)
+    assert batch["length_labels"].tolist() == [7, 2, 5]
+    texts = [processor.decode(row[row != -100], skip_special_tokens=False) for row in batch["labels"]]
+    assert texts == ["the cat sat on the", "blue <eos>", "cat dog and bird <eos>"]
+    assert processor.batch_decode(batch["labels"][2:]) == ["cat dog and bird"]
+
+
+def test_one_text_equals_a_batch_of_one(processor):
+    one, many = processor("name three animals", None, "cat"), processor(["name three animals"], [None], ["cat"])
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_long_contexts_are_cut_and_the_instruction_is_kept(encoder_dir, decoder_dir):
+    processor = ProtoGenProcessor.from_encoder_decoder_pretrained(
+        str(encoder_dir), str(decoder_dir), max_prompt_length=25
+    )
+    assert processor.max_input_length == 32
+    batch = processor("what color is the sky", "red blue green " * 50)
+    assert batch["input_ids"].shape[1] == 32
+    encoded = processor.tokenizer.decode(batch["input_ids"][0])
+    assert encoded.startswith("[CLS] what color is the sky [SEP] red blue green red")
+    assert batch["decoder_prompt_ids"].shape[1] <= 25
+    prompt = prompts(processor, batch)[0]
+    assert "what color is the sky red blue green red" in prompt
+    if processor.decoder_tokenizer.chat_template:
+        assert prompt.endswith("answer"), "the template's end must survive the cut"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("",), "instruction 0 is empty"),
+        ((["who", "  \n"],), "instruction 1 is empty"),
+        (("the cat " * 20,), "an instruction has 42 tokens and the encoder reads 32"),
+        ((["who", "what"], ["a"]), "2 instructions, but 1 contexts"),
+        ((["who", "what"], None, ["a"]), "2 instructions, but 1 answers"),
+    ],
+)
+def test_bad_input_is_one_clear_error(processor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        processor(*arguments)
+
+
+def test_a_prompt_longer_than_its_limit_is_refused(encoder_dir, decoder_dir):
+    processor = ProtoGenProcessor.from_encoder_decoder_pretrained(
+        str(encoder_dir), str(decoder_dir), max_prompt_length=6
+    )
+    with pytest.raises(ValueError, match="max_prompt_length is 6: shorten it"):
+        processor("the cat sat on the mat", "red")
+
+
+def test_round_trip(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    again = ProtoGenProcessor.from_pretrained(tmp_path)
+    assert again.max_input_length == 32
+    assert again.max_answer_length == 5
+    first, second = processor(INSTRUCTIONS, CONTEXTS, ANSWERS), again(INSTRUCTIONS, CONTEXTS, ANSWERS)
+    assert all(torch.equal(first[name], second[name]) for name in first)
