@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -18,6 +18,16 @@ from .proto_bank import write_atomically
 LOSS_WEIGHTS_NAME = "losses.safetensors"
 # What the collator adds for the losses alone; the model does not take it.
 BANK_INPUTS = ("bank_e", "bank_m")
+
+
+class ProgressLines(ProgressCallback):
+    """The trainer's progress bar, with a short line for each log entry."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None:
+            hidden = ("epoch", "total_flos", "runtime", "per_second")
+            shown = [f"{name} {value:.4g}" for name, value in logs.items() if not name.endswith(hidden)]
+            self.training_bar.write(f"step {state.global_step}: {', '.join(shown)}")
 
 
 class ProtoGenTrainer(Trainer):
@@ -40,6 +50,9 @@ class ProtoGenTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(ProgressLines)
         self.losses = nn.ModuleDict({name: LOSSES[name]() for name in self.args.losses}).to(self.args.device)
         if self.args.encoder_learning_rate == 0:
             self.model.encoder.requires_grad_(False)
@@ -70,7 +83,8 @@ class ProtoGenTrainer(Trainer):
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(self.model))
-            groups = defaultdict(list)
+            # The first group's learning rate is the one that is logged.
+            groups = {(False, True): [], (False, False): [], (True, True): [], (True, False): []}
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     groups[name.startswith("encoder."), name in decayed].append(parameter)
@@ -84,9 +98,12 @@ class ProtoGenTrainer(Trainer):
                         "weight_decay": self.args.weight_decay if decays else 0.0,
                     }
                     for (in_encoder, decays), parameters in groups.items()
+                    if parameters
                 ],
                 **kwargs,
             )
+            # The trainer clears the model's gradients itself.
+            self.optimizer.register_step_post_hook(lambda *_: self.losses.zero_grad())
         return self.optimizer
 
     def _save_optimizer_and_scheduler(self, output_dir):

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from .losses import BANK_LOSSES, LOSSES
@@ -14,7 +15,8 @@ class ProtoGenTrainingArguments(TrainingArguments):
     `transformers.TrainingArguments` with the weights of the losses and the encoder's own learning rate.
 
     Other defaults than there: `remove_unused_columns=False` (the collator reads whole examples), `optim="adamw_torch"`,
-    `report_to="none"`, `save_total_limit=2`.
+    `report_to="none"`, `save_total_limit=2`, `disable_tqdm=False` at any verbosity, and memory is pinned only where
+    there is an accelerator.
 
     Raises:
         ValueError: if a loss is unknown or no weight is positive.
@@ -34,7 +36,10 @@ class ProtoGenTrainingArguments(TrainingArguments):
     report_to: str = field(default="none", metadata={"help": "Where to log: none, tensorboard, wandb, ..."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
 
+    disable_tqdm: bool | None = field(default=False, metadata={"help": "Hide the progress bar."})
+
     def __post_init__(self):
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         if isinstance(self.losses, str):
             self.losses = json.loads(self.losses)
         unknown = sorted(set(self.losses) - set(LOSSES))

@@ -1,0 +1,88 @@
+import json
+
+import pytest
+import torch
+from conftest import ANSWERS, INSTRUCTIONS
+
+from modeling_protogen import ProtoGenProcessor
+from trainers.data import DataArguments, Example, ProtoGenCollator, category_id, load_examples, split_by_instruction
+
+ROWS = [
+    {"instruction": f"name {i % 7}", "context": "", "response": f" answer {i} ", "category": "open"} for i in range(30)
+]
+
+
+def write(tmp_path, rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return DataArguments(data=str(path))
+
+
+def test_rows_become_examples_and_repeated_ones_are_dropped(tmp_path):
+    examples = load_examples(write(tmp_path, [*ROWS, ROWS[3]]))
+    assert len(examples) == 30
+    assert examples[3] == Example(examples[3].id, "name 3", "", "answer 3", "open")
+    assert len({example.id for example in examples}) == 30
+
+
+def test_ids_and_split_do_not_depend_on_order_or_neighbours(tmp_path):
+    examples = load_examples(write(tmp_path, ROWS))
+    reordered = load_examples(write(tmp_path, ROWS[:10:-1]))
+    assert {e.id for e in reordered} < {e.id for e in examples}
+    train, validation = split_by_instruction(examples, 0.5)
+    assert len(train) + len(validation) == 30
+    assert train
+    assert validation
+    assert not {e.instruction for e in train} & {e.instruction for e in validation}
+    again, _ = split_by_instruction(reordered, 0.5)
+    assert {e.id for e in again} <= {e.id for e in train}
+
+
+def test_the_split_has_about_the_wanted_share():
+    examples = [Example(str(i), f"instruction {i}", "", "x") for i in range(4000)]
+    _, validation = split_by_instruction(examples, 0.1)
+    assert 0.08 < len(validation) / 4000 < 0.12
+
+
+def test_folders_of_datasets_and_other_columns(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    table = Dataset.from_list([{"q": "who", "a": "a cat"}])
+    columns = {"instruction_field": "q", "answer_field": "a", "context_field": None}
+    table.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": table}).save_to_disk(tmp_path / "splits")
+    for name in ("one", "splits"):
+        (example,) = load_examples(DataArguments(data=str(tmp_path / name), **columns))
+        assert (example.instruction, example.answer, example.context) == ("who", "a cat", "")
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([{"question": "who", "response": "x"}], ValueError, "has no column instruction, context; it has question"),
+        ([*ROWS[:2], ROWS[0] | {"instruction": " "}], ValueError, "row 2 of .* has an empty instruction"),
+        ([ROWS[0] | {"response": None}, ROWS[1]], ValueError, "row 0 of .* has an empty response"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, rows, error, message):
+    with pytest.raises(error, match=message):
+        load_examples(write(tmp_path, rows))
+
+
+def test_a_missing_file_is_said_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data file .*none\.jsonl does not exist"):
+        load_examples(DataArguments(data=str(tmp_path / "none.jsonl")))
+
+
+def test_the_collator_makes_the_models_inputs(encoder_dir, llama_dir):
+    processor = ProtoGenProcessor.from_encoder_decoder_pretrained(str(encoder_dir), str(llama_dir))
+    examples = [Example(str(i), INSTRUCTIONS[i], "", ANSWERS[i], "ab"[i % 2]) for i in range(3)]
+    batch = ProtoGenCollator(processor, categories=["a", "b"])(examples)
+    expected = processor(INSTRUCTIONS, None, ANSWERS)
+    assert batch["category_ids"].tolist() == [0, 1, 0]
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+def test_an_unknown_category_is_refused():
+    with pytest.raises(ValueError, match="unknown category 'z'; the model knows a, b"):
+        category_id("z", ["a", "b"])

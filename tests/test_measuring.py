@@ -1,0 +1,74 @@
+"""Metrics, timing and reports."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import INSTRUCTIONS
+
+from eval_tasks import report
+from eval_tasks.latency import interleaved_seconds, ratio_with_interval
+from eval_tasks.text_metrics import exact_match, rouge_l, token_accuracy
+
+
+def test_token_accuracy_counts_real_tokens_only():
+    labels = np.array([[1, 2, -100], [3, 4, 5]])
+    assert token_accuracy(np.array([[1, 9, -100], [3, 4, 9]]), labels) == pytest.approx(3 / 5)
+
+
+def test_exact_match_ignores_outer_space():
+    assert exact_match(["a b ", "c"], ["a b", "d"]) == 0.5
+
+
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
+    # LCS "the cat mat": precision 3/4, recall 3/6.
+    assert rouge_l(["the cat the mat"], ["the cat sat on a mat"]) == pytest.approx(2 * 0.75 * 0.5 / 1.25)
+    assert rouge_l(INSTRUCTIONS, INSTRUCTIONS) == 1.0
+
+
+def test_methods_are_called_in_turn():
+    calls = []
+    seconds = interleaved_seconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
+    assert calls == ["a", "b"] * 4
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_ratio_of_medians_lies_in_its_interval():
+    rng = np.random.default_rng(0)
+    drift = rng.uniform(1, 3, 50)
+    value, low, high = ratio_with_interval(20 * drift, drift)
+    assert low <= value <= high
+    assert value == pytest.approx(20)
+    assert ratio_with_interval(np.array([4.0]), np.array([2.0])) == (2.0, 2.0, 2.0)
+
+
+@pytest.fixture
+def content():
+    return report.result("make it", "tiny", None, "three rows", 0, {"accuracy": 0.98765, "speedup": [20.0, 19.0, 21.0]})
+
+
+def test_results_are_written_whole_and_read_back(content, tmp_path):
+    path = tmp_path / "results" / "x.json"
+    report.write_result(path, content)
+    assert report.read_result(path) == content
+    assert [file.name for file in path.parent.iterdir()] == ["x.json"]
+    assert set(content) == set(report.RESULT_FIELDS)
+    path.write_text(json.dumps({"figures": {}}))
+    with pytest.raises(ValueError, match="is not a result file: it lacks command"):
+        report.read_result(path)
+
+
+def test_tables_are_filled_between_their_markers(content):
+    text = "before\n<!-- result x -->\nold\n<!-- end x -->\nafter"
+    filled = report.fill_tables(text, {"x": content})
+    assert "old" not in filled
+    assert "| accuracy | 0.988 |" in filled
+    assert "| speedup | 20 (19 to 21) |" in filled
+    assert "`make it`" in filled
+    assert filled.startswith("before\n")
+    assert filled.endswith("\nafter")
+    assert report.fill_tables(filled, {"x": content}) == filled
+    with pytest.raises(ValueError, match=r"no result file y\.json"):
+        report.fill_tables("<!-- result y -->", {"x": content})
+    with pytest.raises(ValueError, match="has no '<!-- end x -->'"):
+        report.fill_tables("<!-- result x -->", {"x": content})

@@ -1,0 +1,196 @@
+"""The trainer: exact under gradient accumulation and resume, every loss logged, the decoder untouched."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS, weights_hash
+from rouge_score.rouge_scorer import RougeScorer
+
+from eval_tasks.text_metrics import one_step_metrics
+from trainers.data import Example, ProtoGenCollator
+from trainers.fitting import FittingArguments, ProtoTokenFitter
+from trainers.proto_bank import BankInfo, ProtoTokenBank, decoder_fingerprint
+from trainers.protogen_trainer import ProtoGenTrainer, last_complete_checkpoint
+from trainers.training_args import ProtoGenTrainingArguments
+
+EXAMPLES = [
+    Example(f"{i}-{j}", instruction, CONTEXTS[i] or "", answer)
+    for i, instruction in enumerate(INSTRUCTIONS)
+    for j, answer in enumerate([*ANSWERS, "a dog ran under the tree"])
+]
+ALL_LOSSES = {"reconstruction": 1.0, "length_nll": 0.1, "siglip": 0.5, "distance_based_logistic": 0.5}
+
+
+@pytest.fixture
+def trainer_for(build, tmp_path):
+    def trainer_for(decoder_dir, bank=None, dropout=0.0, output_dir=tmp_path / "run", fields=None, **arguments):
+        model, processor = build(decoder_dir, **(fields or {}))
+        for module in model.encoder.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = dropout
+        arguments = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no"} | arguments
+        args = ProtoGenTrainingArguments(
+            output_dir=str(output_dir), use_cpu=True, logging_steps=1, disable_tqdm=True, seed=3, **arguments
+        )
+        return ProtoGenTrainer(
+            model=model,
+            args=args,
+            train_dataset=EXAMPLES,
+            eval_dataset=EXAMPLES[:5],
+            data_collator=ProtoGenCollator(processor, bank=bank),
+            processing_class=processor,
+            compute_metrics=one_step_metrics(processor),
+        )
+
+    return trainer_for
+
+
+@pytest.fixture
+def bank(build, llama_dir, tmp_path):
+    model, processor = build(llama_dir)
+    info = BankInfo(
+        "tiny", None, decoder_fingerprint(model.decoder), "e_mN", 8, 1, "per_example", "bos", dim=24
+    )
+    fitter = ProtoTokenFitter(model.decoder, info, FittingArguments(fit_max_steps=3, fit_attempts=1))
+    labels = processor.encode_answers([example.answer for example in EXAMPLES])["labels"]
+    texts = [(e.id, row[row != -100].tolist()) for e, row in zip(EXAMPLES, labels, strict=True)]
+    bank = ProtoTokenBank(tmp_path / "bank", info)
+    bank.append(fitter.fit(texts))
+    return bank
+
+
+def losses_of(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def parameters_of(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("fields", [{}, {"decoder_sees_prompt": True}], ids=str)
+def test_training_learns_and_leaves_the_decoder_alone(trainer_for, decoder_dir, fields):
+    trainer = trainer_for(decoder_dir, fields=fields, max_steps=30, learning_rate=5e-3)
+    decoder, start = weights_hash(trainer.model.decoder), parameters_of(trainer)
+    trainer.train()
+    losses = losses_of(trainer)
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert weights_hash(trainer.model.decoder) == decoder
+    optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert not optimised & {id(p) for p in trainer.model.decoder.parameters()}
+    still = {name for name, p in parameters_of(trainer).items() if torch.equal(p, start[name])}
+    # The pooler is not used; a bias of the keys cannot change a softmax.
+    assert {name for name in still if "pooler" not in name and not name.endswith("key.bias")} == set()
+
+
+def test_gradient_accumulation_equals_the_whole_batch(trainer_for, llama_dir, tmp_path):
+    results = []
+    for size, steps in ((4, 1), (2, 2), (1, 4)):
+        trainer = trainer_for(
+            llama_dir,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            output_dir=tmp_path / f"run-{size}",
+            optim="sgd",
+            max_steps=3,
+        )
+        trainer.train()
+        results.append((losses_of(trainer), parameters_of(trainer)))
+    for losses, parameters in results[1:]:
+        assert losses == pytest.approx(results[0][0], rel=1e-4)
+        for name, p in parameters.items():
+            torch.testing.assert_close(p, results[0][1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_resuming_equals_an_uninterrupted_run(trainer_for, llama_dir, bank, tmp_path):
+    arguments = {"losses": ALL_LOSSES, "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "dropout": 0.1}
+    whole = trainer_for(llama_dir, bank=bank, output_dir=tmp_path / "run", **arguments)
+    whole.train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    resumed = trainer_for(llama_dir, bank=bank, output_dir=tmp_path / "run", **arguments)
+    decoder = weights_hash(resumed.model.decoder)
+    resumed.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / "run"))
+    assert losses_of(resumed) == losses_of(whole)
+    assert weights_hash(resumed.model) == weights_hash(whole.model)
+    assert weights_hash(resumed.losses) == weights_hash(whole.losses)
+    assert weights_hash(resumed.model.decoder) == decoder
+
+
+def test_resuming_from_thin_checkpoints(trainer_for, llama_dir, tmp_path):
+    arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "fields": {"thin": True}}
+    whole = trainer_for(llama_dir, **arguments)
+    whole.train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    resumed = trainer_for(llama_dir, **arguments)
+    resumed.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / "run"))
+    assert weights_hash(resumed.model) == weights_hash(whole.model)
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(trainer_for, llama_dir, tmp_path):
+    trainer_for(llama_dir, max_steps=4, save_strategy="steps", save_steps=2).train()
+    (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").unlink()
+    assert last_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")
+    assert last_complete_checkpoint(tmp_path / "nothing") is None
+
+
+def test_every_loss_is_logged_and_they_sum_to_the_total(trainer_for, llama_dir, bank):
+    trainer = trainer_for(llama_dir, bank=bank, losses=json.dumps(ALL_LOSSES), max_steps=2)
+    bias = trainer.losses["siglip"].bias.item()
+    trainer.train()
+    for entry in trainer.state.log_history[:2]:
+        total = sum(weight * entry[f"loss_{name}"] for name, weight in ALL_LOSSES.items())
+        assert entry["loss"] == pytest.approx(total, rel=1e-4)
+    assert trainer.losses["siglip"].bias.item() != bias
+
+
+def test_evaluation_reports_the_one_step_answers(trainer_for, llama_dir):
+    trainer = trainer_for(llama_dir, max_steps=20, learning_rate=5e-3, per_device_eval_batch_size=2)
+    trainer.train()
+    metrics = trainer.evaluate()
+    model, processor = trainer.model.eval(), trainer.processing_class
+
+    correct, matches, rouges = [], [], []
+    for example in EXAMPLES[:5]:
+        inputs = processor(example.instruction, example.context or None)
+        labels = processor.encode_answers([example.answer])["labels"]
+        with torch.no_grad():
+            correct += (model(**inputs, labels=labels).logits.argmax(-1) == labels[0]).tolist()
+        answer = processor.batch_decode(model.generate(**inputs))[0]
+        reference = processor.batch_decode(labels)[0]
+        matches.append(answer.strip() == reference.strip())
+        rouges.append(RougeScorer(["rougeL"]).score(reference, answer)["rougeL"].fmeasure)
+    assert metrics["eval_token_accuracy"] == pytest.approx(np.mean(correct))
+    assert metrics["eval_exact_match"] == pytest.approx(np.mean(matches))
+    assert metrics["eval_rouge_l"] == pytest.approx(np.mean(rouges))
+    assert {"eval_loss", "eval_loss_reconstruction", "eval_loss_length_nll"} <= metrics.keys()
+    assert 0 < metrics["eval_token_accuracy"]
+
+
+def test_evaluation_without_a_bank_leaves_out_what_needs_one(trainer_for, llama_dir, bank):
+    trainer = trainer_for(llama_dir, bank=bank, losses={"reconstruction": 1.0, "siglip": 1.0})
+    trainer.data_collator.bank = None
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_loss_reconstruction"], rel=1e-5)
+    assert "eval_loss_siglip" not in metrics
+
+
+def test_the_encoder_has_its_own_learning_rate(trainer_for, llama_dir):
+    trainer = trainer_for(llama_dir, encoder_learning_rate=1e-5, learning_rate=1e-3, weight_decay=0.1)
+    encoder = {id(p) for p in trainer.model.encoder.parameters()}
+    for group in trainer.create_optimizer().param_groups:
+        assert group["lr"] == (1e-5 if id(group["params"][0]) in encoder else 1e-3)
+        assert all((id(p) in encoder) == (id(group["params"][0]) in encoder) for p in group["params"])
+        assert all((p.dim() > 1) == (group["weight_decay"] > 0) for p in group["params"])
+    frozen = trainer_for(llama_dir, encoder_learning_rate=0.0)
+    assert not any(p.requires_grad for p in frozen.model.encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [('{"mse": 1}', "unknown losses: mse; the losses are reconstruction"), ({"siglip": 0.0}, "positive weight")],
+)
+def test_impossible_losses_are_refused(tmp_path, losses, message):
+    with pytest.raises(ValueError, match=message):
+        ProtoGenTrainingArguments(output_dir=str(tmp_path), losses=losses)
