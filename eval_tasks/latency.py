@@ -5,16 +5,18 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 
 def interleaved_seconds(
-    methods: dict[str, Callable[[], object]], rounds: int = 10, warmup: int = 2
+    methods: dict[str, Callable[[int], object]], rounds: int = 15, warmup: int = 2
 ) -> dict[str, np.ndarray]:
     """
-    Calls every method once a round.
+    Calls every method once a round, with a progress bar.
 
     Args:
-        methods (`dict[str, Callable]`): calls to time, by name; each does the whole work, prompt in, text out.
+        methods (`dict[str, Callable]`): what to time, by name; each gets the number of the round, so that all have the
+            same input in one round, and does the whole work, prompt in, text out.
         rounds (`int`): timed rounds.
         warmup (`int`): rounds before that.
 
@@ -22,11 +24,11 @@ def interleaved_seconds(
         `dict[str, np.ndarray]`: seconds of each call, shape `(rounds,)`.
     """
     seconds = {name: [] for name in methods}
-    for number in range(warmup + rounds):
+    for number in tqdm(range(warmup + rounds), desc="time", unit="round"):
         for name, call in methods.items():
             synchronize()
             start = time.perf_counter()
-            call()
+            call(number)
             synchronize()
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - start)

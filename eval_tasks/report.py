@@ -21,12 +21,13 @@ def result(command: str, model: str, revision: str | None, data: str, seed: int,
         model, revision, data, seed: what it was made with.
         figures (`dict`): from a name with its unit to a number, or to `[value, low, high]`.
     """
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return {
         "command": command,
         "date": datetime.date.today().isoformat(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{cpu}, {torch.get_num_threads()} threads",
         "device": str(device),
         "model": model,
         "revision": revision,
@@ -36,8 +37,8 @@ def result(command: str, model: str, revision: str | None, data: str, seed: int,
     }
 
 
-def write_result(path: str | Path, content: dict) -> None:
-    """Writes a result file aside and renames it."""
+def write_json(path: str | Path, content: dict | list) -> None:
+    """Writes a file aside and renames it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")

@@ -146,7 +146,7 @@ class AttentionPooling(nn.Module):
         self.output = nn.Linear(dim, dim)
 
     def forward(self, states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        batch, _, dim = states.shape
+        batch = len(states)
 
         def split_heads(x):
             return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -487,10 +487,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             return_loss (`bool`): whether to compute the losses when there are labels.
         """
         e, m, m_offsets, mean, variance = self.predict(input_ids, attention_mask, category_ids)
-        if labels is None:
-            lengths = self.clamp_lengths(mean.exp())
-        else:
-            lengths = (labels != IGNORE_INDEX).sum(-1)
+        lengths = self.clamp_lengths(mean.exp()) if labels is None else (labels != IGNORE_INDEX).sum(-1)
         logits = self.decode(e, m, m_offsets, lengths, decoder_prompt_ids, decoder_prompt_mask)
         output = ProtoGenOutput(
             logits=logits, e=e, m=m, log_length_mean=mean, log_length_variance=variance, lengths=lengths

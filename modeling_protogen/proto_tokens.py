@@ -101,9 +101,7 @@ def build_layout(
     )
 
 
-def fill_slots(
-    layout: Layout, e: torch.Tensor, m: torch.Tensor, m_offsets: torch.Tensor | None = None
-) -> torch.Tensor:
+def fill_slots(layout: Layout, e: torch.Tensor, m: torch.Tensor, m_offsets: torch.Tensor | None = None) -> torch.Tensor:
     """
     Puts proto-tokens into their slots; differentiable in every argument but the layout.
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import yaml
 from transformers import HfArgumentParser
 from transformers.utils import logging
@@ -19,6 +20,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     debug = len(arguments) < len(sys.argv) - 1
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
         main(arguments)
     except KeyboardInterrupt:
@@ -52,7 +54,7 @@ class RecipeParser(HfArgumentParser):
         first.add_argument("--config")
         path = first.parse_known_args(arguments)[0].config
         recipe = self._recipe_arguments(Path(path)) if path else []
-        *parsed, rest, unknown = self.parse_args_into_dataclasses(
+        *parsed, _, unknown = self.parse_args_into_dataclasses(
             recipe + arguments, return_remaining_strings=True, look_for_args_file=False
         )
         if unknown:

@@ -57,12 +57,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--length", type=int, help="tokens to write, instead of the predicted length")
     parser.add_argument("--num-length-sigmas", type=float, default=0.0, help="widen the predicted length by so many σ")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--dtype", default="bfloat16", help="dtype of the weights")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--decoder", help="load a thin checkpoint's decoder from here")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     arguments = parser.parse_args(argv)
 
     prompts = read_prompts(arguments)
+    if not Path(arguments.model).is_dir() and arguments.model.count("/") != 1:
+        raise FileNotFoundError(f"there is no model folder {arguments.model}, and it is no Hub id either.")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     processor = ProtoGenProcessor.from_pretrained(arguments.model)
     model = ProtoGenForConditionalGeneration.from_pretrained(

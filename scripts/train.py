@@ -7,7 +7,6 @@ Fits proto-tokens (`--stage fit`) or trains the encoder that predicts them (`--s
 Run the same command again after an interruption: it goes on where it was.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from embedded import resolve
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from eval_tasks.report import write_result
+from eval_tasks.report import write_json
 from eval_tasks.text_metrics import one_step_metrics
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.data import DataArguments, ProtoGenCollator, load_examples, split_by_instruction
@@ -43,7 +42,10 @@ class ModelArguments:
     encoder_revision: str | None = field(default=None, metadata={"help": "Hub revision of the encoder."})
     decoder: str = field(default="EleutherAI/pythia-160m", metadata={"help": "Frozen decoder."})
     decoder_revision: str | None = field(default=None, metadata={"help": "Hub revision of the decoder."})
-    decoder_dtype: str = field(default="bfloat16", metadata={"help": "dtype of the decoder's weights."})
+    decoder_dtype: str = field(
+        default="bfloat16",
+        metadata={"help": "dtype of the decoder's weights.", "choices": ["bfloat16", "float16", "float32"]},
+    )
     arrangement: str = field(default="e_mN", metadata={"help": "e_m, e_mN, interleaved, halves or e_only."})
     num_e_tokens: int = field(default=1, metadata={"help": "e-tokens that open a chunk."})
     chunk_size: int = field(default=64, metadata={"help": "Answer tokens governed by one (e, m) pair."})
@@ -58,7 +60,7 @@ class ModelArguments:
 
 
 def fit(run: RunArguments, model_args: ModelArguments, data_args, fit_args: FittingArguments, args) -> None:
-    """Fits the training split's answers into the bank, skipping those that are there."""
+    """Fits the training split's answers into the bank, but for those that are there; sums up in OUTPUT_DIR/fit.json."""
     path = resolve(model_args.decoder)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.decoder_revision)
     decoder = AutoModelForCausalLM.from_pretrained(
@@ -81,8 +83,8 @@ def fit(run: RunArguments, model_args: ModelArguments, data_args, fit_args: Fitt
 
     texts = {}
     for example in examples[: fit_args.fit_num_texts]:
-        ids = tokenizer(example.answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-        texts[example.id] = ids[: fit_args.fit_max_length]
+        ids = tokenizer(example.answer, add_special_tokens=False).input_ids
+        texts[example.id] = [*ids, tokenizer.eos_token_id][: fit_args.fit_max_length]
     pending = sorted((id for id in texts if id not in bank), key=lambda id: len(texts[id]))
     print(f"fitting {len(pending)} texts; {len(texts) - len(pending)} are in the bank already")
     with tqdm(total=len(pending), desc="fit", unit="text") as bar:
@@ -96,14 +98,23 @@ def fit(run: RunArguments, model_args: ModelArguments, data_args, fit_args: Fitt
             bank.append(fitter.fit([(id, texts[id]) for id in batch], on_step=show))
             bar.n = start + len(batch)
     accuracies = [bank.accuracies[id] for id in texts]
+    summary = {
+        "texts": len(accuracies),
+        "perfect_texts": sum(accuracy == 1 for accuracy in accuracies),
+        "reconstruction_accuracy": sum(accuracies) / len(accuracies),
+    }
+    write_json(Path(args.output_dir) / "fit.json", summary)
     print(
-        f"mean reconstruction accuracy {sum(accuracies) / len(accuracies):.4f}, "
-        f"{sum(a == 1 for a in accuracies)} of {len(accuracies)} texts perfect; bank in {run.bank}"
+        f"mean reconstruction accuracy {summary['reconstruction_accuracy']:.4f}, "
+        f"{summary['perfect_texts']} of {summary['texts']} texts perfect; bank in {run.bank}"
     )
 
 
 def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoGenTrainingArguments) -> None:
-    """Trains the encoder; leaves the model in OUTPUT_DIR/model and its metrics in OUTPUT_DIR/metrics.json."""
+    """
+    Trains the encoder; leaves the model in OUTPUT_DIR/model, its metrics in OUTPUT_DIR/metrics.json and the held-out
+    instructions in OUTPUT_DIR/validation.json.
+    """
     output_dir = Path(args.output_dir)
     metrics_path = output_dir / "metrics.json"
     if metrics_path.is_file():
@@ -165,14 +176,14 @@ def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoG
     if trainer.is_world_process_zero():
         model.save_pretrained(output_dir / "model")
         processor.save_pretrained(output_dir / "model")
-        write_result(metrics_path, metrics)
+        held_out = [{"instruction": e.instruction, "context": e.context} for e in validation_examples]
+        write_json(output_dir / "validation.json", held_out)
+        write_json(metrics_path, metrics)
         print(f"model in {output_dir / 'model'}, metrics in {metrics_path}")
 
 
 def main(arguments: list[str]) -> None:
-    parser = cli.RecipeParser(
-        RunArguments, ModelArguments, DataArguments, FittingArguments, ProtoGenTrainingArguments
-    )
+    parser = cli.RecipeParser(RunArguments, ModelArguments, DataArguments, FittingArguments, ProtoGenTrainingArguments)
     run, model_args, data_args, fit_args, args = parser.parse(arguments)
     run.bank = run.bank or str(Path(args.output_dir) / "bank")
     if run.stage == "fit":

@@ -144,9 +144,7 @@ def test_a_missing_decoder_says_how_to_go_on(build, llama_dir, tmp_path):
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(OSError, match="thin checkpoint and its decoder .* cannot be loaded; pass decoder_name_or_path"):
         ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "model")
-    found = ProtoGenForConditionalGeneration.from_pretrained(
-        tmp_path / "model", decoder_name_or_path=str(llama_dir)
-    )
+    found = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "model", decoder_name_or_path=str(llama_dir))
     assert torch.equal(answers(found, processor)["sequences"], answers(model, processor)["sequences"])
 
 

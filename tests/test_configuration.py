@@ -7,7 +7,9 @@ DECODER = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "
 
 
 def config(**fields):
-    return ProtoGenConfig(encoder_config=dict(ENCODER), decoder_config=dict(DECODER) | fields.pop("decoder", {}), **fields)
+    return ProtoGenConfig(
+        encoder_config=dict(ENCODER), decoder_config=dict(DECODER) | fields.pop("decoder", {}), **fields
+    )
 
 
 def test_defaults_and_round_trip(tmp_path):

@@ -12,7 +12,13 @@ TEXTS = [("a", [5, 9, 4]), ("b", [7, 7, 3, 12, 2]), ("c", [20]), ("d", [11, 6, 3
 
 
 def info_for(decoder, **fields):
-    fields = {"arrangement": "e_mN", "chunk_size": 4, "num_e_tokens": 1, "m_scope": "per_example", "sink": "bos"} | fields
+    fields = {
+        "arrangement": "e_mN",
+        "chunk_size": 4,
+        "num_e_tokens": 1,
+        "m_scope": "per_example",
+        "sink": "bos",
+    } | fields
     return BankInfo("tiny", None, decoder_fingerprint(decoder), dim=decoder.config.hidden_size, **fields)
 
 

@@ -28,8 +28,9 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
 
 def test_methods_are_called_in_turn():
     calls = []
-    seconds = interleaved_seconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
-    assert calls == ["a", "b"] * 4
+    methods = {"a": lambda number: calls.append(("a", number)), "b": lambda number: calls.append(("b", number))}
+    seconds = interleaved_seconds(methods, rounds=3, warmup=1)
+    assert calls == [(name, number) for number in range(4) for name in "ab"]
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 
 
@@ -49,7 +50,7 @@ def content():
 
 def test_results_are_written_whole_and_read_back(content, tmp_path):
     path = tmp_path / "results" / "x.json"
-    report.write_result(path, content)
+    report.write_json(path, content)
     assert report.read_result(path) == content
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
     assert set(content) == set(report.RESULT_FIELDS)

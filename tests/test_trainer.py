@@ -51,9 +51,7 @@ def trainer_for(build, tmp_path):
 @pytest.fixture
 def bank(build, llama_dir, tmp_path):
     model, processor = build(llama_dir)
-    info = BankInfo(
-        "tiny", None, decoder_fingerprint(model.decoder), "e_mN", 8, 1, "per_example", "bos", dim=24
-    )
+    info = BankInfo("tiny", None, decoder_fingerprint(model.decoder), "e_mN", 8, 1, "per_example", "bos", dim=24)
     fitter = ProtoTokenFitter(model.decoder, info, FittingArguments(fit_max_steps=3, fit_attempts=1))
     labels = processor.encode_answers([example.answer for example in EXAMPLES])["labels"]
     texts = [(e.id, row[row != -100].tolist()) for e, row in zip(EXAMPLES, labels, strict=True)]
@@ -165,7 +163,7 @@ def test_evaluation_reports_the_one_step_answers(trainer_for, llama_dir):
     assert metrics["eval_exact_match"] == pytest.approx(np.mean(matches))
     assert metrics["eval_rouge_l"] == pytest.approx(np.mean(rouges))
     assert {"eval_loss", "eval_loss_reconstruction", "eval_loss_length_nll"} <= metrics.keys()
-    assert 0 < metrics["eval_token_accuracy"]
+    assert metrics["eval_token_accuracy"] > 0
 
 
 def test_evaluation_without_a_bank_leaves_out_what_needs_one(trainer_for, llama_dir, bank):

@@ -127,9 +127,7 @@ class ProtoGenTrainer(Trainer):
             tokens = labels.clone()
             tokens[labels != IGNORE_INDEX] = outputs.logits.max(-1).indices
             prompt = {
-                name: value
-                for name, value in inputs.items()
-                if name not in (*BANK_INPUTS, "labels", "length_labels")
+                name: value for name, value in inputs.items() if name not in (*BANK_INPUTS, "labels", "length_labels")
             }
             answers = self.accelerator.unwrap_model(model).generate(**prompt, return_dict_in_generate=True)
         written = torch.arange(answers.sequences.shape[1], device=labels.device) < answers.lengths[:, None]

