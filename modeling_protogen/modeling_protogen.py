@@ -104,7 +104,7 @@ def answer_logits(
                 attention_mask=prefix_mask,
                 position_ids=positions[:, :num_prefix],
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=torch.zeros_like(prefix_mask, dtype=torch.bool),  # none
             ).past_key_values
         inputs = {"inputs_embeds": slots, "position_ids": positions[:, num_prefix:], "past_key_values": cache}
         predicts = layout.predicts

@@ -47,17 +47,22 @@ class ProtoGenProcessor(ProcessorMixin):
         *,
         encoder_revision: str | None = None,
         decoder_revision: str | None = None,
+        max_input_length: int | None = None,
         **kwargs,
     ) -> "ProtoGenProcessor":
-        """Loads both tokenizers and takes the encoder's window from its tokenizer and configuration."""
+        """
+        Loads both tokenizers. The encoder's window is the one in its tokenizer and configuration, or the smaller
+        `max_input_length`.
+        """
         tokenizer = AutoTokenizer.from_pretrained(encoder_name_or_path, revision=encoder_revision)
         decoder_tokenizer = AutoTokenizer.from_pretrained(decoder_name_or_path, revision=decoder_revision)
-        if "max_input_length" not in kwargs:
-            config = AutoConfig.from_pretrained(encoder_name_or_path, revision=encoder_revision)
-            # RoBERTa counts positions from its padding id on, so its last two are out of reach.
-            offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
-            kwargs["max_input_length"] = min(tokenizer.model_max_length, config.max_position_embeddings - offset)
-        return cls(tokenizer, decoder_tokenizer, **kwargs)
+        config = AutoConfig.from_pretrained(encoder_name_or_path, revision=encoder_revision)
+        # RoBERTa counts positions from its padding id on, so the last two are out of reach.
+        offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
+        window = min(tokenizer.model_max_length, config.max_position_embeddings - offset)
+        if max_input_length is not None:
+            window = min(window, max_input_length)
+        return cls(tokenizer, decoder_tokenizer, max_input_length=window, **kwargs)
 
     def __call__(
         self,

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from eval_tasks.report import write_json
 from eval_tasks.text_metrics import one_step_metrics
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from trainers.data import DataArguments, ProtoGenCollator, load_examples, split_by_instruction
+from trainers.data import DataArguments, ProtoGenCollator, fitting_targets, load_examples, split_by_instruction
 from trainers.fitting import FittingArguments, ProtoTokenFitter
 from trainers.proto_bank import BankInfo, ProtoTokenBank, decoder_fingerprint
 from trainers.protogen_trainer import ProtoGenTrainer, last_complete_checkpoint
@@ -55,6 +55,7 @@ class ModelArguments:
     m_position_offsets: bool = field(default=False, metadata={"help": "Trained offset of m for each position."})
     sink: str = field(default="bos", metadata={"help": "bos or none."})
     decoder_sees_prompt: bool = field(default=False, metadata={"help": "Prompt before the proto-tokens."})
+    max_input_length: int | None = field(default=None, metadata={"help": "The encoder's window in tokens."})
     max_prompt_length: int = field(default=1024, metadata={"help": "Longest prompt in decoder tokens."})
     thin: bool = field(default=True, metadata={"help": "Save checkpoints without the frozen decoder."})
 
@@ -81,10 +82,7 @@ def fit(run: RunArguments, model_args: ModelArguments, data_args, fit_args: Fitt
     examples, _ = split_by_instruction(load_examples(data_args), data_args.validation_share)
     bank = ProtoTokenBank(run.bank, info)
 
-    texts = {}
-    for example in examples[: fit_args.fit_num_texts]:
-        ids = tokenizer(example.answer, add_special_tokens=False).input_ids
-        texts[example.id] = [*ids, tokenizer.eos_token_id][: fit_args.fit_max_length]
+    texts = fitting_targets(tokenizer, examples[: fit_args.fit_num_texts], fit_args.fit_max_length)
     pending = sorted((id for id in texts if id not in bank), key=lambda id: len(texts[id]))
     print(f"fitting {len(pending)} texts; {len(texts) - len(pending)} are in the bank already")
     with tqdm(total=len(pending), desc="fit", unit="text") as bar:
@@ -125,7 +123,7 @@ def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoG
     encoder, decoder = resolve(fields.pop("encoder")), resolve(fields.pop("decoder"))
     revisions = {name: fields.pop(name) for name in ("encoder_revision", "decoder_revision")}
     decoder_dtype = getattr(torch, fields.pop("decoder_dtype"))
-    max_prompt_length = fields.pop("max_prompt_length")
+    windows = {name: fields.pop(name) for name in ("max_input_length", "max_prompt_length")}
 
     train_examples, validation_examples = split_by_instruction(load_examples(data_args), data_args.validation_share)
     categories = None
@@ -139,7 +137,7 @@ def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoG
         encoder,
         decoder,
         max_answer_length=config.max_answer_length,
-        max_prompt_length=max_prompt_length,
+        **windows,
         **revisions,
     )
     bank = None

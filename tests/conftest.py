@@ -30,52 +30,10 @@ from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcesso
 
 torch.set_num_threads(1)
 
-WORDS = [
-    *[
-        "the",
-        "a",
-        "cat",
-        "dog",
-        "bird",
-        "sat",
-        "ran",
-        "flew",
-        "on",
-        "under",
-        "mat",
-        "tree",
-        "who",
-        "what",
-        "where",
-        "is",
-        "was",
-        "it",
-        "name",
-        "three",
-        "animals",
-        "color",
-        "red",
-    ],
-    *[
-        "blue",
-        "green",
-        "tell",
-        "me",
-        "about",
-        "context",
-        "long",
-        "short",
-        "answer",
-        "one",
-        "two",
-        "paris",
-        "france",
-        "capital",
-        "of",
-        "sky",
-        "and",
-    ],
-]
+WORDS = """
+the a cat dog bird sat ran flew on under mat tree who what where is was it name three animals color red blue green tell
+me about context long short answer one two paris france capital of sky and
+""".split()
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<bos> ' + message['content'] + ' <eos> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'answer' }}{% endif %}"

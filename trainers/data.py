@@ -106,6 +106,12 @@ def split_by_instruction(examples: list[Example], validation_share: float) -> tu
     return train, validation
 
 
+def fitting_targets(tokenizer, examples: list[Example], max_length: int) -> dict[str, list[int]]:
+    """Token ids of the answers, EOS included, cut at `max_length`, by example id."""
+    ids = {example.id: tokenizer(example.answer, add_special_tokens=False).input_ids for example in examples}
+    return {id: [*tokens, tokenizer.eos_token_id][:max_length] for id, tokens in ids.items()}
+
+
 class ProtoGenCollator:
     """
     Makes a batch of examples.

@@ -14,6 +14,8 @@ from modeling_protogen.proto_tokens import build_layout, fill_slots
 
 from .proto_bank import BankEntry, BankInfo
 
+SCHEDULES = ["cosine", "constant"]
+
 
 @dataclass
 class FittingArguments:
@@ -24,7 +26,11 @@ class FittingArguments:
     fit_batch_size: int = field(default=32, metadata={"help": "Texts fitted side by side and saved together."})
     fit_max_steps: int = field(default=200, metadata={"help": "Optimisation steps of one attempt."})
     fit_attempts: int = field(default=5, metadata={"help": "Fresh starts for texts that are not perfect; 1 = none."})
-    fit_learning_rate: float = field(default=0.06, metadata={"help": "AdamW learning rate; cosine decay to zero."})
+    fit_learning_rate: float = field(default=0.06, metadata={"help": "AdamW learning rate."})
+    fit_schedule: str = field(
+        default="cosine",
+        metadata={"help": "Learning rate over an attempt: cosine (to zero) or constant.", "choices": SCHEDULES},
+    )
     fit_weight_decay: float = field(default=0.01, metadata={"help": "AdamW weight decay."})
     fit_beta1: float = field(default=0.9, metadata={"help": "AdamW beta1."})
     fit_beta2: float = field(default=0.9, metadata={"help": "AdamW beta2."})
@@ -133,8 +139,9 @@ class ProtoTokenFitter:
         )
         best_mean = -1.0
         for step in range(args.fit_max_steps):
-            lr = args.fit_learning_rate * (1 + math.cos(math.pi * step / args.fit_max_steps)) / 2
-            optimizer.param_groups[0]["lr"] = lr
+            if args.fit_schedule == "cosine":
+                decay = (1 + math.cos(math.pi * step / args.fit_max_steps)) / 2
+                optimizer.param_groups[0]["lr"] = args.fit_learning_rate * decay
             loss, accuracies = self._loss(active)
             mean = sum(accuracies) / len(accuracies)
             for text, accuracy in zip(active, accuracies, strict=True):
