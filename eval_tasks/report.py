@@ -67,10 +67,20 @@ def format_figure(figure: float | list[float]) -> str:
     return f"{figure:.3g}" if isinstance(figure, float) else str(figure)
 
 
-def markdown_table(content: dict) -> str:
-    """The figures of a result, one a row, with what made them below."""
-    lines = ["| figure | value |", "|---|---|"]
-    lines += [f"| {name.replace('_', ' ')} | {format_figure(value)} |" for name, value in content["figures"].items()]
+def markdown_table(content: dict, columns: list[str] = ()) -> str:
+    """
+    The figures of a result, one a row, with what made them below. With `columns` each row is a setting: figure
+    `SETTING_COLUMN` stands in row SETTING, column COLUMN.
+    """
+    figures = content["figures"]
+    if columns:
+        settings = [name.removesuffix(f"_{columns[0]}") for name in figures if name.endswith(f"_{columns[0]}")]
+        rows = [[setting, *(format_figure(figures[f"{setting}_{c}"]) for c in columns)] for setting in settings]
+        header = ["setting", *(column.replace("_", " ") for column in columns)]
+    else:
+        rows = [[name.replace("_", " "), format_figure(value)] for name, value in figures.items()]
+        header = ["figure", "value"]
+    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     revision = f" at {content['revision']}" if content["revision"] else ""
     lines += [
@@ -83,14 +93,15 @@ def markdown_table(content: dict) -> str:
 
 def fill_tables(text: str, results: dict[str, dict]) -> str:
     """
-    Replaces what stands between `<!-- result NAME -->` and `<!-- end NAME -->` by the table of that result.
+    Replaces what stands between `<!-- result NAME -->` and `<!-- end NAME -->` by the table of that result;
+    `<!-- result NAME COLUMN ... -->` makes a row of each setting.
 
     Raises:
         ValueError: if a start marker has no end, or names no result.
     """
     for line in text.splitlines():
         if line.startswith("<!-- result "):
-            name = line.removeprefix("<!-- result ").removesuffix(" -->")
+            name, *columns = line.removeprefix("<!-- result ").removesuffix(" -->").split()
             start, end = line, f"<!-- end {name} -->"
             if name not in results:
                 raise ValueError(f"there is no result file {name}.json.")
@@ -98,5 +109,5 @@ def fill_tables(text: str, results: dict[str, dict]) -> str:
                 raise ValueError(f"the marker {start!r} has no {end!r} after it.")
             before, rest = text.split(start, 1)
             after = rest.split(end, 1)[1]
-            text = f"{before}{start}\n{markdown_table(results[name])}\n{end}{after}"
+            text = f"{before}{start}\n{markdown_table(results[name], columns)}\n{end}{after}"
     return text

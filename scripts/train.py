@@ -95,11 +95,14 @@ def fit(run: RunArguments, model_args: ModelArguments, data_args, fit_args: Fitt
 
             bank.append(fitter.fit([(id, texts[id]) for id in batch], on_step=show))
             bar.n = start + len(batch)
-    accuracies = [bank.accuracies[id] for id in texts]
+    rows = [bank.row(id) for id in texts]
     summary = {
-        "texts": len(accuracies),
-        "perfect_texts": sum(accuracy == 1 for accuracy in accuracies),
-        "reconstruction_accuracy": sum(accuracies) / len(accuracies),
+        "texts": len(rows),
+        "perfect_texts": sum(row["accuracy"] == 1 for row in rows),
+        "reconstruction_accuracy": sum(row["accuracy"] for row in rows) / len(rows),
+        "mean_steps_to_best": sum(row["steps"] for row in rows) / len(rows),
+        "arrangement": asdict(info),
+        "settings": asdict(fit_args),
     }
     write_json(Path(args.output_dir) / "fit.json", summary)
     print(
@@ -140,6 +143,12 @@ def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoG
         **windows,
         **revisions,
     )
+    lost = len(train_examples) + len(validation_examples)
+    train_examples = [example for example in train_examples if processor.fits(example.instruction)]
+    validation_examples = [example for example in validation_examples if processor.fits(example.instruction)]
+    lost -= len(train_examples) + len(validation_examples)
+    if lost:
+        print(f"leaving out {lost} examples whose instruction is longer than max_input_length or max_prompt_length")
     bank = None
     if args.needs_bank:
         bank = ProtoTokenBank(run.bank)

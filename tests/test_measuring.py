@@ -1,6 +1,7 @@
 """Metrics, timing and reports."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from conftest import INSTRUCTIONS
 from eval_tasks import report
 from eval_tasks.latency import interleaved_seconds, ratio_with_interval
 from eval_tasks.text_metrics import exact_match, rouge_l, token_accuracy
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_token_accuracy_counts_real_tokens_only():
@@ -69,7 +72,16 @@ def test_tables_are_filled_between_their_markers(content):
     assert filled.startswith("before\n")
     assert filled.endswith("\nafter")
     assert report.fill_tables(filled, {"x": content}) == filled
+    content["figures"] = {"slow_accuracy": 0.5, "slow_steps": 7, "fast_accuracy": 1.0, "fast_steps": 3}
+    by_setting = report.fill_tables("<!-- result x accuracy steps -->\n<!-- end x -->", {"x": content})
+    assert "| setting | accuracy | steps |\n| --- | --- | --- |\n| slow | 0.5 | 7 |\n| fast | 1 | 3 |" in by_setting
     with pytest.raises(ValueError, match=r"no result file y\.json"):
         report.fill_tables("<!-- result y -->", {"x": content})
     with pytest.raises(ValueError, match="has no '<!-- end x -->'"):
         report.fill_tables("<!-- result x -->", {"x": content})
+
+
+def test_the_readmes_tables_are_those_of_the_result_files():
+    text = (ROOT / "README.md").read_text()
+    results = {path.stem: report.read_result(path) for path in (ROOT / "scripts" / "results").glob("*.json")}
+    assert report.fill_tables(text, results) == text, "run python scripts/report.py"

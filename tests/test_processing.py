@@ -91,6 +91,13 @@ def test_a_prompt_longer_than_its_limit_is_refused(encoder_dir, decoder_dir):
         processor("the cat sat on the mat", "red")
 
 
+def test_fits_says_what_would_be_refused(processor):
+    assert processor.fits("the cat")
+    assert not processor.fits("the cat " * 20)
+    processor.max_prompt_length = 1
+    assert not processor.fits("the cat")
+
+
 def test_round_trip(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     again = ProtoGenProcessor.from_pretrained(tmp_path)

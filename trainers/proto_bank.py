@@ -172,10 +172,9 @@ class ProtoTokenBank:
         """Example ids in the order in which they were written."""
         return list(self._rows)
 
-    @property
-    def accuracies(self) -> dict[str, float]:
-        """Recorded reconstruction accuracy by example id."""
-        return {id: row["accuracy"] for id, (_, row) in self._rows.items()}
+    def row(self, id: str) -> dict:
+        """What is recorded of a text without its vectors: `accuracy`, `steps`, `token_ids` and where they stand."""
+        return self._rows[id][1]
 
     def __getitem__(self, id: str) -> BankEntry:
         """
