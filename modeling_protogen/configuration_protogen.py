@@ -112,7 +112,7 @@ class ProtoGenConfig(PreTrainedConfig):
             "decoder_sees_prompt puts the prompt before e, where it is the attention sink; sink=none contradicts it.",
         )
         require(
-            self.decoder_sees_prompt or self.sink == "none" or self.decoder_config.bos_token_id is not None,
+            self.decoder_sees_prompt or self.sink == "none" or self.decoder_text_config.bos_token_id is not None,
             "sink=bos needs a decoder with a bos_token_id; this one has none: set sink=none, "
             "or give decoder_config.bos_token_id.",
         )
@@ -125,15 +125,20 @@ class ProtoGenConfig(PreTrainedConfig):
         require(low < high, f"log_length_variance_range={low, high} is empty.")
 
     @property
+    def decoder_text_config(self) -> PreTrainedConfig:
+        """The decoder's configuration; of a multimodal decoder, that of its language model."""
+        return self.decoder_config.get_text_config()
+
+    @property
     def eos_token_ids(self) -> list[int]:
         """The decoder's end-of-sequence ids; the top-level ones belong to whichever tokenizer wrote them last."""
-        eos = self.decoder_config.eos_token_id
+        eos = self.decoder_text_config.eos_token_id
         return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
     @property
     def answer_pad_token_id(self) -> int:
         """What fills the rows of `generate`'s sequences after the answer's end."""
-        pad = self.decoder_config.pad_token_id
+        pad = self.decoder_text_config.pad_token_id
         return pad if pad is not None else self.eos_token_ids[0] if self.eos_token_ids else 0
 
 

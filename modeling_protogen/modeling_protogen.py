@@ -183,7 +183,7 @@ class ProtoTokenPredictor(nn.Module):
     def __init__(self, config: ProtoGenConfig):
         super().__init__()
         self.config = config
-        source_dim, decoder_dim = config.encoder_config.hidden_size, config.decoder_config.hidden_size
+        source_dim, decoder_dim = config.encoder_config.hidden_size, config.decoder_text_config.hidden_size
         self.num_e = config.max_chunks * config.num_e_tokens
         predicts_m = config.m_scope == "per_example" and config.arrangement != "e_only"
         num_queries = self.num_e + (config.max_chunks if predicts_m else 0) + 1
@@ -335,6 +335,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                     revision=None if decoder_name_or_path else config.decoder_revision,
                     dtype=kwargs.get("dtype") or model.dtype,
                     device_map=kwargs.get("device_map"),
+                    **{name: kwargs[name] for name in ("cache_dir", "local_files_only", "token") if name in kwargs},
                 )
             except OSError as error:
                 raise OSError(
@@ -351,8 +352,9 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         Raises:
             ValueError: if its width or vocabulary is not the one in the configuration.
         """
+        found_config, expected_config = decoder.config.get_text_config(), self.config.decoder_text_config
         for field in ("model_type", "hidden_size", "vocab_size"):
-            found, expected = getattr(decoder.config, field), getattr(self.config.decoder_config, field)
+            found, expected = getattr(found_config, field), getattr(expected_config, field)
             if found != expected:
                 raise ValueError(
                     f"this model was trained for a decoder with {field}={expected}"
@@ -450,7 +452,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             prefix_ids, prefix_mask = decoder_prompt_ids, decoder_prompt_mask
         else:
             shape = (len(lengths), 1 if config.sink == "bos" else 0)
-            prefix_ids, prefix_mask = lengths.new_full(shape, config.decoder_config.bos_token_id or 0), None
+            prefix_ids, prefix_mask = lengths.new_full(shape, config.decoder_text_config.bos_token_id or 0), None
         if prefix_mask is None:
             prefix_mask = torch.ones_like(prefix_ids)
         cache_prefix = config.decoder_sees_prompt and slots.requires_grad

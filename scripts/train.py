@@ -60,14 +60,8 @@ class ModelArguments:
     thin: bool = field(default=True, metadata={"help": "Save checkpoints without the frozen decoder."})
 
 
-def fit(run: RunArguments, model_args: ModelArguments, data_args, fit_args: FittingArguments, args) -> None:
-    """Fits the training split's answers into the bank, but for those that are there; sums up in OUTPUT_DIR/fit.json."""
-    path = resolve(model_args.decoder)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.decoder_revision)
-    decoder = AutoModelForCausalLM.from_pretrained(
-        path, revision=model_args.decoder_revision, dtype=getattr(torch, model_args.decoder_dtype)
-    ).to(args.device)
-    info = BankInfo(
+def bank_info(model_args: ModelArguments, decoder) -> BankInfo:
+    return BankInfo(
         decoder=model_args.decoder,
         decoder_revision=model_args.decoder_revision,
         decoder_fingerprint=decoder_fingerprint(decoder),
@@ -78,6 +72,18 @@ def fit(run: RunArguments, model_args: ModelArguments, data_args, fit_args: Fitt
         sink=model_args.sink,
         dim=decoder.get_input_embeddings().embedding_dim,
     )
+
+
+def fit(run: RunArguments, model_args: ModelArguments, data_args, fit_args: FittingArguments, args) -> None:
+    """Fits the training split's answers into the bank, but for those that are there; sums up in OUTPUT_DIR/fit.json."""
+    if args.world_size > 1:
+        raise ValueError("fitting runs in one process: accelerate launch --num_processes 1.")
+    path = resolve(model_args.decoder)
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.decoder_revision)
+    decoder = AutoModelForCausalLM.from_pretrained(
+        path, revision=model_args.decoder_revision, dtype=getattr(torch, model_args.decoder_dtype)
+    ).to(args.device)
+    info = bank_info(model_args, decoder)
     fitter = ProtoTokenFitter(decoder, info, fit_args)
     examples, _ = split_by_instruction(load_examples(data_args), data_args.validation_share)
     bank = ProtoTokenBank(run.bank, info)
@@ -85,7 +91,7 @@ def fit(run: RunArguments, model_args: ModelArguments, data_args, fit_args: Fitt
     texts = fitting_targets(tokenizer, examples[: fit_args.fit_num_texts], fit_args.fit_max_length)
     pending = sorted((id for id in texts if id not in bank), key=lambda id: len(texts[id]))
     print(f"fitting {len(pending)} texts; {len(texts) - len(pending)} are in the bank already")
-    with tqdm(total=len(pending), desc="fit", unit="text") as bar:
+    with cli.lock(bank.folder), tqdm(total=len(pending), desc="fit", unit="text") as bar:
         for start in range(0, len(pending), fit_args.fit_batch_size):
             batch = pending[start : start + fit_args.fit_batch_size]
 
@@ -151,20 +157,11 @@ def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoG
         print(f"leaving out {lost} examples whose instruction is longer than max_input_length or max_prompt_length")
     bank = None
     if args.needs_bank:
-        bank = ProtoTokenBank(run.bank)
-        bank.check(
-            BankInfo(
-                decoder=model_args.decoder,
-                decoder_revision=model_args.decoder_revision,
-                decoder_fingerprint=decoder_fingerprint(model.decoder),
-                arrangement=config.arrangement,
-                chunk_size=config.chunk_size,
-                num_e_tokens=config.num_e_tokens,
-                m_scope=config.m_scope,
-                sink=config.sink,
-                dim=config.decoder_config.hidden_size,
+        if not Path(run.bank).is_dir():
+            raise FileNotFoundError(
+                f"the losses need a bank and there is none in {run.bank}; fit it first (--stage fit)."
             )
-        )
+        bank = ProtoTokenBank(run.bank, bank_info(model_args, model.decoder))
         train_examples = [example for example in train_examples if example.id in bank]
         if not train_examples:
             raise ValueError(f"no training example is in the bank in {run.bank}; fit them first (--stage fit).")
@@ -177,7 +174,8 @@ def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoG
         processing_class=processor,
         compute_metrics=one_step_metrics(processor),
     )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
+    with cli.lock(output_dir) if trainer.is_world_process_zero() else nullcontext():
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     metrics = {"before": evaluations[0], "after": trainer.evaluate(), "log": trainer.state.log_history}
     if trainer.is_world_process_zero():

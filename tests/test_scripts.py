@@ -220,6 +220,19 @@ def test_a_bank_is_only_for_what_it_was_fitted_for(call, recipe, tmp_path):
     assert "is damaged" in call(train, "--config", recipe, "--stage", "fit")
 
 
+def test_two_runs_do_not_share_a_folder(call, recipe, tmp_path):
+    with cli.lock(tmp_path / "run" / "bank"):
+        assert "another process is at work in" in call(train, "--config", recipe, "--stage", "fit")
+    with cli.lock(tmp_path / "run"):
+        assert "another process is at work in" in call(train, "--config", recipe)
+    assert "perfect" in call(train, "--config", recipe, "--stage", "fit")
+
+
+def test_losses_against_a_bank_need_one(call, recipe, tmp_path):
+    assert "there is none in" in call(train, "--config", recipe, '--losses={"siglip": 1.0}')
+    assert not (tmp_path / "run" / "bank").exists()
+
+
 def test_bad_prompts_are_one_clear_line(call, recipe, tmp_path):
     call(train, "--config", recipe, "--max_steps", 1)
     model = tmp_path / "run" / "model"
