@@ -256,7 +256,6 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
     accepts_loss_kwargs = False
     _no_split_modules = ["ProtoTokenPredictor"]
     _supports_sdpa = True
-    _supports_flash_attn = True
 
     def __init__(
         self,
@@ -293,8 +292,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             decoder_name_or_path (`str`): Hub id or folder of any `AutoModelForCausalLM`.
             encoder_revision, decoder_revision (`str`, *optional*): Hub revisions.
             encoder_dtype (`torch.dtype`, defaults to float32): dtype of all that is trained.
-            decoder_dtype (`torch.dtype` or `"auto"`): dtype of the frozen decoder; bfloat16 is about three times faster
-                than float32 where the processor has it.
+            decoder_dtype (`torch.dtype` or `"auto"`): dtype of the frozen decoder; bfloat16 is much faster than float32
+                where the processor has it.
             **config_kwargs: fields of [`ProtoGenConfig`].
         """
         encoder = AutoModel.from_pretrained(encoder_name_or_path, revision=encoder_revision, dtype=encoder_dtype)

@@ -7,6 +7,7 @@ Fits proto-tokens (`--stage fit`) or trains the encoder that predicts them (`--s
 Run the same command again after an interruption: it goes on where it was.
 """
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
