@@ -68,6 +68,8 @@ def quickstart(arguments) -> None:
         rounds=arguments.rounds,
     )
     before, after = parts["metrics"]["before"], parts["metrics"]["after"]
+    if before is None:
+        raise ValueError(f"{run} was not evaluated before training: its recipe needs eval_on_start: true.")
     content = report.result(
         command="bash scripts/quickstart.sh",
         model="SmolLM2-135M-Instruct (frozen decoder), all-MiniLM-L6-v2 (encoder)",

@@ -156,6 +156,11 @@ def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoG
     lost -= len(train_examples) + len(validation_examples)
     if lost:
         print(f"leaving out {lost} examples whose instruction is longer than max_input_length or max_prompt_length")
+    if not train_examples or not validation_examples:
+        raise ValueError(
+            f"{len(train_examples)} training and {len(validation_examples)} validation examples are too few; "
+            "change validation_share or give more data."
+        )
     bank = None
     if args.needs_bank:
         if not Path(run.bank).is_dir():
@@ -177,8 +182,9 @@ def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoG
     )
     with cli.lock(output_dir) if trainer.is_world_process_zero() else nullcontext():
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
-    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    metrics = {"before": evaluations[0], "after": trainer.evaluate(), "log": trainer.state.log_history}
+    log = trainer.state.log_history
+    before = next((entry for entry in log if "eval_loss" in entry and entry["step"] == 0), None)
+    metrics = {"before": before, "after": trainer.evaluate(), "log": log}
     if trainer.is_world_process_zero():
         model.save_pretrained(output_dir / "model")
         processor.save_pretrained(output_dir / "model")

@@ -193,6 +193,7 @@ def test_errors_are_one_clear_line(call, recipe, tmp_path, capsys):
     assert "invalid choice" in error(train, "--config", recipe, "--stage", "fly")
     assert "data file" in error(train, "--config", recipe, "--data", tmp_path / "none.jsonl")
     assert "arrangement='m_e' is not one of" in error(train, "--config", recipe, "--arrangement", "m_e")
+    assert "are too few; change validation_share" in error(train, "--config", recipe, "--validation_share", 0)
     assert not (tmp_path / "run").exists()
 
     assert "there is no model folder" in error(generate, tmp_path / "none", "who")
