@@ -63,20 +63,22 @@ class ProtoGenTrainer(Trainer):
         model_inputs = {name: value for name, value in inputs.items() if name not in BANK_INPUTS}
         outputs = model(**model_inputs, return_loss=False)
         total = torch.zeros((), device=outputs.logits.device)
+        batch_size = total + len(inputs["input_ids"])
         for name, weight in self.args.losses.items():
             # Only training texts are banked: evaluation leaves out what compares with the bank.
             if name in BANK_LOSSES and "bank_e" not in inputs and not model.training:
                 continue
             component = self.losses[name](outputs, inputs)
-            self._components[model.training][name].append(component.detach())
+            sum_and_count = torch.stack([component.detach() * batch_size, batch_size])
+            self._components[model.training][name].append(sum_and_count)
             total = total + weight * component
         return (total, outputs) if return_outputs else total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         evaluating = "eval_loss" in logs
         for name, values in self._components[not evaluating].items():
-            mean = self.accelerator.gather(torch.stack(values).mean()).mean().item()
-            logs[f"eval_loss_{name}" if evaluating else f"loss_{name}"] = mean
+            total, count = self.accelerator.gather(torch.stack(values).sum(0)[None]).sum(0).tolist()
+            logs[f"eval_loss_{name}" if evaluating else f"loss_{name}"] = total / count
         self._components[not evaluating].clear()
         super().log(logs, start_time)
 
