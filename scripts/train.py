@@ -163,6 +163,11 @@ def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoG
         )
     bank = None
     if args.needs_bank:
+        if model_args.decoder_sees_prompt:
+            raise ValueError(
+                "banked proto-tokens were fitted without a prompt before them: compare with them under "
+                "decoder_sees_prompt: false, or leave out the losses that need a bank."
+            )
         if not Path(run.bank).is_dir():
             raise FileNotFoundError(
                 f"the losses need a bank and there is none in {run.bank}; fit it first (--stage fit)."

@@ -230,7 +230,9 @@ def test_two_runs_do_not_share_a_folder(call, recipe, tmp_path):
 
 
 def test_losses_against_a_bank_need_one(call, recipe, tmp_path):
-    assert "there is none in" in call(train, "--config", recipe, '--losses={"siglip": 1.0}')
+    losses = '--losses={"siglip": 1.0}'
+    assert "there is none in" in call(train, "--config", recipe, losses)
+    assert "fitted without a prompt" in call(train, "--config", recipe, losses, "--decoder_sees_prompt", "true")
     assert not (tmp_path / "run" / "bank").exists()
 
 
