@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,13 @@ class FittingArguments:
     fit_batch_size: int = field(default=32, metadata={"help": "Texts fitted side by side and saved together."})
     fit_max_steps: int = field(default=200, metadata={"help": "Optimisation steps of one attempt."})
     fit_attempts: int = field(default=5, metadata={"help": "Fresh starts for texts that are not perfect; 1 = none."})
+    fit_min_probability: float = field(
+        default=0.7,
+        metadata={
+            "help": "A text is done when it is perfect and each of its tokens has this probability, so that rounding "
+            "(another batch size or dtype) does not undo it; 0 stops at perfect, as the paper does."
+        },
+    )
     fit_learning_rate: float = field(default=0.06, metadata={"help": "AdamW learning rate."})
     fit_schedule: str = field(
         default="cosine",
@@ -54,6 +61,7 @@ class Text:
         e (`nn.Parameter` of shape `(chunks, num_e_tokens, dim)`), m (`nn.Parameter` of shape `(chunks, dim)`):
             The proto-tokens of the current attempt.
         best (`BankEntry`, *optional*): copies of the vectors with the best accuracy measured, and that accuracy.
+        min_probability (`float`): the least probability of a token under the best vectors.
     """
 
     id: str
@@ -61,21 +69,24 @@ class Text:
     e: nn.Parameter | None = None
     m: nn.Parameter | None = None
     best: BankEntry | None = None
+    min_probability: float = 0.0
 
     @property
-    def is_perfect(self) -> bool:
-        return self.best is not None and self.best.accuracy == 1.0
+    def score(self) -> tuple[float, float]:
+        """What the best vectors are chosen by."""
+        return (self.best.accuracy if self.best else 0.0, self.min_probability)
 
 
 class ProtoTokenFitter:
     """
     Fits `(e, m)` of many texts side by side. The texts do not influence each other, unless `m` is shared.
 
-    With `m_scope="per_example"` a text leaves the batch the moment its accuracy is perfect, and texts that are not
-    perfect after `fit_max_steps` get a fresh start. With `m_scope="shared"` one `m` serves all texts of the call, all
-    are optimised together for `fit_max_steps`, and the state with the best mean accuracy is kept.
+    With `m_scope="per_example"` a text leaves the batch the moment it is done (see `fit_min_probability`), and texts
+    that are not done after `fit_max_steps` get a fresh start. With `m_scope="shared"` one `m` serves all texts of the
+    call, all are optimised together for `fit_max_steps`, and the state with the best mean accuracy is kept.
 
-    The vectors kept are always the ones that the accuracy was measured with, not those after the following step.
+    The vectors kept are always the ones that the accuracy was measured with, not those after the following step. The
+    accuracy recorded in the end is measured once more, each text alone, so that anyone can measure it again.
 
     Args:
         decoder (`PreTrainedModel`): the frozen causal language model.
@@ -109,8 +120,8 @@ class ProtoTokenFitter:
 
         Args:
             texts (iterable of `(id, token_ids)`)
-            on_step (callable): called at each step with the step, the number of perfect texts and the mean best
-                accuracy so far.
+            on_step (callable): called at each step with the step, the number of texts that are done and the mean
+                best accuracy so far.
 
         Returns:
             `list[BankEntry]`, in the order of `texts`.
@@ -118,10 +129,13 @@ class ProtoTokenFitter:
         texts = [Text(id, token_ids) for id, token_ids in texts]
         shared = self.info.m_scope == "shared"
         for attempt in range(1 if shared else self.args.fit_attempts):
-            unfinished = [text for text in texts if not text.is_perfect]
+            unfinished = [text for text in texts if not self._is_done(text)]
             if unfinished:
                 self._attempt(unfinished, texts, attempt, shared, on_step)
-        return [text.best for text in texts]
+        return [replace(text.best, accuracy=self.measure([text.best])[0]) for text in texts]
+
+    def _is_done(self, text: Text) -> bool:
+        return text.score >= (1.0, self.args.fit_min_probability)
 
     def _attempt(self, active: list[Text], texts: list[Text], attempt: int, shared: bool, on_step) -> None:
         args = self.args
@@ -138,32 +152,32 @@ class ProtoTokenFitter:
             betas=(args.fit_beta1, args.fit_beta2),
             weight_decay=args.fit_weight_decay,
         )
-        best_mean = -1.0
+        best_mean = (-1.0, -1.0)
         for step in range(args.fit_max_steps):
             if args.fit_schedule == "cosine":
                 decay = (1 + math.cos(math.pi * step / args.fit_max_steps)) / 2
                 optimizer.param_groups[0]["lr"] = args.fit_learning_rate * decay
-            loss, accuracies = self._loss(active)
-            mean = sum(accuracies) / len(accuracies)
-            for text, accuracy in zip(active, accuracies, strict=True):
-                if mean > best_mean if shared else text.best is None or accuracy > text.best.accuracy:
-                    steps = attempt * args.fit_max_steps + step
-                    text.best = self._entry(text, accuracy, steps)
+            loss, scores = self._loss(active)
+            mean = tuple(sum(part) / len(scores) for part in zip(*scores, strict=True))
+            for text, score in zip(active, scores, strict=True):
+                if mean > best_mean if shared else text.best is None or score > text.score:
+                    text.best = self._entry(text, score[0], steps=attempt * args.fit_max_steps + step)
+                    text.min_probability = score[1]
             best_mean = max(best_mean, mean)
             on_step(
                 attempt * args.fit_max_steps + step,
-                sum(text.is_perfect for text in texts),
-                sum(text.best.accuracy if text.best else 0.0 for text in texts) / len(texts),
+                sum(self._is_done(text) for text in texts),
+                sum(text.score[0] for text in texts) / len(texts),
             )
-            if all(text.is_perfect for text in active):
+            if all(self._is_done(text) for text in active):
                 return
             optimizer.zero_grad()
             loss.backward()
             if not shared:
                 for text in active:
-                    if text.is_perfect:
+                    if self._is_done(text):
                         text.e.grad = text.m.grad = None
-                active = [text for text in active if not text.is_perfect]
+                active = [text for text in active if not self._is_done(text)]
             if args.fit_normalize_gradients:
                 for parameter in parameters:
                     if parameter.grad is not None:
@@ -173,10 +187,11 @@ class ProtoTokenFitter:
     def measure(self, entries: list[BankEntry]) -> list[float]:
         """Measures the reconstruction accuracy of stored proto-tokens again."""
         with torch.no_grad():
-            return self._loss([Text(entry.id, entry.token_ids, entry.e, entry.m) for entry in entries])[1]
+            scores = self._loss([Text(entry.id, entry.token_ids, entry.e, entry.m) for entry in entries])[1]
+        return [accuracy for accuracy, _ in scores]
 
-    def _loss(self, texts: list[Text]) -> tuple[torch.Tensor, list[float]]:
-        """Sum over texts of the mean cross-entropy of a text's tokens, and the accuracy of each."""
+    def _loss(self, texts: list[Text]) -> tuple[torch.Tensor, list[tuple[float, float]]]:
+        """Sum over texts of the mean cross-entropy of a text's tokens; accuracy and least probability of each text."""
         info, device = self.info, self.decoder.device
         lengths = torch.tensor([len(text.token_ids) for text in texts], device=device)
         num_chunks = max(len(text.e) for text in texts)
@@ -195,7 +210,9 @@ class ProtoTokenFitter:
         token_loss = F.cross_entropy(logits.float(), targets, reduction="none").split(lengths.tolist())
         correct = (logits.max(-1).indices == targets).float().split(lengths.tolist())
         accuracies = torch.stack([part.mean() for part in correct]).tolist()
-        return torch.stack([part.mean() for part in token_loss]).sum(), accuracies
+        least = torch.stack([part.detach().max() for part in token_loss]).neg().exp().tolist()
+        loss = torch.stack([part.mean() for part in token_loss]).sum()
+        return loss, list(zip(accuracies, least, strict=True))
 
     def _new_parameter(self, *shape: int) -> nn.Parameter:
         values = torch.randn(*shape, generator=self.generator) * self.init_std
