@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How learning rate, schedule, initialisation, gradient scale, arrangement and sink change a fit: the quickstart's 32
+# How margin, learning rate, schedule, initialisation, gradient scale, arrangement and sink change a fit: the quickstart's 32
 # texts, one attempt of 200 steps each. Some half an hour on two CPU cores; run it again to go on.
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
@@ -13,6 +13,7 @@ fit() {
 }
 
 fit default
+fit stop_at_perfect --fit_min_probability 0
 fit lr_0.03 --fit_learning_rate 0.03
 fit lr_0.1 --fit_learning_rate 0.1
 fit constant_lr --fit_schedule constant
