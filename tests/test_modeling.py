@@ -4,7 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS, weights_hash
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, RobertaConfig, RobertaModel
+
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen.modeling_protogen import answer_logits
+from modeling_protogen.proto_tokens import build_layout, fill_slots
 
 VARIANTS = [
     {},
@@ -77,9 +81,6 @@ def test_logits_equal_one_text_at_a_time(build, decoder_dir, fields):
 
 
 def test_reusing_the_prompts_cache_changes_neither_logits_nor_gradients(build, decoder_dir):
-    from modeling_protogen.modeling_protogen import answer_logits
-    from modeling_protogen.proto_tokens import build_layout, fill_slots
-
     model, processor = build(decoder_dir)
     batch = processor(INSTRUCTIONS, CONTEXTS)
     prompt = batch["decoder_prompt_ids"], batch["decoder_prompt_mask"]
@@ -177,6 +178,29 @@ def test_missing_inputs_are_named(build, llama_dir):
     model, processor = build(llama_dir, m_scope="per_category", categories=["open"])
     with pytest.raises(ValueError, match="per_category needs category_ids"):
         model(**processor(INSTRUCTIONS))
+
+
+def test_a_roberta_encoder_reads_its_whole_window_and_no_more(encoder_dir, llama_dir, tmp_path):
+    """RoBERTa's positions start after its padding id."""
+    tokenizer = AutoTokenizer.from_pretrained(encoder_dir)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=22,
+        pad_token_id=1,
+    )
+    RobertaModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    names = str(tmp_path), str(llama_dir)
+    processor = ProtoGenProcessor.from_encoder_decoder_pretrained(*names)
+    assert processor.max_input_length == 20
+    model = ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(*names, chunk_size=8)
+    batch = processor("who sat", "the cat " * 20)
+    assert batch["input_ids"].shape[1] == 20
+    assert model(**batch).logits.isfinite().all()
 
 
 def test_bfloat16_decoder_with_float32_heads(build, llama_dir):

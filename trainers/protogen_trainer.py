@@ -21,7 +21,17 @@ BANK_INPUTS = ("bank_e", "bank_m")
 
 
 class ProgressLines(ProgressCallback):
-    """The trainer's progress bar, with a short line for each log entry."""
+    """The trainer's progress bars, named, with a short line for each log entry."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("train")
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+        if self.prediction_bar is not None:
+            self.prediction_bar.set_description("evaluate", refresh=False)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:
