@@ -16,6 +16,7 @@ from pathlib import Path
 
 import cli
 import torch
+from embedded import resolve
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.data import category_id
@@ -68,7 +69,9 @@ def main(argv: list[str]) -> None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     processor = ProtoGenProcessor.from_pretrained(arguments.model)
     model = ProtoGenForConditionalGeneration.from_pretrained(
-        arguments.model, dtype=getattr(torch, arguments.dtype), decoder_name_or_path=arguments.decoder
+        arguments.model,
+        dtype=getattr(torch, arguments.dtype),
+        decoder_name_or_path=arguments.decoder and resolve(arguments.decoder),
     ).to(device)
 
     for start in range(0, len(prompts), arguments.batch_size):
