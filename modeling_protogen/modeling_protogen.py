@@ -334,7 +334,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                     revision=None if decoder_name_or_path else config.decoder_revision,
                     dtype=kwargs.get("dtype") or model.dtype,
                     device_map=kwargs.get("device_map"),
-                    **{name: kwargs[name] for name in ("cache_dir", "local_files_only", "token") if name in kwargs},
+                    **{key: kwargs[key] for key in ("cache_dir", "local_files_only", "token") if key in kwargs},
                 )
             except OSError as error:
                 raise OSError(
