@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# How margin, learning rate, schedule, initialisation, gradient scale, arrangement and sink change a fit: the quickstart's 32
-# texts, one attempt of 200 steps each. Some half an hour on two CPU cores; run it again to go on.
+# How margin, learning rate, schedule, initialisation, gradient scale, arrangement and sink change a fit: the
+# quickstart's 32 texts, one attempt of 200 steps each. Half an hour on two CPU cores; run it again to go on.
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 
@@ -15,7 +15,8 @@ fit() {
 fit default
 fit stop_at_perfect --fit_min_probability 0
 fit lr_0.03 --fit_learning_rate 0.03
-fit lr_0.1 --fit_learning_rate 0.1
+fit lr_0.06 --fit_learning_rate 0.06
+fit lr_0.2 --fit_learning_rate 0.2
 fit constant_lr --fit_schedule constant
 fit raw_gradients --fit_normalize_gradients false
 fit raw_gradients_lr_0.01 --fit_normalize_gradients false --fit_learning_rate 0.01

@@ -33,7 +33,7 @@ class FittingArguments:
             "(another batch size or dtype) does not undo it; 0 stops at perfect, as the paper does."
         },
     )
-    fit_learning_rate: float = field(default=0.06, metadata={"help": "AdamW learning rate."})
+    fit_learning_rate: float = field(default=0.1, metadata={"help": "AdamW learning rate."})
     fit_schedule: str = field(
         default="cosine",
         metadata={"help": "Learning rate over an attempt: cosine (to zero) or constant.", "choices": SCHEDULES},
