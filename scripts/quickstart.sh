@@ -4,7 +4,10 @@
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 
-launch=(accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
+# Left to itself, accelerate gives a process one thread.
+threads=$(python -c 'import os; print(os.cpu_count())')
+launch=(accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+    --num_cpu_threads_per_process "$threads")
 echo "1/3 fit: proto-tokens for the first 16 tokens of 32 Dolly responses"
 "${launch[@]}" scripts/train.py --config scripts/recipes/embedded.yaml --stage fit
 echo "2/3 train: an encoder that predicts proto-tokens from the instruction"
