@@ -60,11 +60,11 @@ def read_result(path: str | Path) -> dict:
 
 
 def format_figure(figure: float | list[float]) -> str:
-    """`0.994`, or `21.3 (20.1 to 22.4)` for a value with its interval."""
+    """`0.9941`, or `21.3 (20.1 to 22.4)` for a value with its interval."""
     if isinstance(figure, list):
         value, low, high = figure
         return f"{value:.3g} ({low:.3g} to {high:.3g})"
-    return f"{figure:.3g}" if isinstance(figure, float) else str(figure)
+    return f"{figure:.4g}" if isinstance(figure, float) else str(figure)
 
 
 def markdown_table(content: dict, columns: list[str] = ()) -> str:

@@ -66,7 +66,7 @@ def test_tables_are_filled_between_their_markers(content):
     text = "before\n<!-- result x -->\nold\n<!-- end x -->\nafter"
     filled = report.fill_tables(text, {"x": content})
     assert "old" not in filled
-    assert "| accuracy | 0.988 |" in filled
+    assert "| accuracy | 0.9877 |" in filled
     assert "| speedup | 20 (19 to 21) |" in filled
     assert "`make it`" in filled
     assert filled.startswith("before\n")
