@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -70,12 +70,19 @@ def length_nll(mean: torch.Tensor, variance: torch.Tensor, lengths: torch.Tensor
     return F.gaussian_nll_loss(mean.float(), lengths.float().log(), variance.float())
 
 
+def sink_ids(decoder_config: PreTrainedConfig, sink: str, batch: int, device: torch.device) -> torch.LongTensor:
+    """The prefix of a decoder that sees no prompt: `(batch, 1)` BOS ids, or `(batch, 0)` for `sink="none"`."""
+    if sink == "none":
+        return torch.empty(batch, 0, dtype=torch.long, device=device)
+    return torch.full((batch, 1), decoder_config.get_text_config().bos_token_id, device=device)
+
+
 def answer_logits(
     decoder: PreTrainedModel,
     slots: torch.Tensor,
     layout: Layout,
     prefix_ids: torch.LongTensor,
-    prefix_mask: torch.Tensor,
+    prefix_mask: torch.Tensor | None = None,
     cache_prefix: bool = False,
 ) -> torch.Tensor:
     """
@@ -86,7 +93,7 @@ def answer_logits(
         slots (`torch.Tensor` of shape `(batch, slots, dim)`): proto-tokens in their slots.
         layout (`Layout`): what the slots are.
         prefix_ids (`torch.LongTensor` of shape `(batch, prefix)`): sink or prompt; padded on the left; may be empty.
-        prefix_mask (`torch.Tensor` of shape `(batch, prefix)`): 1 for real tokens.
+        prefix_mask (`torch.Tensor` of shape `(batch, prefix)`, *optional*): 1 for real tokens; all by default.
         cache_prefix (`bool`): run the prefix first, without gradients, and reuse its keys and values. In training this
             saves the prefix's backward pass; without gradients one joined pass is faster.
 
@@ -95,6 +102,8 @@ def answer_logits(
     """
     slots = slots.to(decoder.dtype)
     num_prefix = prefix_ids.shape[1]
+    if prefix_mask is None:
+        prefix_mask = torch.ones_like(prefix_ids)
     mask = torch.cat([prefix_mask.long(), layout.mask.long()], dim=1)
     positions = position_ids(mask)
     if cache_prefix and num_prefix:
@@ -450,10 +459,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 raise ValueError("decoder_sees_prompt=True needs decoder_prompt_ids; the processor makes them.")
             prefix_ids, prefix_mask = decoder_prompt_ids, decoder_prompt_mask
         else:
-            shape = (len(lengths), 1 if config.sink == "bos" else 0)
-            prefix_ids, prefix_mask = lengths.new_full(shape, config.decoder_text_config.bos_token_id or 0), None
-        if prefix_mask is None:
-            prefix_mask = torch.ones_like(prefix_ids)
+            prefix_ids = sink_ids(config.decoder_config, config.sink, len(lengths), lengths.device)
+            prefix_mask = None
         cache_prefix = config.decoder_sees_prompt and slots.requires_grad
         return answer_logits(self.decoder, slots, layout, prefix_ids, prefix_mask, cache_prefix)
 

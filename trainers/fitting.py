@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from modeling_protogen.modeling_protogen import answer_logits
+from modeling_protogen.modeling_protogen import answer_logits, sink_ids
 from modeling_protogen.proto_tokens import build_layout, fill_slots
 
 from .proto_bank import BankEntry, BankInfo
@@ -101,8 +101,7 @@ class ProtoTokenFitter:
     def __init__(self, decoder: PreTrainedModel, info: BankInfo, args: FittingArguments):
         if info.m_scope not in ("per_example", "shared"):
             raise ValueError(f"fitting knows m_scope per_example and shared, not {info.m_scope!r}.")
-        self.bos_token_id = decoder.config.get_text_config().bos_token_id
-        if info.sink == "bos" and self.bos_token_id is None:
+        if info.sink == "bos" and decoder.config.get_text_config().bos_token_id is None:
             raise ValueError("sink=bos needs a decoder with a bos_token_id; this one has none: fit with sink=none.")
         self.decoder = decoder.requires_grad_(False).eval()
         self.info = info
@@ -203,8 +202,8 @@ class ProtoTokenFitter:
         m = [text.m.expand(len(text.e), -1) for text in texts]
         layout = build_layout(lengths, info.arrangement, info.chunk_size, num_chunks, info.num_e_tokens)
         slots = fill_slots(layout, stack([text.e for text in texts]).to(device), stack(m).to(device))
-        prefix = lengths.new_full((len(texts), int(info.sink == "bos")), self.bos_token_id or 0)
-        logits = answer_logits(self.decoder, slots, layout, prefix, torch.ones_like(prefix))
+        sink = sink_ids(self.decoder.config, info.sink, len(texts), device)
+        logits = answer_logits(self.decoder, slots, layout, sink)
         targets = torch.tensor([token for text in texts for token in text.token_ids], device=device)
 
         token_loss = F.cross_entropy(logits.float(), targets, reduction="none").split(lengths.tolist())
