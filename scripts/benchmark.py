@@ -30,6 +30,9 @@ def quickstart(arguments) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: fit and train first (scripts/quickstart.sh does).")
         parts[name] = json.loads(path.read_text())
+    before, after = parts["metrics"]["before"], parts["metrics"]["after"]
+    if before is None:
+        raise ValueError(f"{run} was not evaluated before training: its recipe needs eval_on_start: true.")
 
     # As someone does who has the model's folder only: nothing here imports our package.
     model = AutoModel.from_pretrained(run / "model", trust_remote_code=True, dtype=torch.bfloat16)
@@ -67,9 +70,6 @@ def quickstart(arguments) -> None:
         },
         rounds=arguments.rounds,
     )
-    before, after = parts["metrics"]["before"], parts["metrics"]["after"]
-    if before is None:
-        raise ValueError(f"{run} was not evaluated before training: its recipe needs eval_on_start: true.")
     content = report.result(
         command="bash scripts/quickstart.sh",
         model="SmolLM2-135M-Instruct (frozen decoder), all-MiniLM-L6-v2 (encoder)",

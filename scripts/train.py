@@ -128,6 +128,16 @@ def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoG
     if metrics_path.is_file():
         print(f"already trained: {output_dir / 'model'}; remove {output_dir} to train again")
         return
+    if args.needs_bank:
+        if model_args.decoder_sees_prompt:
+            raise ValueError(
+                "banked proto-tokens were fitted without a prompt before them: compare with them under "
+                "decoder_sees_prompt: false, or leave out the losses that need a bank."
+            )
+        if not Path(run.bank).is_dir():
+            raise FileNotFoundError(
+                f"the losses need a bank and there is none in {run.bank}; fit it first (--stage fit)."
+            )
     set_seed(args.seed)
     fields = asdict(model_args)
     encoder, decoder = resolve(fields.pop("encoder")), resolve(fields.pop("decoder"))
@@ -163,15 +173,6 @@ def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoG
         )
     bank = None
     if args.needs_bank:
-        if model_args.decoder_sees_prompt:
-            raise ValueError(
-                "banked proto-tokens were fitted without a prompt before them: compare with them under "
-                "decoder_sees_prompt: false, or leave out the losses that need a bank."
-            )
-        if not Path(run.bank).is_dir():
-            raise FileNotFoundError(
-                f"the losses need a bank and there is none in {run.bank}; fit it first (--stage fit)."
-            )
         bank = ProtoTokenBank(run.bank, bank_info(model_args, model.decoder))
         train_examples = [example for example in train_examples if example.id in bank]
         if not train_examples:
@@ -187,16 +188,16 @@ def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoG
     )
     with cli.lock(output_dir) if trainer.is_world_process_zero() else nullcontext():
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
-    log = trainer.state.log_history
-    before = next((entry for entry in log if "eval_loss" in entry and entry["step"] == 0), None)
-    metrics = {"before": before, "after": trainer.evaluate(), "log": log}
-    if trainer.is_world_process_zero():
-        model.save_pretrained(output_dir / "model")
-        processor.save_pretrained(output_dir / "model")
-        held_out = [{"instruction": e.instruction, "context": e.context} for e in validation_examples]
-        write_json(output_dir / "validation.json", held_out)
-        write_json(metrics_path, metrics)
-        print(f"model in {output_dir / 'model'}, metrics in {metrics_path}")
+        log = trainer.state.log_history
+        before = next((entry for entry in log if "eval_loss" in entry and entry["step"] == 0), None)
+        metrics = {"before": before, "after": trainer.evaluate(), "log": log}
+        if trainer.is_world_process_zero():
+            model.save_pretrained(output_dir / "model")
+            processor.save_pretrained(output_dir / "model")
+            held_out = [{"instruction": e.instruction, "context": e.context} for e in validation_examples]
+            write_json(output_dir / "validation.json", held_out)
+            write_json(metrics_path, metrics)
+            print(f"model in {output_dir / 'model'}, metrics in {metrics_path}")
 
 
 def main(arguments: list[str]) -> None:

@@ -73,7 +73,7 @@ class ProtoGenTrainer(Trainer):
         model_inputs = {name: value for name, value in inputs.items() if name not in BANK_INPUTS}
         outputs = model(**model_inputs, return_loss=False)
         total = torch.zeros((), device=outputs.logits.device)
-        batch_size = total + len(inputs["input_ids"])
+        batch_size = total.new_tensor(len(inputs["input_ids"]))
         for name, weight in self.args.losses.items():
             # Only training texts are banked: evaluation leaves out what compares with the bank.
             if name in BANK_LOSSES and "bank_e" not in inputs and not model.training:
