@@ -17,7 +17,6 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
     BertModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -53,9 +52,7 @@ def word_tokenizer(special: list[str], **kwargs) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **kwargs)
 
 
-@pytest.fixture(scope="session")
-def encoder_dir(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("encoder")
+def save_encoder(folder: Path, model_class=BertModel, max_position_embeddings: int = 32) -> Path:
     tokenizer = word_tokenizer(
         ["[UNK]", "[PAD]", "[CLS]", "[SEP]"],
         unk_token="[UNK]",
@@ -65,18 +62,23 @@ def encoder_dir(tmp_path_factory) -> Path:
         model_max_length=32,
     )
     torch.manual_seed(1)
-    config = BertConfig(
+    config = model_class.config_class(
         vocab_size=len(tokenizer),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=48,
-        max_position_embeddings=32,
+        max_position_embeddings=max_position_embeddings,
         pad_token_id=1,
     )
-    BertModel(config).save_pretrained(folder)
+    model_class(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_dir(tmp_path_factory) -> Path:
+    return save_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 def save_decoder(folder: Path, kind: str, hidden_size: int = 24) -> Path:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS, weights_hash
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, RobertaConfig, RobertaModel
+from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS, save_encoder, weights_hash
+from transformers import AutoModel, AutoModelForCausalLM, RobertaModel
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.modeling_protogen import answer_logits
@@ -180,20 +180,9 @@ def test_missing_inputs_are_named(build, llama_dir):
         model(**processor(INSTRUCTIONS))
 
 
-def test_a_roberta_encoder_reads_its_whole_window_and_no_more(encoder_dir, llama_dir, tmp_path):
+def test_a_roberta_encoder_reads_its_whole_window_and_no_more(llama_dir, tmp_path):
     """RoBERTa's positions start after its padding id."""
-    tokenizer = AutoTokenizer.from_pretrained(encoder_dir)
-    config = RobertaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=22,
-        pad_token_id=1,
-    )
-    RobertaModel(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    save_encoder(tmp_path, RobertaModel, max_position_embeddings=22)
     names = str(tmp_path), str(llama_dir)
     processor = ProtoGenProcessor.from_encoder_decoder_pretrained(*names)
     assert processor.max_input_length == 20
