@@ -88,8 +88,9 @@ def quickstart(arguments) -> None:
             f"one_step_speedup_{arguments.tokens}": list(ratio_with_interval(seconds["greedy"], seconds["one_step"])),
         },
     )
-    report.write_json(arguments.result, content)
-    print(f"\n{report.markdown_table(content)}\n\nwritten to {arguments.result}")
+    path = arguments.result or run / "quickstart.json"
+    report.write_json(path, content)
+    print(f"\n{report.markdown_table(content)}\n\nwritten to {path}")
 
 
 def fit_settings(arguments) -> None:
@@ -124,7 +125,7 @@ def main(argv: list[str]) -> None:
     command.add_argument("--examples", type=int, default=5, help="answers to print")
     command.add_argument("--tokens", type=int, default=64, help="tokens written by both sides")
     command.add_argument("--rounds", type=int, default=15)
-    command.add_argument("--result", default="scripts/results/quickstart.json")
+    command.add_argument("--result", help="quickstart.json in the run's folder by default")
     command.set_defaults(run_command=quickstart)
     command = commands.add_parser("fit-settings", help="gather the fits of scripts/fit_settings.sh")
     command.add_argument("--runs", default="runs/fit_settings")

@@ -106,15 +106,18 @@ def test_fit_train_generate_and_measure(call, recipe, tmp_path, llama_dir, monke
     prompts.write_text('{"instruction": "who", "context": "the cat"}\n{"instruction": "what"}\n')
     assert call(generate, model, "--file", prompts, "--batch-size", 1).count("predicted length") == 2
 
-    result = tmp_path / "quickstart.json"
+    # Beside the run: the committed result is what the README quotes, and measuring again must not change it.
+    result = tmp_path / "run" / "quickstart.json"
     monkeypatch.setattr(benchmark, "version", lambda wheel: "0")
-    out = call(benchmark, "quickstart", "--run", tmp_path / "run", "--result", result, "--tokens", 8, "--rounds", 2)
+    out = call(benchmark, "quickstart", "--run", tmp_path / "run", "--tokens", 8, "--rounds", 2)
     figures = read_result(result)["figures"]
     assert {"reconstruction_accuracy", "validation_token_accuracy_before", "one_step_speedup_8"} <= set(figures)
     assert figures["validation_token_accuracy_after"] == metrics["after"]["eval_token_accuracy"]
     assert "one step speedup 8" in out
     (tmp_path / "README.md").write_text("<!-- result quickstart -->\n<!-- end quickstart -->\n")
-    call(report, "--readme", tmp_path / "README.md", "--results", tmp_path)
+    (tmp_path / "results").mkdir()
+    result.rename(tmp_path / "results" / result.name)
+    call(report, "--readme", tmp_path / "README.md", "--results", tmp_path / "results")
     assert "one step speedup 8" in (tmp_path / "README.md").read_text()
 
 
