@@ -77,6 +77,30 @@ def sink_ids(decoder_config: PreTrainedConfig, sink: str, batch: int, device: to
     return torch.full((batch, 1), decoder_config.get_text_config().bos_token_id, device=device)
 
 
+def joined_inputs(
+    decoder: PreTrainedModel,
+    slots: torch.Tensor,
+    layout: Layout,
+    prefix_ids: torch.LongTensor,
+    prefix_mask: torch.Tensor | None = None,
+) -> tuple[dict[str, torch.Tensor], torch.BoolTensor]:
+    """
+    `[prefix][slots]` as the decoder takes it in one pass, and a mask `(batch, prefix + slots)` of the positions that
+    predict an answer token. Arguments as in [`answer_logits`].
+    """
+    if prefix_mask is None:
+        prefix_mask = torch.ones_like(prefix_ids)
+    mask = torch.cat([prefix_mask.long(), layout.mask.long()], dim=1)
+    prefix = decoder.get_input_embeddings()(prefix_ids)
+    inputs = {
+        "inputs_embeds": torch.cat([prefix, slots.to(decoder.dtype)], dim=1),
+        "attention_mask": mask,
+        "position_ids": position_ids(mask),
+        "use_cache": False,
+    }
+    return inputs, F.pad(layout.predicts, (prefix_ids.shape[1], 0))
+
+
 def answer_logits(
     decoder: PreTrainedModel,
     slots: torch.Tensor,
@@ -100,30 +124,28 @@ def answer_logits(
     Returns:
         `torch.Tensor` of shape `(answer_tokens, vocab)`, in the decoder's dtype, ordered text after text.
     """
-    slots = slots.to(decoder.dtype)
+    inputs, predicts = joined_inputs(decoder, slots, layout, prefix_ids, prefix_mask)
     num_prefix = prefix_ids.shape[1]
-    if prefix_mask is None:
-        prefix_mask = torch.ones_like(prefix_ids)
-    mask = torch.cat([prefix_mask.long(), layout.mask.long()], dim=1)
-    positions = position_ids(mask)
     if cache_prefix and num_prefix:
+        prefix_mask = inputs["attention_mask"][:, :num_prefix]
         with torch.no_grad():
             cache = decoder(
                 input_ids=prefix_ids,
                 attention_mask=prefix_mask,
-                position_ids=positions[:, :num_prefix],
+                position_ids=inputs["position_ids"][:, :num_prefix],
                 use_cache=True,
                 logits_to_keep=torch.zeros_like(prefix_mask, dtype=torch.bool),  # none
             ).past_key_values
-        inputs = {"inputs_embeds": slots, "position_ids": positions[:, num_prefix:], "past_key_values": cache}
+        inputs |= {
+            "inputs_embeds": slots.to(decoder.dtype),
+            "position_ids": inputs["position_ids"][:, num_prefix:],
+            "past_key_values": cache,
+            "use_cache": True,
+        }
         predicts = layout.predicts
-    else:
-        prefix = decoder.get_input_embeddings()(prefix_ids)
-        inputs = {"inputs_embeds": torch.cat([prefix, slots], dim=1), "position_ids": positions, "use_cache": False}
-        predicts = F.pad(layout.predicts, (num_prefix, 0))
     # A boolean mask gathers the answer positions into one contiguous matrix before the language-model head: no logits
     # at other positions, and none of the slowness of a linear layer on a strided bfloat16 slice on CPUs.
-    return decoder(**inputs, attention_mask=mask, logits_to_keep=predicts).logits
+    return decoder(**inputs, logits_to_keep=predicts).logits
 
 
 class ScaledLinear(nn.Linear):

@@ -6,12 +6,10 @@ import difflib
 import json
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 import yaml
-from filelock import FileLock, Timeout
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
@@ -32,22 +30,6 @@ def run(main: Callable[[list[str]], None]) -> None:
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         sys.exit(f"error: {message}\n(--debug shows where)")
-
-
-@contextmanager
-def lock(folder: Path):
-    """Holds a folder for this process; a ValueError tells a second one. The lock goes with its process, even a killed
-    one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder / ".lock")
-    try:
-        held.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"another process is at work in {folder}; wait for it, or use another folder.") from error
-    try:
-        yield
-    finally:
-        held.release()
 
 
 class RecipeParser(HfArgumentParser):

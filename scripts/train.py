@@ -1,5 +1,6 @@
 """
-Fits proto-tokens (`--stage fit`) or trains the encoder that predicts them (`--stage train`).
+Fits proto-tokens (`--stage fit`), trains the encoder that predicts them (`--stage train`), or measures how long a text
+they can hold (`--stage capacity`).
 
     accelerate launch scripts/train.py --config scripts/recipes/embedded.yaml --stage fit
     accelerate launch scripts/train.py --config scripts/recipes/embedded.yaml --stage train --max_steps 1000
@@ -7,22 +8,26 @@ Fits proto-tokens (`--stage fit`) or trains the encoder that predicts them (`--s
 Run the same command again after an interruption: it goes on where it was.
 """
 
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import cli
 import torch
+from accelerate import Accelerator
 from embedded import resolve
-from tqdm import tqdm
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from eval_tasks.report import write_json
 from eval_tasks.text_metrics import one_step_metrics
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.data import DataArguments, ProtoGenCollator, fitting_targets, load_examples, split_by_instruction
-from trainers.fitting import FittingArguments, ProtoTokenFitter
-from trainers.proto_bank import BankInfo, ProtoTokenBank, decoder_fingerprint
+from trainers.files import locked
+from trainers.fit_bank import fit_bank, with_predicted_starts
+from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
+from trainers.proto_bank import BankInfo, ProtoTokenBank, decoder_fingerprint, remove_damaged_shards
 from trainers.protogen_trainer import ProtoGenTrainer, last_complete_checkpoint
 from trainers.training_args import ProtoGenTrainingArguments
 
@@ -31,8 +36,15 @@ from trainers.training_args import ProtoGenTrainingArguments
 class RunArguments:
     """What to do."""
 
-    stage: str = field(default="train", metadata={"help": "fit or train.", "choices": ["fit", "train"]})
+    stage: str = field(default="train", metadata={"help": "What to do.", "choices": ["fit", "train", "capacity"]})
     bank: str | None = field(default=None, metadata={"help": "Folder of the bank; OUTPUT_DIR/bank by default."})
+    refit_damaged: bool = field(default=False, metadata={"help": "Remove damaged shards and fit their texts again."})
+    warm_start: str | None = field(
+        default=None, metadata={"help": "Trained model whose predictions the fit starts from; random by default."}
+    )
+    fixed_m: str | None = field(
+        default=None, metadata={"help": "Safetensors file with the vector `m` (dim,) for m_scope=fixed."}
+    )
 
 
 @dataclass
@@ -75,40 +87,76 @@ def bank_info(model_args: ModelArguments, decoder) -> BankInfo:
     )
 
 
-def fit(run: RunArguments, model_args: ModelArguments, data_args, fit_args: FittingArguments, args) -> None:
-    """Fits the training split's answers into the bank, but for those that are there; sums up in OUTPUT_DIR/fit.json."""
-    if args.world_size > 1:
-        raise ValueError("fitting runs in one process: accelerate launch --num_processes 1.")
+def load_decoder(model_args: ModelArguments, device: torch.device):
+    """The decoder's tokenizer and the decoder."""
     path = resolve(model_args.decoder)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.decoder_revision)
     decoder = AutoModelForCausalLM.from_pretrained(
         path, revision=model_args.decoder_revision, dtype=getattr(torch, model_args.decoder_dtype)
-    ).to(args.device)
-    info = bank_info(model_args, decoder)
-    fitter = ProtoTokenFitter(decoder, info, fit_args)
+    )
+    return tokenizer, decoder.to(device)
+
+
+def open_accelerator(args: ProtoGenTrainingArguments) -> Accelerator:
+    """The processes, and where asked a tracker that writes to OUTPUT_DIR."""
+    accelerator = Accelerator(cpu=args.use_cpu, log_with=args.report_to or None, project_dir=args.output_dir)
+    accelerator.init_trackers("fit")
+    return accelerator
+
+
+def texts_to_fit(run, model_args, fit_args, bank, tokenizer, examples, device) -> list[Text]:
+    targets = fitting_targets(tokenizer, examples, fit_args.fit_max_length)
+    groups = {example.id: "" for example in examples}
+    if model_args.m_scope == "per_category":
+        missing = [example.id for example in examples if example.category is None]
+        if missing:
+            raise ValueError(f"m_scope=per_category needs a category; example {missing[0]} has none.")
+        groups = {example.id: example.category for example in examples}
+    texts = [Text(id, token_ids, groups[id]) for id, token_ids in targets.items()]
+    if run.warm_start:
+        model = ProtoGenForConditionalGeneration.from_pretrained(run.warm_start).to(device)
+        processor = ProtoGenProcessor.from_pretrained(run.warm_start)
+        texts = with_predicted_starts(texts, examples, model, processor, bank.info)
+    return texts
+
+
+def fit(run: RunArguments, model_args: ModelArguments, data_args, fit_args: FittingArguments, args) -> None:
+    """Fits the training split's answers into the bank, but for those that are there; sums up in OUTPUT_DIR/fit.json."""
+    accelerator = open_accelerator(args)
+    if run.refit_damaged and accelerator.is_main_process:
+        for path in remove_damaged_shards(run.bank):
+            print(f"removed damaged shard {path.stem}; its texts are fitted again")
+    accelerator.wait_for_everyone()
+    tokenizer, decoder = load_decoder(model_args, accelerator.device)
+    bank = ProtoTokenBank(run.bank, bank_info(model_args, decoder))
+    bank.verify()
+    if model_args.m_scope == "fixed" and bank.shared_m() is None:
+        if run.fixed_m is None:
+            raise ValueError("m_scope=fixed needs the vector: --fixed_m FILE.safetensors with a tensor m.")
+        bank.write_shared_m({"": load_file(run.fixed_m)["m"].view(1, bank.info.dim)})
     examples, _ = split_by_instruction(load_examples(data_args), data_args.validation_share)
-    bank = ProtoTokenBank(run.bank, info)
-
-    texts = fitting_targets(tokenizer, examples[: fit_args.fit_num_texts], fit_args.fit_max_length)
-    pending = sorted((id for id in texts if id not in bank), key=lambda id: len(texts[id]))
-    print(f"fitting {len(pending)} texts; {len(texts) - len(pending)} are in the bank already")
-    with cli.lock(bank.folder), tqdm(total=len(pending), desc="fit", unit="text") as bar:
-        for start in range(0, len(pending), fit_args.fit_batch_size):
-            batch = pending[start : start + fit_args.fit_batch_size]
-
-            def show(step, perfect, accuracy, start=start):
-                bar.n = start + perfect
-                bar.set_postfix(step=step, accuracy=f"{accuracy:.3f}")
-
-            bank.append(fitter.fit([(id, texts[id]) for id in batch], on_step=show))
-            bar.n = start + len(batch)
-    rows = [bank.row(id) for id in texts]
+    examples = examples[: fit_args.fit_num_texts]
+    texts = texts_to_fit(run, model_args, fit_args, bank, tokenizer, examples, accelerator.device)
+    there = sum(text.id in bank for text in texts)
+    accelerator.print(f"fitting {len(texts) - there} texts; {there} are in the bank already")
+    fitter = ProtoTokenFitter(decoder, bank.info, fit_args)
+    seconds = time.perf_counter()
+    fitted = fit_bank(fitter, bank, texts, accelerator)
+    seconds = time.perf_counter() - seconds
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
+    rows = [bank.row(text.id) for text in texts]
     summary = {
         "texts": len(rows),
         "perfect_texts": sum(row["accuracy"] == 1 for row in rows),
         "reconstruction_accuracy": sum(row["accuracy"] for row in rows) / len(rows),
         "mean_steps_to_best": sum(row["steps"] for row in rows) / len(rows),
-        "arrangement": asdict(info),
+        # Of this call, which may have found texts in the bank already.
+        "texts_fitted": fitted,
+        "seconds": seconds,
+        "padding_share": fitter.num_padding / max(fitter.num_positions, 1),
+        "arrangement": asdict(bank.info),
         "settings": asdict(fit_args),
     }
     write_json(Path(args.output_dir) / "fit.json", summary)
@@ -174,6 +222,7 @@ def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoG
     bank = None
     if args.needs_bank:
         bank = ProtoTokenBank(run.bank, bank_info(model_args, model.decoder))
+        bank.verify()
         train_examples = [example for example in train_examples if example.id in bank]
         if not train_examples:
             raise ValueError(f"no training example is in the bank in {run.bank}; fit them first (--stage fit).")
@@ -186,7 +235,7 @@ def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoG
         processing_class=processor,
         compute_metrics=one_step_metrics(processor),
     )
-    with cli.lock(output_dir) if trainer.is_world_process_zero() else nullcontext():
+    with locked(output_dir / ".lock") if trainer.is_world_process_zero() else nullcontext():
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
         log = trainer.state.log_history
         before = next((entry for entry in log if "eval_loss" in entry and entry["step"] == 0), None)

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import subprocess
 import sys
@@ -9,7 +10,15 @@ from conftest import save_decoder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from trainers.proto_bank import BankEntry, BankInfo, ProtoTokenBank, decoder_fingerprint
+from trainers import proto_bank
+from trainers.proto_bank import (
+    BankEntry,
+    BankInfo,
+    ProtoTokenBank,
+    decoder_fingerprint,
+    merge_banks,
+    remove_damaged_shards,
+)
 
 INFO = BankInfo(
     decoder="org/decoder",
@@ -39,9 +48,16 @@ def same(a, b):
 
 @pytest.fixture
 def bank(tmp_path):
-    bank = ProtoTokenBank(tmp_path / "bank", INFO)
-    bank.append([entry("a", 3), entry("b", 9, accuracy=0.5)])
-    bank.append([entry("c", 5)])
+    return filled(tmp_path / "bank", [entry("a", 3), entry("b", 9, accuracy=0.5)], [entry("c", 5)])
+
+
+def filled(folder, *shards, rank=0, info=INFO):
+    """A bank with these shards, as a run leaves it that was killed before it gathered them."""
+    bank = ProtoTokenBank(folder, info)
+    with contextlib.suppress(KeyboardInterrupt), bank.writing(rank):
+        for entries in shards:
+            bank.append(entries)
+        raise KeyboardInterrupt
     return bank
 
 
@@ -60,8 +76,8 @@ def test_entries_come_back_as_written_from_a_fresh_reader(bank):
 
 def test_files_are_only_safetensors_parquet_and_json(bank):
     names = sorted(path.name for path in bank.folder.iterdir())
-    shards = [f"shard-0000{n}.{end}" for n in range(2) for end in ("parquet", "safetensors")]
-    assert names == ["bank.json", *shards]
+    shards = [f"shard-000-0000{n}.{end}" for n in range(2) for end in ("parquet", "safetensors")]
+    assert names == [".lock-000", "bank.json", *shards]
 
 
 @pytest.mark.parametrize(
@@ -85,61 +101,155 @@ def test_a_missing_bank_is_said_so(tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_truncated_shard_is_named_and_can_be_fitted_again(bank):
-    shard = bank.folder / "shard-00000.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"shard-00000\.safetensors is damaged.*fits its 2 texts anew"):
-        ProtoTokenBank(bank.folder)
-    shard.unlink()
-    shard.with_suffix(".parquet").unlink()
+@pytest.mark.parametrize("damage", ["cut tensors", "no tensors", "cut index", "flipped bit"])
+def test_a_damaged_shard_is_named_and_fitted_again_on_request(bank, damage):
+    index = bank.folder / "shard-000-00000.parquet"
+    tensors = index.with_suffix(".safetensors")
+    if damage == "cut tensors":
+        tensors.write_bytes(tensors.read_bytes()[:-10])
+    elif damage == "no tensors":
+        tensors.unlink()
+    elif damage == "cut index":
+        index.write_bytes(index.read_bytes()[:-10])
+    else:
+        tensors.write_bytes(tensors.read_bytes()[:-1] + bytes([tensors.read_bytes()[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"shard-000-00000.* --refit_damaged true"):
+        ProtoTokenBank(bank.folder).verify()
+    assert remove_damaged_shards(bank.folder) == [index]
+    assert remove_damaged_shards(bank.folder) == []
     again = ProtoTokenBank(bank.folder)
     assert again.ids == ["c"]
-    again.append([entry("a", 3)])
+    with again.writing():
+        again.append([entry("a", 3)])
     assert same(ProtoTokenBank(bank.folder)["c"], entry("c", 5))
     assert same(ProtoTokenBank(bank.folder)["a"], entry("a", 3))
-
-
-def test_verify_finds_a_flipped_bit(bank):
-    shard = bank.folder / "shard-00001.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(bytes(content))
-    with pytest.raises(ValueError, match=r"wrong checksum: .*shard-00001"):
-        ProtoTokenBank(bank.folder).verify()
 
 
 def test_nan_is_refused_on_the_way_in_and_out(bank):
     bad = entry("d", 3)
     bad.m[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="text d of the fit has NaN"):
+    with bank.writing(), pytest.raises(ValueError, match="text d of the fit has NaN"):
         bank.append([bad])
     assert len(ProtoTokenBank(bank.folder)) == 3
 
-    shard = bank.folder / "shard-00001.safetensors"
+    shard = filled(bank.folder, [entry("e", 2)]).folder / "shard-000-00003.safetensors"
     tensors = load_file(shard)
     tensors["e"][0, 0, 0] = float("nan")
     save_file(tensors, shard)
-    with pytest.raises(ValueError, match=r"text c of the bank in .* has NaN"):
-        ProtoTokenBank(bank.folder)["c"]
+    with pytest.raises(ValueError, match=r"text e of the bank in .* has NaN"):
+        ProtoTokenBank(bank.folder)["e"]
 
 
 def test_repeated_ids_and_wrong_shapes_are_refused(bank):
-    with pytest.raises(ValueError, match="text a is already in the bank"):
-        bank.append([entry("a", 3)])
     wrong = entry("d", 3)
     wrong.e = wrong.e[:, :1]
-    with pytest.raises(ValueError, match=r"text d: e \(1, 1, 6\)"):
-        bank.append([wrong])
+    with bank.writing():
+        with pytest.raises(ValueError, match="text a is already in the bank"):
+            bank.append([entry("a", 3)])
+        with pytest.raises(ValueError, match=r"text d: e \(1, 1, 6\)"):
+            bank.append([wrong])
+    with pytest.raises(RuntimeError, match="inside `with bank.writing"):
+        bank.append([entry("d", 3)])
 
 
 def test_a_shard_without_its_index_does_not_exist(bank):
-    """What a run leaves that is killed between the two files."""
-    (bank.folder / "shard-00002.safetensors").write_bytes(b"half a shard")
-    (bank.folder / ".shard-00002.parquet.1.tmp").write_bytes(b"")
+    """What a run leaves that is killed between the two files; the next run of that rank clears it away."""
+    leftovers = [bank.folder / "shard-000-00002.safetensors", bank.folder / ".shard-000-00002.parquet.1.tmp"]
+    for path in leftovers:
+        path.write_bytes(b"half a shard")
     again = ProtoTokenBank(bank.folder)
     assert again.ids == ["a", "b", "c"]
-    again.append([entry("d", 2)])
+    with again.writing():
+        assert not any(path.exists() for path in leftovers)
+        again.append([entry("d", 2)])
     assert same(ProtoTokenBank(bank.folder)["d"], entry("d", 2))
+
+
+def test_small_shards_are_gathered_and_nothing_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(proto_bank, "MAX_SMALL_SHARDS", 4)
+    monkeypatch.setattr(proto_bank, "SHARD_TEXTS", 10)
+    entries = [entry(f"t{i}", 1 + i % 9) for i in range(37)]
+    bank = ProtoTokenBank(tmp_path, INFO)
+    with bank.writing():
+        for one in entries:
+            bank.append([one])
+            shards = list(tmp_path.glob("*.parquet"))
+            assert len(shards) < 12
+            fresh = ProtoTokenBank(tmp_path)
+            assert sorted(fresh.ids) == sorted(bank.ids)
+            assert same(fresh[one.id], one)
+    assert sorted(bank.ids) == sorted(one.id for one in entries)
+    again = ProtoTokenBank(tmp_path)
+    again.verify()
+    assert all(same(again[one.id], one) and same(bank[one.id], one) for one in entries)
+    assert len(list(tmp_path.glob("*.parquet"))) <= 37 // 10 + 1
+
+
+@pytest.mark.parametrize("removed", range(5))
+def test_killed_while_gathering_every_text_is_there_once(tmp_path, monkeypatch, removed):
+    """The larger shard is there, and only some of those it replaces are gone."""
+    bank = filled(tmp_path, *([entry(f"t{i}", i + 1)] for i in range(4)))
+    remove, calls = proto_bank.remove_shard, []
+
+    def killed(path):
+        calls.append(path)
+        if len(calls) > removed:
+            raise KeyboardInterrupt
+        remove(path)
+
+    monkeypatch.setattr(proto_bank, "remove_shard", killed)
+    with contextlib.suppress(KeyboardInterrupt), bank.writing():
+        pass
+    monkeypatch.setattr(proto_bank, "remove_shard", remove)
+    again = ProtoTokenBank(tmp_path)
+    assert sorted(again.ids) == ["t0", "t1", "t2", "t3"]
+    with again.writing():
+        again.append([entry("t4", 5)])
+    assert len(list(tmp_path.glob("shard-*"))) == 2
+    assert all(same(ProtoTokenBank(tmp_path)[f"t{i}"], entry(f"t{i}", i + 1)) for i in range(5))
+
+
+def test_ranks_write_side_by_side_and_runs_do_not(bank):
+    other = ProtoTokenBank(bank.folder)
+    with bank.writing(), other.writing(rank=1):
+        bank.append([entry("d", 2)])
+        other.append([entry("e", 3)])
+        with (
+            pytest.raises(ValueError, match="another process is at work in"),
+            ProtoTokenBank(bank.folder).writing(),
+        ):
+            pass
+    assert sorted(ProtoTokenBank(bank.folder).ids) == ["a", "b", "c", "d", "e"]
+    with other.writing(rank=1):
+        assert len(list(bank.folder.glob("shard-000-*"))) == 2, "another rank's shards stay"
+
+
+def test_a_text_in_two_shards_is_said_so(bank, tmp_path):
+    for path in filled(tmp_path / "other", [entry("a", 3)]).folder.glob("shard*"):
+        path.rename(bank.folder / path.name.replace("shard-000", "shard-001"))
+    with pytest.raises(ValueError, match=r"text a is both in .*shard-000-00000.* and in .*shard-001-00000"):
+        ProtoTokenBank(bank.folder)
+
+
+def test_merging_banks(bank, tmp_path):
+    second = filled(tmp_path / "second", [entry("c", 1), entry("d", 4)], rank=3)
+    merged = merge_banks([bank.folder, second.folder], tmp_path / "merged")
+    assert sorted(merged.ids) == ["a", "b", "c", "d"]
+    assert same(merged["c"], entry("c", 5))
+    assert same(merged["d"], entry("d", 4))
+    assert sorted(merge_banks([second.folder], tmp_path / "merged").ids) == ["a", "b", "c", "d"]
+    filled(tmp_path / "e_m", [entry("z", 3)], info=replace(INFO, arrangement="e_m"))
+    with pytest.raises(ValueError, match="another decoder or arrangement"):
+        merge_banks([tmp_path / "e_m"], tmp_path / "merged")
+
+    shared = replace(INFO, m_scope="shared")
+    for name, value in (("x", 1.0), ("y", 2.0)):
+        filled(tmp_path / name, [entry(name, 3)], info=shared).write_shared_m({"": torch.full((1, 6), value)})
+    merged = merge_banks([tmp_path / "x"], tmp_path / "xy")
+    assert torch.equal(merged.shared_m()[""], torch.ones(1, 6))
+    with pytest.raises(ValueError, match="fitted with another shared m"):
+        merge_banks([tmp_path / "y"], tmp_path / "xy")
+    assert ProtoTokenBank(tmp_path / "xy").ids == ["x"]
 
 
 def test_killed_while_writing_loses_nothing_that_was_written(bank):
@@ -149,7 +259,8 @@ def test_killed_while_writing_loses_nothing_that_was_written(bank):
         "from trainers import proto_bank\n"
         "bank = proto_bank.ProtoTokenBank(sys.argv[1])\n"
         "proto_bank.pq.write_table = lambda *_: os._exit(9)\n"
-        "bank.append([proto_bank.BankEntry('d', [1], torch.zeros(1, 2, 6), torch.zeros(1, 6), 1.0, 1)])\n"
+        "with bank.writing():\n"
+        "    bank.append([proto_bank.BankEntry('d', [1], torch.zeros(1, 2, 6), torch.zeros(1, 6), 1.0, 1)])\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(bank.folder)], capture_output=True, text=True)
     assert done.returncode == 9, done.stderr

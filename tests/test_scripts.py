@@ -6,19 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bank
 import benchmark
 import cli
 import embedded
 import generate
 import pytest
 import report
+import torch
 import train
 import yaml
 from conftest import ANSWERS, INSTRUCTIONS, save_decoder, weights_hash
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from eval_tasks.report import read_result
-from modeling_protogen import ProtoGenForConditionalGeneration
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from trainers.files import locked
 from trainers.fitting import ProtoTokenFitter
 from trainers.proto_bank import ProtoTokenBank
 
@@ -63,7 +67,6 @@ def recipe(encoder_dir, llama_dir, tmp_path):
         "fit_num_texts": 5,
         "fit_max_steps": 5,
         "fit_attempts": 1,
-        "fit_batch_size": 2,
         "max_steps": 4,
         "per_device_train_batch_size": 4,
         "save_steps": 2,
@@ -121,20 +124,161 @@ def test_fit_train_generate_and_measure(call, recipe, tmp_path, llama_dir, monke
     assert "one step speedup 8" in (tmp_path / "README.md").read_text()
 
 
-def test_an_interrupted_fit_keeps_finished_batches(call, recipe, tmp_path, monkeypatch):
-    fit, calls = ProtoTokenFitter.fit, []
+def test_an_interrupted_fit_keeps_every_text_that_ended(call, recipe, tmp_path, monkeypatch):
+    append, written = ProtoTokenBank.append, []
 
-    def interrupted(self, texts, on_step):
-        calls.append([id for id, _ in texts])
-        if len(calls) == 2:
+    def interrupted(self, entries):
+        if entries and len(written) >= 2:
             raise KeyboardInterrupt
-        return fit(self, texts, on_step)
+        append(self, entries)
+        written.extend(entry.id for entry in entries)
 
-    monkeypatch.setattr(ProtoTokenFitter, "fit", interrupted)
-    assert call(train, "--config", recipe, "--stage", "fit") == "interrupted; run the same command again to go on"
-    assert ProtoTokenBank(tmp_path / "run" / "bank").ids == calls[0]
-    assert "fitting 3 texts; 2" in call(train, "--config", recipe, "--stage", "fit")
-    assert len(ProtoTokenBank(tmp_path / "run" / "bank")) == 5
+    monkeypatch.setattr(ProtoTokenBank, "append", interrupted)
+    fit = ("--config", recipe, "--stage", "fit", "--fit_slots", 2)
+    assert call(train, *fit) == "interrupted; run the same command again to go on"
+    monkeypatch.undo()
+    assert 2 <= len(written) < 5
+    assert ProtoTokenBank(tmp_path / "run" / "bank").ids == written
+    assert f"fitting {5 - len(written)} texts; {len(written)}" in call(train, *fit)
+    bank = ProtoTokenBank(tmp_path / "run" / "bank")
+    bank.verify()
+    assert len(bank) == 5
+    assert set(written) < set(bank.ids)
+
+
+def test_damaged_shards_are_fitted_again_on_request(call, recipe, tmp_path):
+    fit = ("--config", recipe, "--stage", "fit")
+    call(train, *fit)
+    before = ProtoTokenBank(tmp_path / "run" / "bank")
+    (shard,) = (tmp_path / "run" / "bank").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(bytes(content))
+    message = call(train, *fit)
+    assert message.startswith("error: shards with a wrong checksum: ")
+    assert str(shard) in message
+    out = call(train, *fit, "--refit_damaged", "true")
+    assert f"removed damaged shard {shard.stem}" in out
+    assert "fitting 5 texts; 0" in out
+    after = ProtoTokenBank(tmp_path / "run" / "bank")
+    assert sorted(after.ids) == sorted(before.ids)
+    after.verify()
+
+
+@pytest.mark.parametrize("scope", ["shared", "per_category", "fixed"])
+def test_fitting_with_an_m_that_texts_share(call, recipe, tmp_path, scope):
+    fit = ["--config", recipe, "--stage", "fit", "--m_scope", scope, "--fit_settle_steps", 5]
+    if scope == "fixed":
+        assert "m_scope=fixed needs the vector" in call(train, *fit)
+        save_file({"m": torch.ones(24)}, tmp_path / "m.safetensors")
+        fit += ["--fixed_m", tmp_path / "m.safetensors"]
+    assert "perfect" in call(train, *fit)
+    bank = ProtoTokenBank(tmp_path / "run" / "bank")
+    ((group, m),) = bank.shared_m().items()
+    assert group == ("open" if scope == "per_category" else "")
+    assert scope != "fixed" or torch.equal(m, torch.ones(1, 24))
+    # Texts that come later use the m that is there.
+    assert "fitting 4 texts; 5" in call(train, *fit, "--fit_num_texts", 9)
+    bank.reload()
+    assert all(torch.equal(bank[id].m, m.expand(len(bank[id].m), -1)) for id in bank.ids)
+    if scope == "per_category":
+        rows = [
+            json.loads(line) | {"category": "closed"} for line in (tmp_path / "data.jsonl").read_text().splitlines()
+        ]
+        (tmp_path / "other.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:9]))
+        rows[0]["response"] = "the cat ran"
+        (tmp_path / "other.jsonl").write_text(json.dumps(rows[0]))
+        message = call(train, *fit, "--data", tmp_path / "other.jsonl", "--validation_share", 0)
+        assert "has no m for closed, only for open" in message
+
+
+def test_fitting_starts_from_a_trained_models_predictions(call, recipe, tmp_path):
+    model = tmp_path / "run" / "model"
+    call(train, "--config", recipe)
+    fit = ("--config", recipe, "--stage", "fit", "--warm_start", model, "--fit_learning_rate", 0)
+    call(train, *fit)
+    bank = ProtoTokenBank(tmp_path / "run" / "bank")
+    loaded = ProtoGenForConditionalGeneration.from_pretrained(model)
+    processor = ProtoGenProcessor.from_pretrained(model)
+    examples = {e.id: e for e in train.load_examples(train.DataArguments(data=str(tmp_path / "data.jsonl")))}
+    for id in bank.ids:
+        inputs = processor(examples[id].instruction)
+        with torch.no_grad():
+            e, m, *_ = loaded.predict(inputs["input_ids"])
+        torch.testing.assert_close(bank[id].e, e[0])
+        torch.testing.assert_close(bank[id].m, m[0])
+    message = call(train, *fit, "--bank", tmp_path / "other", "--arrangement", "e_m")
+    assert "a model with arrangement='e_mN' cannot start this fit" in message
+
+
+def test_two_processes_fit_the_texts_that_one_fits(call, recipe, tmp_path):
+    """And a run that goes on with another number of processes fits each text once."""
+    call(train, "--config", recipe, "--stage", "fit", "--fit_num_texts", 9)
+    alone = ProtoTokenBank(tmp_path / "run" / "bank")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
+    launch += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+    launch += [ROOT / "scripts" / "train.py", "--config", recipe, "--stage", "fit", "--use_cpu", "true"]
+    call(train, "--config", recipe, "--stage", "fit", "--fit_num_texts", 2, "--output_dir", tmp_path / "two")
+    launch += ["--output_dir", tmp_path / "two", "--fit_num_texts", 9]
+    done = subprocess.run(list(map(str, launch)), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fitting 7 texts; 2 are in the bank already") == 1
+    two = ProtoTokenBank(tmp_path / "two" / "bank")
+    two.verify()
+    assert sorted(two.ids) == sorted(alone.ids)
+    assert {path.name[:9] for path in (tmp_path / "two" / "bank").glob("shard*")} == {"shard-000", "shard-001"}
+    for id in alone.ids:
+        assert two.row(id)["accuracy"] == pytest.approx(alone.row(id)["accuracy"])
+        assert two.row(id)["steps"] == alone.row(id)["steps"]
+
+
+def test_killed_at_random_moments_every_text_is_there_once(recipe, tmp_path):
+    """SIGKILL, several times in one fit; what was stored has the accuracy that is recorded."""
+    command = [sys.executable, ROOT / "scripts" / "train.py", "--config", recipe, "--stage", "fit"]
+    command += ["--fit_num_texts", 12, "--fit_slots", 2, "--fit_max_steps", 40]
+    command = list(map(str, command))
+    bank, kept = tmp_path / "run" / "bank", set()
+    for wanted in (1, 5):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(list(bank.glob("*.parquet"))) < wanted:
+            pass
+        process.kill()
+        process.wait()
+        found = ProtoTokenBank(bank)
+        assert kept <= set(found.ids)
+        kept = set(found.ids)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = ProtoTokenBank(bank)
+    found.verify()
+    assert len(found) == 12
+    assert kept <= set(found.ids)
+    decoder = AutoModelForCausalLM.from_pretrained(yaml.safe_load(recipe.read_text())["decoder"])
+    fitter = ProtoTokenFitter(decoder, found.info, train.FittingArguments())
+    for id in found.ids:
+        assert fitter.measure(found[id]) == pytest.approx(found.row(id)["accuracy"])
+
+
+def test_the_fit_logs_to_tensorboard_where_asked(call, recipe, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    call(train, "--config", recipe, "--stage", "fit", "--report_to", "tensorboard")
+    (folder,) = {path.parent for path in (tmp_path / "run").rglob("events.out.*")}
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    assert events.Scalars("fit/texts_done")[-1].value == 5
+    assert {"fit/perfect_share", "fit/texts_per_minute", "fit/steps_per_text"} <= set(events.Tags()["scalars"])
+
+
+def test_the_bank_command(call, recipe, tmp_path):
+    call(train, "--config", recipe, "--stage", "fit")
+    folder = tmp_path / "run" / "bank"
+    out = call(bank, "show", folder)
+    assert "arrangement: e_mN" in out
+    assert "texts: 5, of them perfect" in out
+    assert "5 texts in" in call(bank, "export", folder, tmp_path / "exported")
+    assert "5 texts in" in call(bank, "import", tmp_path / "exported", tmp_path / "back")
+    assert "5 texts in" in call(bank, "merge", tmp_path / "merged", folder, tmp_path / "back")
+    assert "is not empty" in call(bank, "export", folder, tmp_path / "exported")
+    assert "no bank in" in call(bank, "show", tmp_path / "none")
 
 
 def test_interrupted_training_goes_on_from_its_checkpoint(call, recipe, tmp_path, monkeypatch):
@@ -225,9 +369,10 @@ def test_a_bank_is_only_for_what_it_was_fitted_for(call, recipe, tmp_path):
 
 
 def test_two_runs_do_not_share_a_folder(call, recipe, tmp_path):
-    with cli.lock(tmp_path / "run" / "bank"):
+    call(train, "--config", recipe, "--stage", "fit")
+    with ProtoTokenBank(tmp_path / "run" / "bank").writing():
         assert "another process is at work in" in call(train, "--config", recipe, "--stage", "fit")
-    with cli.lock(tmp_path / "run"):
+    with locked(tmp_path / "run" / ".lock"):
         assert "another process is at work in" in call(train, "--config", recipe)
     assert "perfect" in call(train, "--config", recipe, "--stage", "fit")
 

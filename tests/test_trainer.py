@@ -11,7 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from eval_tasks.text_metrics import one_step_metrics
 from trainers.data import Example, ProtoGenCollator
-from trainers.fitting import FittingArguments, ProtoTokenFitter
+from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
 from trainers.proto_bank import BankInfo, ProtoTokenBank, decoder_fingerprint
 from trainers.protogen_trainer import ProtoGenTrainer, last_complete_checkpoint
 from trainers.training_args import ProtoGenTrainingArguments
@@ -56,7 +56,9 @@ def bank(build, llama_dir, tmp_path):
     labels = processor.encode_answers([example.answer for example in EXAMPLES])["labels"]
     texts = [(e.id, row[row != -100].tolist()) for e, row in zip(EXAMPLES, labels, strict=True)]
     bank = ProtoTokenBank(tmp_path / "bank", info)
-    bank.append(fitter.fit(texts))
+    with bank.writing():
+        for entries in fitter.fit([Text(id, token_ids) for id, token_ids in texts]):
+            bank.append(entries)
     return bank
 
 

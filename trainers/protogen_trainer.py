@@ -12,8 +12,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_protogen.modeling_protogen import IGNORE_INDEX
 
+from .files import write_atomically
 from .losses import BANK_LOSSES, LOSSES
-from .proto_bank import write_atomically
 
 LOSS_WEIGHTS_NAME = "losses.safetensors"
 # What the collator adds for the losses alone; the model does not take it.
