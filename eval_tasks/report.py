@@ -1,5 +1,6 @@
 """Result files, and the tables made from them."""
 
+import csv
 import datetime
 import json
 import platform
@@ -43,6 +44,17 @@ def write_json(path: str | Path, content: dict | list) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def write_csv(path: str | Path, rows: list[dict]) -> None:
+    """Writes rows with the same keys aside and renames the file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
     temporary.replace(path)
 
 

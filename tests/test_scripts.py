@@ -259,6 +259,27 @@ def test_killed_at_random_moments_every_text_is_there_once(recipe, tmp_path):
         assert fitter.measure(found[id]) == pytest.approx(found.row(id)["accuracy"])
 
 
+def test_fitting_is_measured_against_the_papers_loop(call, recipe, tmp_path, llama_dir):
+    result = tmp_path / "benchmark_fit.json"
+    measure = ["fit", "--decoder", llama_dir, "--dtype", "float32", "--data", tmp_path / "data.jsonl", "--tokens", 3]
+    out = call(benchmark, *measure, "--texts", 2, "--memory-slots", 2, "--memory-tokens", 4, "--result", result)
+    assert "texts per minute ratio" in out
+    figures = read_result(result)["figures"]
+    assert figures["accuracy_paper"] == 1
+    assert figures["steps_ratio_to_paper_recipe"] > 0
+    assert 0 <= figures["peak_memory_gb_2_slots"] < 1
+
+
+def test_the_kill_test_counts_what_is_lost(call, recipe, tmp_path):
+    arguments = ["fit-kill", "--run", tmp_path / "run", "--recipe", recipe, "--kills", 2, "--longest", 2, "--texts", 3]
+    arguments += ["--tokens", 2, "--result", tmp_path / "kill.json"]
+    call(benchmark, *arguments)
+    figures = read_result(tmp_path / "kill.json")["figures"]
+    assert (figures["kills"], figures["texts"]) == (2, 3)
+    assert (figures["lost"], figures["duplicated"], figures["accuracy_mismatches"]) == (0, 0, 0)
+    assert "starts from nothing" in call(benchmark, *arguments)
+
+
 def test_the_fit_logs_to_tensorboard_where_asked(call, recipe, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     call(train, "--config", recipe, "--stage", "fit", "--report_to", "tensorboard")
@@ -401,11 +422,10 @@ def test_debug_shows_the_traceback(call, recipe):
 
 
 def test_every_recipe_is_understood(monkeypatch):
-    types = (train.RunArguments, train.ModelArguments, train.DataArguments, train.FittingArguments)
     recipes = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
     assert {"embedded", "pythia-160m", "pythia-1b"} <= {path.stem for path in recipes}
     for path in recipes:
-        cli.RecipeParser(*types, train.ProtoGenTrainingArguments).parse(["--config", str(path), "--use_cpu", "true"])
+        cli.RecipeParser(*train.ARGUMENTS).parse(["--config", str(path), "--use_cpu", "true"])
 
 
 def test_accelerate_launch(recipe, tmp_path):
@@ -417,11 +437,15 @@ def test_accelerate_launch(recipe, tmp_path):
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
-def test_the_sample_has_its_attribution():
+def test_the_samples_have_their_attribution():
     rows = [json.loads(line) for line in (ROOT / "scripts" / "data" / "dolly_sample.jsonl").read_text().splitlines()]
     assert len(rows) == 600
     assert all(set(row) == {"instruction", "context", "response", "category"} for row in rows)
-    assert "Creative Commons Attribution-ShareAlike 3.0" in (ROOT / "scripts" / "data" / "README.md").read_text()
+    readme = (ROOT / "scripts" / "data" / "README.md").read_text()
+    assert "Creative Commons Attribution-ShareAlike 3.0" in readme
+    prose = [json.loads(line) for line in (ROOT / "scripts" / "data" / "prose_sample.jsonl").read_text().splitlines()]
+    assert len(prose) == 24
+    assert all(row["author"] in " ".join(readme.split()) for row in prose)
 
 
 @pytest.mark.pretrained

@@ -1,0 +1,1 @@
+"""What ProtoGen is compared with."""
