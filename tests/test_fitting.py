@@ -145,6 +145,7 @@ def test_only_texts_that_are_not_done_start_afresh_until_attempts_are_spent(deco
     assert steps == 3 * 5  # four updates an attempt, and a measurement after the last
 
 
+@pytest.mark.filterwarnings("ignore:out of memory")
 def test_without_memory_for_all_slots_it_goes_on_with_half(decoder, monkeypatch):
     expected = fit(fitter_for(decoder, fit_max_steps=10, fit_attempts=1))
     fitter = fitter_for(decoder, fit_max_steps=10, fit_attempts=1, fit_slots="4")
@@ -300,6 +301,11 @@ def test_starts_depend_on_seed_id_and_attempt_alone(decoder):
 
 
 def test_impossible_requests_are_refused(decoder, monkeypatch):
+    for slots in ("many", "0", "-1"):
+        with pytest.raises(ValueError, match="fit_slots must be auto or a number"):
+            fitter_for(decoder, fit_slots=slots)
+    with pytest.raises(ValueError, match="fit_attempts must be at least 1, not 0"):
+        fitter_for(decoder, fit_attempts=0)
     decoder.config.bos_token_id = None
     with pytest.raises(ValueError, match="sink=bos needs a decoder with a bos_token_id"):
         fitter_for(decoder)

@@ -40,7 +40,7 @@ class FittingArguments:
     fit_slots: str = field(
         default="auto", metadata={"help": "Texts fitted side by side; auto chooses by memory and processor."}
     )
-    fit_max_steps: int = field(default=200, metadata={"help": "Optimisation steps of one attempt."})
+    fit_max_steps: int = field(default=300, metadata={"help": "Optimisation steps of one attempt."})
     fit_attempts: int = field(default=5, metadata={"help": "Fresh starts for texts that are not perfect; 1 = none."})
     fit_min_probability: float = field(
         default=0.7,
@@ -49,7 +49,7 @@ class FittingArguments:
             "(another batch size or dtype) does not undo it; 0 stops at perfect, as the paper does."
         },
     )
-    fit_learning_rate: float = field(default=0.1, metadata={"help": "AdamW learning rate."})
+    fit_learning_rate: float = field(default=0.3, metadata={"help": "AdamW learning rate."})
     fit_schedule: str = field(
         default="cosine",
         metadata={"help": "Learning rate over an attempt: cosine (to zero) or constant.", "choices": SCHEDULES},
@@ -74,7 +74,17 @@ class FittingArguments:
     )
     fit_settle_steps: int = field(default=400, metadata={"help": "Steps in which a shared m is learned."})
     fit_seed: int = field(default=0, metadata={"help": "Seed of the initial proto-tokens."})
-    fit_compile: bool = field(default=False, metadata={"help": "Compile the decoder with torch.compile."})
+    fit_compile: bool = field(
+        default=False,
+        metadata={"help": "Compile the decoder with torch.compile: a minute or two at the start, faster steps after."},
+    )
+
+    def __post_init__(self):
+        if self.fit_slots != "auto" and not (self.fit_slots.isdecimal() and int(self.fit_slots) > 0):
+            raise ValueError(f"fit_slots must be auto or a number of texts, not {self.fit_slots!r}.")
+        for name in ("fit_max_length", "fit_max_steps", "fit_attempts", "fit_settle_texts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
 
 
 @dataclass
@@ -96,7 +106,7 @@ class Text:
     start: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class TextFit:
     """
     A text in its slot, and the best it has reached.
@@ -209,7 +219,7 @@ class ProtoTokenFitter:
                     self._start(fit, m)
                 else:
                     self._step(fit)
-            active = [fit for fit in active if not any(fit is other for other in ended)]
+            active = [fit for fit in active if fit not in ended]
             yield [self._confirmed(fit) for fit in ended]
 
     def settle(self, texts: list[Text]) -> tuple[dict[str, torch.Tensor], list[Text]]:
@@ -220,15 +230,10 @@ class ProtoTokenFitter:
         Returns:
             The `m` `(1, dim)` of each group, and the texts, those of the sample with their `e` as a start.
         """
-        sample = defaultdict(list)
-        # By hash: any sample of the same texts is the same, in whatever order they come.
-        for text in sorted(texts, key=lambda text: self._seed(text.id, "sample")):
-            if len(sample[text.group]) < self.args.fit_settle_texts:
-                sample[text.group].append(text)
-        m = {group: nn.Parameter(self._random(f"m {group}", 0, 1, self.info.dim)) for group in sorted(sample)}
+        fits = [TextFit(text) for text in self._sample(texts)]
+        groups = sorted({fit.text.group for fit in fits})
+        m = {group: nn.Parameter(self._random(f"m {group}", 0, 1, self.info.dim)) for group in groups}
         optimizers = [self._optimizer([vector]) for vector in m.values()]
-        fits = [TextFit(text) for members in sample.values() for text in members]
-        fits.sort(key=lambda fit: -len(fit.text.token_ids))
         for fit in fits:
             self._start(fit, m)
         best, slots = (-1.0, -1.0), self.num_slots([fit.text for fit in fits])
@@ -260,6 +265,14 @@ class ProtoTokenFitter:
                 fit.step += 1
         starts = {id: (e, None) for id, e in kept.items()}
         return settled, [replace(text, start=starts.get(text.id, text.start)) for text in texts]
+
+    def _sample(self, texts: list[Text]) -> list[Text]:
+        """`fit_settle_texts` of each group, the longest first; the same whatever the order of the texts."""
+        sample = defaultdict(list)
+        for text in sorted(texts, key=lambda text: self._seed(text.id, "sample")):
+            if len(sample[text.group]) < self.args.fit_settle_texts:
+                sample[text.group].append(text)
+        return sorted((text for group in sample.values() for text in group), key=lambda text: -len(text.token_ids))
 
     def measure(self, entry: BankEntry) -> float:
         """Measures the reconstruction accuracy of stored proto-tokens again, the text alone."""
