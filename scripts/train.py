@@ -12,8 +12,7 @@ import shlex
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from itertools import product
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import cli
@@ -27,7 +26,7 @@ from eval_tasks.pictures import capacity_picture
 from eval_tasks.report import markdown_table, result, write_csv, write_json
 from eval_tasks.text_metrics import one_step_metrics
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from trainers.capacity import LENGTHS, CapacityArguments, capacity_texts, information_bits, longest_held
+from trainers.capacity import CapacityArguments, capacity_figures, measure_capacity
 from trainers.data import DataArguments, ProtoGenCollator, fitting_targets, load_examples, split_by_instruction
 from trainers.files import locked
 from trainers.fit_bank import fit_bank, with_predicted_starts
@@ -181,66 +180,32 @@ def fit(run: RunArguments, model_args: ModelArguments, data_args, fit_args: Fitt
     )
 
 
-def measure_capacity(run, model_args: ModelArguments, data_args, fit_args, capacity_args, args) -> None:
+def capacity(run, model_args: ModelArguments, data_args, fit_args, capacity_args, args) -> None:
     """
-    Fits texts of growing lengths for each source, scope of m and sink; leaves capacity.json, .csv and .png in
-    OUTPUT_DIR, and a bank for each cell in OUTPUT_DIR/banks, which an interrupted run goes on from.
+    Measures how long a text is held; leaves capacity.json, .csv and .png in OUTPUT_DIR, and in OUTPUT_DIR/banks what an
+    interrupted run goes on from.
     """
     accelerator = open_accelerator(args)
     tokenizer, decoder = load_decoder(model_args, accelerator.device)
     answers = [example.answer for example in load_examples(data_args)]
-    count, longest = capacity_args.capacity_texts, capacity_args.capacity_max_length
-    lengths = [length for length in LENGTHS if length <= longest]
-    info = bank_info(model_args, decoder)
-    rows, figures = [], {}
-    cells = product(capacity_args.capacity_sources, capacity_args.capacity_m_scopes, capacity_args.capacity_sinks)
-    for source, m_scope, sink in cells:
-        ids = capacity_texts(tokenizer, source, answers, count, lengths[-1], fit_args.fit_seed)
-        accuracies = {}
-        for length in lengths:
-            name = f"{source}-{m_scope}-{sink}-{length}"
-            accelerator.print(name)
-            cell = replace(info, m_scope=m_scope, sink=sink, chunk_size=length)
-            bank = ProtoTokenBank(Path(args.output_dir) / "banks" / name, cell)
-            fitter = ProtoTokenFitter(decoder, cell, fit_args)
-            fit_bank(fitter, bank, [Text(f"text-{n}", ids[n][:length]) for n in range(count)], accelerator)
-            found = [bank.row(id) for id in bank.ids]
-            accuracies[length] = sum(row["accuracy"] for row in found) / count
-            rows.append(
-                {
-                    "source": source,
-                    "m_scope": m_scope,
-                    "sink": sink,
-                    "length": length,
-                    "accuracy": accuracies[length],
-                    "perfect_texts": sum(row["accuracy"] == 1 for row in found),
-                    "mean_steps": sum(row["steps"] for row in found) / count,
-                }
-            )
-            # Two lengths that are not held: the longer ones are not either.
-            if len(accuracies) > 1 and max(list(accuracies.values())[-2:]) < capacity_args.capacity_threshold:
-                break
-        held = longest_held(accuracies, capacity_args.capacity_threshold)
-        bits = [information_bits(decoder, text[:held]) for text in ids] if held else [0.0]
-        m = "own" if m_scope == "per_example" else m_scope
-        figures[f"{source}_{m}_m_{sink}_C_tokens"] = held
-        figures[f"{source}_{m}_m_{sink}_H_LM_bits"] = sum(bits) / len(bits)
+    output, info = Path(args.output_dir), bank_info(model_args, decoder)
+    rows = measure_capacity(decoder, tokenizer, answers, info, fit_args, capacity_args, accelerator, output / "banks")
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
-    output = Path(args.output_dir)
+    threshold = capacity_args.capacity_threshold
     content = result(
         command=f"python scripts/train.py {shlex.join(sys.argv[1:])}",
         model=f"{model_args.decoder}, {model_args.decoder_dtype}",
         revision=model_args.decoder_revision,
-        data=f"{count} texts of each length from {data_args.data}",
+        data=f"{capacity_args.capacity_texts} texts of each length from {data_args.data}",
         seed=fit_args.fit_seed,
-        figures=figures,
+        figures=capacity_figures(rows, threshold),
     )
     write_json(output / "capacity.json", content)
     write_csv(output / "capacity.csv", rows)
-    title = f"{model_args.decoder}: {count} texts of each length"
-    capacity_picture(rows, capacity_args.capacity_threshold, title, output / "capacity.png")
+    title = f"{model_args.decoder}: {capacity_args.capacity_texts} texts of each length"
+    capacity_picture(rows, threshold, title, output / "capacity.png")
     print(f"{markdown_table(content, ['C_tokens', 'H_LM_bits'])}\n\nwritten to {output}: capacity.json, .csv and .png")
 
 
@@ -333,7 +298,7 @@ def main(arguments: list[str]) -> None:
     if run.stage == "fit":
         fit(run, model_args, data_args, fit_args, args)
     elif run.stage == "capacity":
-        measure_capacity(run, model_args, data_args, fit_args, capacity_args, args)
+        capacity(run, model_args, data_args, fit_args, capacity_args, args)
     else:
         train(run, model_args, data_args, args)
 

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from eval_tasks.baselines.one_text_fit import fit_one_text
 from eval_tasks.report import read_result
-from trainers.capacity import LENGTHS, capacity_texts, information_bits, longest_held
+from trainers import capacity
+from trainers.capacity import LENGTHS, capacity_figures, capacity_texts, information_bits
 from trainers.fitting import FittingArguments, ProtoTokenFitter
 from trainers.proto_bank import BankEntry, BankInfo, ProtoTokenBank
 
@@ -49,8 +50,16 @@ def test_information_is_the_sum_of_the_tokens_surprisals(decoder):
 
 
 def test_capacity_is_the_longest_length_that_holds():
-    assert longest_held({4: 1.0, 5: 0.98, 8: 0.99, 11: 0.5}, 0.99) == 8
-    assert longest_held({4: 0.9}, 0.99) == 0
+    cell = {"source": "prose", "m_scope": "per_example", "sink": "bos"}
+    accuracies = {4: 1.0, 5: 0.98, 8: 0.99, 11: 0.5}
+    rows = [cell | {"length": n, "accuracy": accuracy, "bits": 10.0 * n} for n, accuracy in accuracies.items()]
+    rows.append(cell | {"source": "random_words", "m_scope": "shared", "length": 4, "accuracy": 0.9, "bits": 40.0})
+    assert capacity_figures(rows, 0.99) == {
+        "prose_own_m_bos_C_tokens": 8,
+        "prose_own_m_bos_H_LM_bits": 80.0,
+        "random_words_shared_m_bos_C_tokens": 0,
+        "random_words_shared_m_bos_H_LM_bits": 0.0,
+    }
 
 
 def test_the_papers_loop_ends_when_the_text_is_perfect(decoder):
@@ -68,7 +77,7 @@ def test_the_papers_loop_ends_when_the_text_is_perfect(decoder):
 def test_the_capacity_stage(call, recipe, tmp_path, monkeypatch):  # noqa: F811
     arguments = ["--config", recipe, "--stage", "capacity", "--capacity_texts", 2, "--capacity_max_length", 5]
     arguments += ["--fit_max_steps", 3, "--fit_settle_steps", 3, "--capacity_sources", "random_words"]
-    fit_bank, cells = train.fit_bank, []
+    fit_bank, cells = capacity.fit_bank, []
 
     def interrupted(fitter, bank, *rest):
         cells.append(bank.folder.name)
@@ -76,7 +85,7 @@ def test_the_capacity_stage(call, recipe, tmp_path, monkeypatch):  # noqa: F811
             raise KeyboardInterrupt
         return fit_bank(fitter, bank, *rest)
 
-    monkeypatch.setattr(train, "fit_bank", interrupted)
+    monkeypatch.setattr(capacity, "fit_bank", interrupted)
     assert call(train, *arguments).startswith("interrupted")
     assert "written to" in call(train, *arguments)
     assert cells[:3] == cells[4:7], "the cells in the same order; those that are done fit nothing"
