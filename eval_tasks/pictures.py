@@ -1,4 +1,4 @@
-"""Pictures made from result rows."""
+"""Pictures of rows and figures, with intervals over texts."""
 
 from pathlib import Path
 
@@ -6,41 +6,127 @@ import matplotlib
 
 matplotlib.use("Agg")  # no window
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from .statistics import mean_with_interval
 
 
-def capacity_picture(rows: list[dict], threshold: float, title: str, path: str | Path) -> None:
+def lines(
+    rows: pd.DataFrame,
+    x: str,
+    y: str,
+    title: str,
+    path: str | Path,
+    line: str | None = None,
+    panel: str | None = None,
+    dotted: str | None = None,
+    threshold: float | None = None,
+    log2: bool = False,
+    labels: tuple[str, str] | None = None,
+) -> None:
     """
-    Accuracy against length, a panel for each source of texts and a line for each scope of `m` and sink.
+    The mean of `y` over texts against `x`, with its interval.
 
     Args:
-        rows (`list[dict]`): with `source`, `m_scope`, `sink`, `length` and `accuracy`.
-        threshold (`float`): drawn as a line.
-        title (`str`), path (`str` or `Path`)
+        rows (`pd.DataFrame`): one for each text and point.
+        x, y (`str`): columns.
+        line, panel (`str`, *optional*): columns whose values get a colour and a panel of their own.
+        dotted (`str`, *optional*): column of booleans; true lines are dotted, in the colour of the line they belong to.
+        threshold (`float`, *optional*): drawn as a line.
+        log2 (`bool`): scale of `x`.
+        labels (`tuple[str, str]`, *optional*): of the axes; the columns' names by default.
     """
-    sources = list(dict.fromkeys(row["source"] for row in rows))
-    figure, panels = plt.subplots(1, len(sources), figsize=(5.5 * len(sources), 4), sharey=True, squeeze=False)
-    names = {"per_example": "own m", "shared": "shared m", "bos": "sink", "none": "no sink"}
-    colours = {"per_example": "tab:blue", "shared": "tab:orange"}
-    for panel, source in zip(panels[0], sources, strict=True):
-        lines = dict.fromkeys((row["m_scope"], row["sink"]) for row in rows if row["source"] == source)
-        for m_scope, sink in lines:
-            points = [
-                (row["length"], row["accuracy"])
-                for row in rows
-                if (row["source"], row["m_scope"], row["sink"]) == (source, m_scope, sink)
-            ]
-            style = {"color": colours.get(m_scope), "linestyle": "-" if sink == "bos" else ":", "marker": "o", "ms": 4}
-            panel.plot(*zip(*sorted(points), strict=True), label=f"{names[m_scope]}, {names[sink]}", **style)
-        panel.axhline(threshold, color="grey", linewidth=0.8)
-        panel.set_xscale("log", base=2)
-        ticks = sorted({row["length"] for row in rows})
-        panel.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45)
-        panel.minorticks_off()
-        panel.set_xlabel("tokens")
-        panel.set_title(source.replace("_", " "))
-        panel.grid(alpha=0.3)
-        panel.legend()
-    panels[0][0].set_ylabel("reconstruction accuracy")
+    panels = list(rows.groupby(panel, sort=False)) if panel else [(None, rows)]
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), sharey=True, squeeze=False)
+    for axis, (name, part) in zip(axes[0], panels, strict=True):
+        keys = [key for key in (line, dotted) if key]
+        colours = {}
+        for key, one in part.groupby(keys, sort=False) if keys else [((None,), part)]:
+            colour = colours.setdefault(key[0], f"C{len(colours)}")
+            points = [(at, *mean_with_interval(texts[y])) for at, texts in one.groupby(x)]
+            at, mean, low, high = np.array(points).T
+            is_dotted = dotted is not None and key[-1]
+            label = None if line is None else f"{key[0]}, {dotted}" if is_dotted else str(key[0])
+            axis.plot(at, mean, ":" if is_dotted else "-", color=colour, marker="o", ms=4, label=label)
+            axis.fill_between(at, low, high, color=colour, alpha=0.12, linewidth=0)
+        if threshold is not None:
+            axis.axhline(threshold, color="grey", linewidth=0.8)
+        if log2:
+            axis.set_xscale("log", base=2)
+            ticks = sorted(rows[x].unique())
+            axis.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45)
+            axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.set_title(name)
+        axis.set_xlabel(labels[0] if labels else x.replace("_", " "))
+        if line:
+            axis.legend(fontsize="small")
+    axes[0][0].set_ylabel(labels[1] if labels else y.replace("_", " "))
+    save(figure, title, path)
+
+
+def bars(panels: dict[str, dict[str, list[float]]], title: str, path: str | Path) -> None:
+    """Bars with intervals: for each panel from a name to `[value, low, high]`."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False)
+    for axis, (name, figures) in zip(axes[0], panels.items(), strict=True):
+        value, low, high = np.array(list(figures.values())).T
+        axis.bar(range(len(value)), value, color=[f"C{number % 10}" for number in range(len(value))], alpha=0.8)
+        errors = arms(value, low, high)
+        axis.errorbar(range(len(value)), value, errors, fmt="none", color="black", capsize=3)
+        axis.set_xticks(range(len(value)), list(figures), rotation=30, ha="right")
+        axis.grid(alpha=0.3, axis="y")
+        axis.set_title(name)
+    save(figure, title, path)
+
+
+def heatmaps(maps: dict[str, np.ndarray], labels: tuple[str, str], title: str, path: str | Path) -> None:
+    """Two-dimensional arrays side by side, each with a scale; the labels are those of rows and columns."""
+    figure, axes = plt.subplots(1, len(maps), figsize=(5.5 * len(maps), 5), squeeze=False)
+    for axis, (name, values) in zip(axes[0], maps.items(), strict=True):
+        image = axis.imshow(values, aspect="auto", cmap="magma", vmin=0)
+        figure.colorbar(image, ax=axis)
+        axis.set(title=name, ylabel=labels[0], xlabel=labels[1])
+    save(figure, title, path)
+
+
+def scatter(maps: dict[str, np.ndarray], groups: list[str], title: str, path: str | Path) -> None:
+    """Points `(texts, 2)`, a panel for each name, a colour for each group."""
+    figure, axes = plt.subplots(1, len(maps), figsize=(5.5 * len(maps), 5), squeeze=False)
+    groups = np.asarray(groups)
+    for axis, (name, points) in zip(axes[0], maps.items(), strict=True):
+        for number, group in enumerate(sorted(set(groups))):
+            axis.scatter(*points[groups == group].T, s=14, color=f"C{number % 10}", label=group.replace("_", " "))
+        axis.set(title=name, xticks=[], yticks=[])
+    axes[0][-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, title, path)
+
+
+def curves(
+    named: dict[str, list[tuple[list[float], list[float]]]], labels: tuple[str, str], title: str, path: str | Path
+) -> None:
+    """A line for each name through its points in order; both coordinates are `[value, low, high]`."""
+    figure, axis = plt.subplots(figsize=(6, 4.5))
+    for name, points in named.items():
+        (x, x_low, x_high), (y, y_low, y_high) = np.array(points).transpose(1, 2, 0)
+        errors = {"xerr": arms(x, x_low, x_high), "yerr": arms(y, y_low, y_high)}
+        axis.errorbar(x, y, **errors, fmt="-o", ms=4, elinewidth=0.8, label=name)
+    axis.set(xlabel=labels[0], ylabel=labels[1])
+    axis.grid(alpha=0.3)
+    axis.legend()
+    save(figure, title, path)
+
+
+def arms(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Lengths `(2, points)` of error bars; a value outside of its bootstrap interval has one arm."""
+    return np.maximum([value - low, high - value], 0)
+
+
+def save(figure: Figure, title: str, path: str | Path) -> None:
+    """Writes a figure and frees its memory."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=150)

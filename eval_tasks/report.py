@@ -4,6 +4,7 @@ import csv
 import datetime
 import json
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -123,3 +124,21 @@ def fill_tables(text: str, results: dict[str, dict]) -> str:
             after = rest.split(end, 1)[1]
             text = f"{before}{start}\n{markdown_table(results[name], columns)}\n{end}{after}"
     return text
+
+
+def fill_figures(text: str, results: dict[str, dict]) -> str:
+    """
+    Replaces what stands between `<!-- figure RESULT NAME -->` and the next `<!-- end -->` by that figure.
+
+    Raises:
+        ValueError: if there is no such result or figure.
+    """
+
+    def shown(match: re.Match) -> str:
+        result, name = match["result"], match["name"]
+        if result not in results or name not in results[result]["figures"]:
+            raise ValueError(f"there is no figure {name} in a result file {result}.json.")
+        return f"{match['start']}{format_figure(results[result]['figures'][name])}<!-- end -->"
+
+    pattern = r"(?P<start><!-- figure (?P<result>\S+) (?P<name>\S+) -->).*?<!-- end -->"
+    return re.sub(pattern, shown, text)

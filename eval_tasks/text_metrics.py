@@ -1,10 +1,12 @@
-"""Quality of answers: pure functions on token ids and texts."""
+"""Quality of answers, on token ids and texts, and what a decoder thinks of a text."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import EvalPrediction
+from transformers import EvalPrediction, PreTrainedModel
 
 from modeling_protogen.modeling_protogen import IGNORE_INDEX
 from modeling_protogen.processing_protogen import ProtoGenProcessor
@@ -26,6 +28,18 @@ def rouge_l(answers: list[str], references: list[str]) -> float:
     scorer = RougeScorer(["rougeL"])
     scores = [scorer.score(r, a)["rougeL"].fmeasure for a, r in zip(answers, references, strict=True)]
     return float(np.mean(scores))
+
+
+def information_bits(decoder: PreTrainedModel, token_ids: list[int]) -> float:
+    """
+    The text's information under the decoder, `-sum log2 p(token | BOS, tokens before)` (`H_LM`); without a BOS the
+    first token, which nothing predicts, is not counted.
+    """
+    bos = decoder.config.get_text_config().bos_token_id
+    ids = torch.tensor([token_ids if bos is None else [bos, *token_ids]], device=decoder.device)
+    with torch.no_grad():
+        log_p = decoder(ids).logits[0, :-1].float().log_softmax(-1)
+    return -log_p.gather(1, ids[0, 1:, None]).sum().item() / math.log(2)
 
 
 def one_step_metrics(processor: ProtoGenProcessor) -> Callable[[EvalPrediction], dict[str, float]]:

@@ -32,12 +32,18 @@ def run(main: Callable[[list[str]], None]) -> None:
         sys.exit(f"error: {message}\n(--debug shows where)")
 
 
+RECIPES = Path(__file__).parent / "recipes"
+
+
 class RecipeParser(HfArgumentParser):
-    """Reads arguments from a recipe (`--config FILE.yaml`) and then from the command line, which wins."""
+    """
+    Reads arguments from a recipe (`--config`: a YAML file, or the name of one of `scripts/recipes`) and then from the
+    command line, which wins.
+    """
 
     def __init__(self, *dataclass_types):
         super().__init__(dataclass_types, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        self.add_argument("--config", help="Recipe: a YAML file with any of the arguments below.")
+        self.add_argument("--config", help="Recipe: a YAML file, or its name in scripts/recipes.")
 
     def error(self, message: str):
         raise ValueError(message)
@@ -53,7 +59,7 @@ class RecipeParser(HfArgumentParser):
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--config")
         path = first.parse_known_args(arguments)[0].config
-        recipe = self._recipe_arguments(Path(path)) if path else []
+        recipe = self._recipe_arguments(path) if path else []
         *parsed, _, unknown = self.parse_args_into_dataclasses(
             recipe + arguments, return_remaining_strings=True, look_for_args_file=False
         )
@@ -61,7 +67,8 @@ class RecipeParser(HfArgumentParser):
             self._reject(unknown[0].removeprefix("--").split("=")[0], "on the command line")
         return tuple(parsed)
 
-    def _recipe_arguments(self, path: Path) -> list[str]:
+    def _recipe_arguments(self, name: str) -> list[str]:
+        path = Path(name) if name.endswith(".yaml") else RECIPES / f"{name}.yaml"
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
             raise FileNotFoundError(f"recipe {path} does not exist; recipes there: {known}.")

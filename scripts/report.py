@@ -1,5 +1,5 @@
 """
-Fills the README's tables from the result files.
+Fills tables and figures of the READMEs from the result files, and makes one page of the studies that have been run.
 
     python scripts/report.py
 """
@@ -9,19 +9,48 @@ from pathlib import Path
 
 import cli
 
-from eval_tasks.report import fill_tables, read_result
+from eval_tasks.page import Section, html_page
+from eval_tasks.report import fill_figures, fill_tables, read_result
 
 ROOT = Path(__file__).parent.parent
+READMES = [ROOT / "README.md", ROOT / "scripts" / "recipes" / "anatomy" / "README.md"]
+
+
+def header(recipe: Path) -> str:
+    """The comment at a recipe's head."""
+    lines = recipe.read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if not line.startswith("#"))
+    return " ".join(line.removeprefix("# ") for line in lines[:first]).replace(" Here: ", "\nHere: ")
+
+
+def studies(runs: Path) -> list[Section]:
+    """The studies of `scripts/recipes/anatomy` whose results are in the folder."""
+    sections = []
+    for recipe in sorted((ROOT / "scripts" / "recipes" / "anatomy").glob("*.yaml")):
+        results = [path for name in ("anatomy", "capacity") if (path := runs / recipe.stem / f"{name}.json").is_file()]
+        for path in results:
+            examples = path.with_name("examples.html")
+            html = examples.read_text() if examples.is_file() else ""
+            pictures = sorted(path.parent.glob("*.png"))
+            sections.append(Section(recipe.stem, header(recipe), read_result(path), pictures, html))
+    return sections
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--readmes", type=Path, nargs="+", default=READMES)
     parser.add_argument("--results", type=Path, default=ROOT / "scripts" / "results")
+    parser.add_argument("--runs", type=Path, default=Path("runs/anatomy"), help="runs of scripts/recipes/anatomy")
     arguments = parser.parse_args(argv)
     results = {path.stem: read_result(path) for path in sorted(arguments.results.glob("*.json"))}
-    arguments.readme.write_text(fill_tables(arguments.readme.read_text(), results))
-    print(f"tables of {', '.join(results) or 'no result'} in {arguments.readme}")
+    for readme in arguments.readmes:
+        readme.write_text(fill_figures(fill_tables(readme.read_text(), results), results))
+        print(f"filled from {len(results)} results: {readme}")
+    sections = studies(arguments.runs)
+    if sections:
+        page = arguments.runs / "index.html"
+        page.write_text(html_page("Anatomy of proto-tokens", sections))
+        print(f"{len(sections)} studies in {page}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """
-Fits proto-tokens (`--stage fit`), trains the encoder that predicts them (`--stage train`), or measures how long a text
-they can hold (`--stage capacity`).
+Fits proto-tokens (`--stage fit`), trains the encoder that predicts them (`--stage train`), measures how long a text
+they can hold (`--stage capacity`), or studies what they carry (`--stage anatomy`).
 
     accelerate launch scripts/train.py --config scripts/recipes/embedded.yaml --stage fit
     accelerate launch scripts/train.py --config scripts/recipes/embedded.yaml --stage train --max_steps 1000
@@ -8,31 +8,35 @@ they can hold (`--stage capacity`).
 Run the same command again after an interruption: it goes on where it was.
 """
 
+import re
 import shlex
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import cli
 import torch
 from accelerate import Accelerator
+from decoders import load_decoder
 from embedded import resolve
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from studies import STUDIES, Setting, StudyArguments
+from transformers import set_seed
 
-from eval_tasks.pictures import capacity_picture
+from eval_tasks.capacity import capacity_figures, capacity_picture
 from eval_tasks.report import markdown_table, result, write_csv, write_json
-from eval_tasks.text_metrics import one_step_metrics
+from eval_tasks.text_metrics import information_bits, one_step_metrics
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from trainers.capacity import CapacityArguments, capacity_figures, measure_capacity
+from trainers.capacity import CapacityArguments, measure_capacity
 from trainers.data import DataArguments, ProtoGenCollator, fitting_targets, load_examples, split_by_instruction
 from trainers.files import locked
 from trainers.fit_bank import fit_bank, with_predicted_starts
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
 from trainers.proto_bank import BankInfo, ProtoTokenBank, decoder_fingerprint, remove_damaged_shards
 from trainers.protogen_trainer import ProtoGenTrainer, last_complete_checkpoint
+from trainers.text_sources import load_sources
 from trainers.training_args import ProtoGenTrainingArguments
 
 
@@ -40,11 +44,21 @@ from trainers.training_args import ProtoGenTrainingArguments
 class RunArguments:
     """What to do."""
 
-    stage: str = field(default="train", metadata={"help": "What to do.", "choices": ["fit", "train", "capacity"]})
+    stage: str = field(
+        default="train", metadata={"help": "What to do.", "choices": ["fit", "train", "capacity", "anatomy"]}
+    )
     bank: str | None = field(default=None, metadata={"help": "Folder of the bank; OUTPUT_DIR/bank by default."})
     refit_damaged: bool = field(default=False, metadata={"help": "Remove damaged shards and fit their texts again."})
     warm_start: str | None = field(
         default=None, metadata={"help": "Trained model whose predictions the fit starts from; random by default."}
+    )
+    decoders: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Decoders that --stage capacity compares, with variants (scripts/decoders.py)."},
+    )
+    smoke: bool = field(
+        default=False,
+        metadata={"help": "The whole recipe in seconds: few tokens, few texts, few steps, no real figures."},
     )
     fixed_m: str | None = field(
         default=None, metadata={"help": "Safetensors file with the vector `m` (dim,) for m_scope=fixed."}
@@ -83,8 +97,17 @@ ARGUMENTS = (
     DataArguments,
     FittingArguments,
     CapacityArguments,
+    StudyArguments,
     ProtoGenTrainingArguments,
 )
+
+
+SMOKE = """
+    --fit_num_texts 4 --fit_max_length 4 --fit_max_steps 2 --fit_attempts 1 --fit_settle_steps 2
+    --capacity_texts 2 --capacity_lengths 3 4
+    --study_texts 10 --study_length 4 --study_min_length 4 --study_seeds 2 --study_noise 0 0.5 --study_curve_steps 2
+    --study_weights 0 1 --max_steps 2
+""".split()
 
 
 def bank_info(model_args: ModelArguments, decoder) -> BankInfo:
@@ -99,16 +122,6 @@ def bank_info(model_args: ModelArguments, decoder) -> BankInfo:
         sink=model_args.sink,
         dim=decoder.get_input_embeddings().embedding_dim,
     )
-
-
-def load_decoder(model_args: ModelArguments, device: torch.device):
-    """The decoder's tokenizer and the decoder."""
-    path = resolve(model_args.decoder)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.decoder_revision)
-    decoder = AutoModelForCausalLM.from_pretrained(
-        path, revision=model_args.decoder_revision, dtype=getattr(torch, model_args.decoder_dtype)
-    )
-    return tokenizer, decoder.to(device)
 
 
 def open_accelerator(args: ProtoGenTrainingArguments) -> Accelerator:
@@ -141,7 +154,9 @@ def fit(run: RunArguments, model_args: ModelArguments, data_args, fit_args: Fitt
         for path in remove_damaged_shards(run.bank):
             print(f"removed damaged shard {path.stem}; its texts are fitted again")
     accelerator.wait_for_everyone()
-    tokenizer, decoder = load_decoder(model_args, accelerator.device)
+    tokenizer, decoder = load_decoder(
+        model_args.decoder, model_args.decoder_revision, model_args.decoder_dtype, accelerator.device
+    )
     bank = ProtoTokenBank(run.bank, bank_info(model_args, decoder))
     bank.verify()
     if model_args.m_scope == "fixed" and bank.shared_m() is None:
@@ -186,17 +201,26 @@ def capacity(run, model_args: ModelArguments, data_args, fit_args, capacity_args
     interrupted run goes on from.
     """
     accelerator = open_accelerator(args)
-    tokenizer, decoder = load_decoder(model_args, accelerator.device)
-    answers = [example.answer for example in load_examples(data_args)]
-    output, info = Path(args.output_dir), bank_info(model_args, decoder)
-    rows = measure_capacity(decoder, tokenizer, answers, info, fit_args, capacity_args, accelerator, output / "banks")
+    sources = load_sources(capacity_args.capacity_sources, data_args)
+    output, rows = Path(args.output_dir), []
+    for name in run.decoders or [model_args.decoder]:
+        decoder_args = replace(model_args, decoder=name)
+        tokenizer, decoder = load_decoder(
+            name, model_args.decoder_revision, model_args.decoder_dtype, accelerator.device
+        )
+        info, banks = bank_info(decoder_args, decoder), output / "banks" / re.sub(r"\W+", "-", name)
+        accelerator.print(f"decoder {name}")
+        cells = measure_capacity(decoder, tokenizer, sources, info, fit_args, capacity_args, accelerator, banks)
+        for row in cells:
+            bits = information_bits(decoder, row.pop("token_ids"))
+            rows.append({"decoder": name} | row | {"bits": bits})
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
     threshold = capacity_args.capacity_threshold
     content = result(
         command=f"python scripts/train.py {shlex.join(sys.argv[1:])}",
-        model=f"{model_args.decoder}, {model_args.decoder_dtype}",
+        model=f"{', '.join(run.decoders or [model_args.decoder])}, {model_args.decoder_dtype}",
         revision=model_args.decoder_revision,
         data=f"{capacity_args.capacity_texts} texts of each length from {data_args.data}",
         seed=fit_args.fit_seed,
@@ -204,9 +228,38 @@ def capacity(run, model_args: ModelArguments, data_args, fit_args, capacity_args
     )
     write_json(output / "capacity.json", content)
     write_csv(output / "capacity.csv", rows)
-    title = f"{model_args.decoder}: {capacity_args.capacity_texts} texts of each length"
+    title = f"{content['model']}: {capacity_args.capacity_texts} texts of each length"
     capacity_picture(rows, threshold, title, output / "capacity.png")
     print(f"{markdown_table(content, ['C_tokens', 'H_LM_bits'])}\n\nwritten to {output}: capacity.json, .csv and .png")
+
+
+def anatomy(run, model_args: ModelArguments, data_args, fit_args, study_args: StudyArguments, args) -> None:
+    """Makes a study; leaves its figures in OUTPUT_DIR/anatomy.json, rows in anatomy.csv, and pictures beside them."""
+    accelerator = open_accelerator(args)
+    if accelerator.num_processes > 1:
+        raise ValueError("a study takes one process.")
+    sources = load_sources(study_args.study_sources, data_args)
+    tokenizer, decoder = load_decoder(
+        model_args.decoder, model_args.decoder_revision, model_args.decoder_dtype, accelerator.device
+    )
+    info, output = replace(bank_info(model_args, decoder), chunk_size=study_args.study_length), Path(args.output_dir)
+    setting = Setting(decoder, tokenizer, sources, info, fit_args, study_args, accelerator, output)
+    findings = STUDIES[study_args.study](setting)
+    accelerator.end_training()
+    content = result(
+        command=f"python scripts/train.py {shlex.join(sys.argv[1:])}",
+        model=f"{model_args.decoder}, {model_args.decoder_dtype}",
+        revision=model_args.decoder_revision,
+        data=f"{study_args.study_texts} texts of up to {study_args.study_length} tokens from {', '.join(sources)} of "
+        f"{data_args.data}",
+        seed=fit_args.fit_seed,
+        figures=findings.figures,
+    )
+    write_json(output / "anatomy.json", content)
+    write_csv(output / "anatomy.csv", findings.rows.to_dict("records"))
+    if findings.html:
+        (output / "examples.html").write_text(findings.html)
+    print(f"{markdown_table(content)}\n\nwritten to {output}: anatomy.json, anatomy.csv and pictures")
 
 
 def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoGenTrainingArguments) -> None:
@@ -293,12 +346,17 @@ def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoG
 
 
 def main(arguments: list[str]) -> None:
-    run, model_args, data_args, fit_args, capacity_args, args = cli.RecipeParser(*ARGUMENTS).parse(arguments)
+    parser = cli.RecipeParser(*ARGUMENTS)
+    if parser.parse(arguments)[0].smoke:
+        arguments = arguments + SMOKE
+    run, model_args, data_args, fit_args, capacity_args, study_args, args = parser.parse(arguments)
     run.bank = run.bank or str(Path(args.output_dir) / "bank")
     if run.stage == "fit":
         fit(run, model_args, data_args, fit_args, args)
     elif run.stage == "capacity":
         capacity(run, model_args, data_args, fit_args, capacity_args, args)
+    elif run.stage == "anatomy":
+        anatomy(run, model_args, data_args, fit_args, study_args, args)
     else:
         train(run, model_args, data_args, args)
 

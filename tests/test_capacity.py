@@ -1,41 +1,26 @@
 """Capacity, and the paper's way to fit a text."""
 
-import csv
 import math
 
+import decoders
+import pandas as pd
 import pytest
 import torch
 import train
 from test_scripts import call, recipe  # noqa: F401  (fixtures)
-from transformers import AutoTokenizer
 
 from eval_tasks.baselines.one_text_fit import fit_one_text
+from eval_tasks.capacity import capacity_figures
 from eval_tasks.report import read_result
+from eval_tasks.text_metrics import information_bits
 from trainers import capacity
-from trainers.capacity import LENGTHS, capacity_figures, capacity_texts, information_bits
+from trainers.capacity import LENGTHS, fixed_m
 from trainers.fitting import FittingArguments, ProtoTokenFitter
 from trainers.proto_bank import BankEntry, BankInfo, ProtoTokenBank
-
-ANSWERS = ["the cat sat on the mat", "blue", "cat dog and bird ran under the tree", "who sat"]
 
 
 def test_lengths_are_powers_of_the_square_root_of_two():
     assert tuple(int(2 ** (half / 2)) for half in range(4, 21)) == LENGTHS
-
-
-def test_texts_are_beginnings_of_answers_or_random_words(llama_dir):
-    tokenizer = AutoTokenizer.from_pretrained(llama_dir)
-    prose = capacity_texts(tokenizer, "prose", ANSWERS, 2, 5, seed=0)
-    assert tokenizer.batch_decode(prose) == ["the cat sat on the", "cat dog and bird ran"]
-    words = capacity_texts(tokenizer, "random_words", ANSWERS, 6, 9, seed=0)
-    assert [len(text) for text in words] == [9] * 6
-    assert len({tuple(text) for text in words}) == 6
-    assert set(tokenizer.decode([t for text in words for t in text]).split()) <= set(" ".join(ANSWERS).split())
-    assert words == capacity_texts(tokenizer, "random_words", ANSWERS, 6, 9, seed=0)
-    with pytest.raises(ValueError, match="only 2 of the texts have 5 tokens, 3 are needed"):
-        capacity_texts(tokenizer, "prose", ANSWERS, 3, 5, seed=0)
-    with pytest.raises(ValueError, match="unknown source of texts 'verse'"):
-        capacity_texts(tokenizer, "verse", ANSWERS, 3, 5, seed=0)
 
 
 def test_information_is_the_sum_of_the_tokens_surprisals(decoder):
@@ -49,17 +34,40 @@ def test_information_is_the_sum_of_the_tokens_surprisals(decoder):
     assert information_bits(decoder, text) < expected
 
 
+def row(length, accuracy, **setting):
+    setting = {"source": "natural", "arrangement": "e_mN", "m_scope": "per_example", "sink": "bos"} | setting
+    return {"length": length, "accuracy": accuracy, "bits": 10.0 * length, "id": "a", "category": ""} | setting
+
+
 def test_capacity_is_the_longest_length_that_holds():
-    cell = {"source": "prose", "m_scope": "per_example", "sink": "bos"}
-    accuracies = {4: 1.0, 5: 0.98, 8: 0.99, 11: 0.5}
-    rows = [cell | {"length": n, "accuracy": accuracy, "bits": 10.0 * n} for n, accuracy in accuracies.items()]
-    rows.append(cell | {"source": "random_words", "m_scope": "shared", "length": 4, "accuracy": 0.9, "bits": 40.0})
-    assert capacity_figures(rows, 0.99) == {
-        "prose_own_m_bos_C_tokens": 8,
-        "prose_own_m_bos_H_LM_bits": 80.0,
-        "random_words_shared_m_bos_C_tokens": 0,
-        "random_words_shared_m_bos_H_LM_bits": 0.0,
-    }
+    rows = []
+    for length, accuracies in {4: (1.0, 1.0), 5: (1.0, 0.96), 8: (1.0, 0.99), 11: (0.5, 0.7)}.items():
+        rows += [row(length, accuracy) for accuracy in accuracies]
+    rows += [row(4, 0.9, source="random_words", m_scope="shared")] * 2
+    figures = capacity_figures(rows, 0.99)
+    assert figures["natural_own_m_C_tokens"] == 8
+    assert figures["natural_own_m_H_LM_bits"] == [80.0, 80.0, 80.0]
+    assert figures["natural_own_m_11_tokens_accuracy"] == pytest.approx([0.6, 0.5, 0.7])
+    assert figures["natural_own_m_5_tokens_exact_match"] == [0.5, 0.0, 1.0]
+    assert figures["random_words_shared_m_C_tokens"] == 0
+    assert figures["random_words_shared_m_H_LM_bits"] == 0.0
+
+
+def test_categories_have_figures_where_there_are_some():
+    rows = [row(n, 0.5 + n / 100, id=f"{c}{n}", category=c) for c in ("open", "closed") for n in (10, 20)]
+    figures = capacity_figures(rows, 0.99)
+    assert figures["all_open_accuracy"][0] == pytest.approx(0.65)
+    assert not [
+        name for name in capacity_figures([row(4, 1.0)] * 2, 0.99) if name.endswith("_accuracy") and "4" not in name
+    ]
+
+
+def test_an_m_that_is_not_trained(decoder):
+    table = decoder.get_input_embeddings().weight
+    assert fixed_m("fixed_zero", decoder, 0).abs().sum() == 0
+    torch.testing.assert_close(fixed_m("fixed_mean", decoder, 0), table.mean(0, keepdim=True))
+    assert fixed_m("fixed_random", decoder, 0).std() == pytest.approx(table.std().item(), rel=0.5)
+    assert not fixed_m("fixed_random", decoder, 0).equal(fixed_m("fixed_random", decoder, 1))
 
 
 def test_the_papers_loop_ends_when_the_text_is_perfect(decoder):
@@ -75,8 +83,9 @@ def test_the_papers_loop_ends_when_the_text_is_perfect(decoder):
 
 
 def test_the_capacity_stage(call, recipe, tmp_path, monkeypatch):  # noqa: F811
-    arguments = ["--config", recipe, "--stage", "capacity", "--capacity_texts", 2, "--capacity_max_length", 5]
+    arguments = ["--config", recipe, "--stage", "capacity", "--capacity_texts", 2, "--capacity_lengths", 5, 4]
     arguments += ["--fit_max_steps", 3, "--fit_settle_steps", 3, "--capacity_sources", "random_words"]
+    arguments += ["--capacity_m_scopes", "per_example", "shared", "fixed_mean"]
     fit_bank, cells = capacity.fit_bank, []
 
     def interrupted(fitter, bank, *rest):
@@ -91,12 +100,38 @@ def test_the_capacity_stage(call, recipe, tmp_path, monkeypatch):  # noqa: F811
     assert cells[:3] == cells[4:7], "the cells in the same order; those that are done fit nothing"
     folder = tmp_path / "run"
     figures = read_result(folder / "capacity.json")["figures"]
-    assert {"random_words_own_m_bos_C_tokens", "random_words_shared_m_none_H_LM_bits"} <= set(figures)
-    rows = list(csv.DictReader((folder / "capacity.csv").open()))
-    assert {(row["m_scope"], row["sink"]) for row in rows} == {
-        (m, sink) for m in ("per_example", "shared") for sink in ("bos", "none")
-    }
-    for row in rows:
-        bank = ProtoTokenBank(folder / "banks" / f"random_words-{row['m_scope']}-{row['sink']}-{row['length']}")
-        assert sum(bank.row(id)["accuracy"] for id in bank.ids) / 2 == pytest.approx(float(row["accuracy"]))
+    assert {"own_m_sink_C_tokens", "shared_m_no_sink_H_LM_bits", "mean_embedding_m_sink_C_tokens"} <= set(figures)
+    rows = pd.read_csv(folder / "capacity.csv", keep_default_na=False)
+    assert len(rows[["m_scope", "sink"]].drop_duplicates()) == 6
+    for (m_scope, sink, length), part in rows.groupby(["m_scope", "sink", "length"]):
+        banks = list((folder / "banks").glob(f"*/random_words-e_mN-{m_scope}-{sink}-{length}"))
+        bank = ProtoTokenBank(banks[0])
+        assert [bank.row(id)["accuracy"] for id in part["id"]] == pytest.approx(part["accuracy"].tolist())
+        if m_scope == "fixed_mean":
+            entries = [bank[id] for id in bank.ids]
+            assert all(entry.m.equal(bank.shared_m()[""]) for entry in entries)
     assert (folder / "capacity.png").stat().st_size > 10_000
+
+
+def test_capacity_compares_decoders(call, recipe, tmp_path, llama_dir):  # noqa: F811
+    names = [llama_dir, f"{llama_dir}@first:1", f"{llama_dir}@untrained", f"{llama_dir}@untrained-gpt_neox:16x1"]
+    arguments = ["--config", recipe, "--stage", "capacity", "--capacity_texts", 2, "--capacity_lengths", 3]
+    arguments += ["--fit_max_steps", 3, "--capacity_sources", "random_words", "--capacity_m_scopes", "per_example"]
+    assert "written to" in call(train, *arguments, "--capacity_sinks", "bos", "--decoders", *names)
+    rows = pd.read_csv(tmp_path / "run" / "capacity.csv")
+    assert rows["decoder"].unique().tolist() == [str(name) for name in names]
+
+
+def test_variants_of_a_decoder(llama_dir):
+    whole = decoders.load_decoder(str(llama_dir), None, "float32", "cpu")[1]
+    first = decoders.load_decoder(f"{llama_dir}@first:1", None, "float32", "cpu")[1]
+    assert len(first.model.layers) == 1
+    for name, weight in first.state_dict().items():
+        assert weight.equal(whole.state_dict()[name])
+    untrained = [decoders.load_decoder(f"{llama_dir}@untrained", None, "float32", "cpu")[1] for _ in range(2)]
+    assert untrained[0].lm_head.weight.equal(untrained[1].lm_head.weight)
+    assert not untrained[0].lm_head.weight.equal(whole.lm_head.weight)
+    with pytest.raises(ValueError, match="has 2 layers; first:3 cannot"):
+        decoders.load_decoder(f"{llama_dir}@first:3", None, "float32", "cpu")
+    with pytest.raises(ValueError, match="unknown variant 'half'"):
+        decoders.load_decoder(f"{llama_dir}@half", None, "float32", "cpu")

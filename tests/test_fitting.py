@@ -75,7 +75,7 @@ def test_gradients_are_those_of_the_plain_cross_entropy(decoder, monkeypatch):
     fitter = fitter_for(decoder, fit_attempts=1)
     fits = [TextFit(text) for text in TEXTS]
     for one in fits:
-        fitter._start(one, None)
+        fitter.start(one)
     scores = fitter._scores_and_gradients(fits)
     for one, (accuracy, least) in zip(fits, scores, strict=True):
         e, m = one.e.detach().requires_grad_(), one.m.detach().requires_grad_()
@@ -138,8 +138,8 @@ def test_slots_are_always_full_and_a_text_that_ends_makes_room(decoder, monkeypa
 def test_only_texts_that_are_not_done_start_afresh_until_attempts_are_spent(decoder, monkeypatch):
     fitter = fitter_for(decoder, fit_slots="2", fit_max_steps=4, fit_attempts=3, fit_learning_rate=1e-6)
     starts = []
-    start = fitter._start
-    monkeypatch.setattr(fitter, "_start", lambda one, m: starts.append((one.text.id, one.attempt)) or start(one, m))
+    start = fitter.start
+    monkeypatch.setattr(fitter, "start", lambda one, m=None: starts.append((one.text.id, one.attempt)) or start(one, m))
     steps = sum(1 for _ in fitter.fit(TEXTS[:2]))
     assert sorted(starts) == [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1), ("b", 2)]
     assert steps == 3 * 5  # four updates an attempt, and a measurement after the last
@@ -149,7 +149,7 @@ def test_only_texts_that_are_not_done_start_afresh_until_attempts_are_spent(deco
 def test_without_memory_for_all_slots_it_goes_on_with_half(decoder, monkeypatch):
     expected = fit(fitter_for(decoder, fit_max_steps=10, fit_attempts=1))
     fitter = fitter_for(decoder, fit_max_steps=10, fit_attempts=1, fit_slots="4")
-    backward, calls = fitter._backward, []
+    backward, calls = fitter._backward_pass, []
 
     def small(fits):
         calls.append(len(fits))
@@ -158,7 +158,7 @@ def test_without_memory_for_all_slots_it_goes_on_with_half(decoder, monkeypatch)
         return backward(fits)
 
     monkeypatch.setattr(fitting, "passes", lambda fits, max_tokens: [fits])
-    monkeypatch.setattr(fitter, "_backward", small)
+    monkeypatch.setattr(fitter, "_backward_pass", small)
     with pytest.warns(UserWarning, match="out of memory: going on with 2 slots"), pytest.raises(torch.OutOfMemoryError):
         fit(fitter)  # one text alone does not fit either
     calls[:] = [0] * 3
@@ -167,7 +167,7 @@ def test_without_memory_for_all_slots_it_goes_on_with_half(decoder, monkeypatch)
     for id, entry in expected.items():
         assert entries[id].steps == entry.steps
         torch.testing.assert_close(entries[id].e, entry.e, rtol=1e-3, atol=1e-3)
-    monkeypatch.setattr(fitter, "_backward", lambda fits: 1 / 0)
+    monkeypatch.setattr(fitter, "_backward_pass", lambda fits: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fit(fitter)
 
@@ -293,7 +293,7 @@ def test_fitted_vectors_fit_the_bank(decoder, tmp_path):
 def test_starts_depend_on_seed_id_and_attempt_alone(decoder):
     def start(seed, id, attempt):
         one = TextFit(Text(id, [5]), attempt=attempt)
-        fitter_for(decoder, fit_seed=seed)._start(one, None)
+        fitter_for(decoder, fit_seed=seed).start(one)
         return hashlib.sha256(one.e.detach().numpy().tobytes() + one.m.detach().numpy().tobytes()).hexdigest()
 
     assert start(0, "a", 0) == start(0, "a", 0)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import INSTRUCTIONS
+from report import READMES
 
 from eval_tasks import report
 from eval_tasks.latency import interleaved_seconds, ratio_with_interval
@@ -81,7 +82,19 @@ def test_tables_are_filled_between_their_markers(content):
         report.fill_tables("<!-- result x -->", {"x": content})
 
 
-def test_the_readmes_tables_are_those_of_the_result_files():
-    text = (ROOT / "README.md").read_text()
+def test_figures_are_filled_between_their_markers(content):
+    text = "| <!-- figure x accuracy -->old<!-- end --> | <!-- figure x speedup --><!-- end --> |"
+    filled = report.fill_figures(text, {"x": content})
+    assert "<!-- figure x accuracy -->0.9877<!-- end -->" in filled
+    assert "-->20 (19 to 21)<!--" in filled
+    assert "old" not in filled
+    with pytest.raises(ValueError, match=r"no figure speed in a result file x\.json"):
+        report.fill_figures("<!-- figure x speed --><!-- end -->", {"x": content})
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
+def test_the_readmes_figures_are_those_of_the_result_files(path):
+    text = path.read_text()
     results = {path.stem: report.read_result(path) for path in (ROOT / "scripts" / "results").glob("*.json")}
-    assert report.fill_tables(text, results) == text, "run python scripts/report.py"
+    filled = report.fill_figures(report.fill_tables(text, results), results)
+    assert filled == text, "run python scripts/report.py"

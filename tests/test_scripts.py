@@ -120,7 +120,7 @@ def test_fit_train_generate_and_measure(call, recipe, tmp_path, llama_dir, monke
     (tmp_path / "README.md").write_text("<!-- result quickstart -->\n<!-- end quickstart -->\n")
     (tmp_path / "results").mkdir()
     result.rename(tmp_path / "results" / result.name)
-    call(report, "--readme", tmp_path / "README.md", "--results", tmp_path / "results")
+    call(report, "--readmes", tmp_path / "README.md", "--results", tmp_path / "results")
     assert "one step speedup 8" in (tmp_path / "README.md").read_text()
 
 

@@ -197,7 +197,7 @@ class ProtoTokenFitter:
             while waiting and len(active) < slots:
                 fit = waiting.popleft()
                 if fit.e is None:
-                    self._start(fit, m)
+                    self.start(fit, m)
                 active.append(fit)
             scores = self._scores_and_gradients(active)
             if scores is None:
@@ -216,7 +216,7 @@ class ProtoTokenFitter:
                     ended.append(fit)
                 elif self._is_spent(fit):
                     fit.attempt += 1
-                    self._start(fit, m)
+                    self.start(fit, m)
                 else:
                     self._step(fit)
             active = [fit for fit in active if fit not in ended]
@@ -233,9 +233,9 @@ class ProtoTokenFitter:
         fits = [TextFit(text) for text in self._sample(texts)]
         groups = sorted({fit.text.group for fit in fits})
         m = {group: nn.Parameter(self._random(f"m {group}", 0, 1, self.info.dim)) for group in groups}
-        optimizers = [self._optimizer([vector]) for vector in m.values()]
+        optimizers = [self.optimizer([vector]) for vector in m.values()]
         for fit in fits:
-            self._start(fit, m)
+            self.start(fit, m)
         best, slots = (-1.0, -1.0), self.num_slots([fit.text for fit in fits])
         kept = {}
         for step in range(self.args.fit_settle_steps + 1):
@@ -257,11 +257,11 @@ class ProtoTokenFitter:
                 settled = {group: vector.detach().clone() for group, vector in m.items()}
             if step == self.args.fit_settle_steps:
                 break
-            rate = self._learning_rate(step, self.args.fit_settle_steps)
+            rate = self.learning_rate(step, self.args.fit_settle_steps)
             for vector, optimizer in zip(m.values(), optimizers, strict=True):
-                self._update([vector], optimizer, rate)
+                self.update([vector], optimizer, rate)
             for fit in fits:
-                self._update([fit.e], fit.optimizer, rate)
+                self.update([fit.e], fit.optimizer, rate)
                 fit.step += 1
         starts = {id: (e, None) for id, e in kept.items()}
         return settled, [replace(text, start=starts.get(text.id, text.start)) for text in texts]
@@ -307,7 +307,7 @@ class ProtoTokenFitter:
             return tensor
 
         fit = TextFit(text)
-        self._start(fit, None)
+        self.start(fit)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             # Alive until the bytes are counted: freed storage would be taken again.
             states = self._answer_states([fit])
@@ -320,8 +320,8 @@ class ProtoTokenFitter:
     def _is_spent(self, fit: TextFit) -> bool:
         return fit.step == self.args.fit_max_steps
 
-    def _start(self, fit: TextFit, m: dict[str, torch.Tensor] | None) -> None:
-        """Puts a text at the beginning of an attempt."""
+    def start(self, fit: TextFit, m: dict[str, torch.Tensor] | None = None) -> None:
+        """Puts a text at the beginning of an attempt, with the `m` of its group where it is given."""
         text, info = fit.text, self.info
         chunks = -(-len(text.token_ids) // info.chunk_size)
         given_e, given_m = text.start if text.start is not None and fit.attempt == 0 else (None, None)
@@ -334,27 +334,30 @@ class ProtoTokenFitter:
             if given_m is None:
                 given_m = self._random(f"m {text.id}", fit.attempt, chunks, info.dim)
             fit.m = nn.Parameter(given_m.to(self.decoder.device, torch.float32, copy=True))
-        fit.optimizer = self._optimizer([fit.e] if m is not None else [fit.e, fit.m])
+        fit.optimizer = self.optimizer([fit.e] if m is not None else [fit.e, fit.m])
         fit.step = 0
 
     def _step(self, fit: TextFit) -> None:
         parameters = fit.optimizer.param_groups[0]["params"]
-        self._update(parameters, fit.optimizer, self._learning_rate(fit.step, self.args.fit_max_steps))
+        self.update(parameters, fit.optimizer, self.learning_rate(fit.step, self.args.fit_max_steps))
         fit.step += 1
 
-    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+        """AdamW with the settings of the fit."""
         args = self.args
         betas = (args.fit_beta1, args.fit_beta2)
         return torch.optim.AdamW(
             parameters, args.fit_learning_rate, betas, weight_decay=args.fit_weight_decay, fused=True
         )
 
-    def _learning_rate(self, step: int, num_steps: int) -> float:
+    def learning_rate(self, step: int, num_steps: int) -> float:
+        """The learning rate of one of `num_steps` steps."""
         if self.args.fit_schedule == "constant":
             return self.args.fit_learning_rate
         return self.args.fit_learning_rate * (1 + math.cos(math.pi * step / num_steps)) / 2
 
-    def _update(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, rate: float) -> None:
+    def update(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, rate: float) -> None:
+        """One step along the gradients, which are then gone."""
         if self.args.fit_normalize_gradients:
             for parameter in parameters:
                 parameter.grad = F.normalize(parameter.grad, dim=-1)
@@ -369,10 +372,7 @@ class ProtoTokenFitter:
         """
         error = None
         try:
-            scores = {}
-            for group in passes(fits, self.busy_tokens):
-                scores |= zip(map(id, group), self._backward(group), strict=True)
-            return [scores[id(fit)] for fit in fits]
+            return self.backward(fits)
         except RuntimeError as raised:
             if len(fits) == 1 or not should_reduce_batch_size(raised):
                 raise
@@ -384,8 +384,18 @@ class ProtoTokenFitter:
         clear_device_cache(garbage_collection=True)
         return None
 
-    def _backward(self, fits: list[TextFit]) -> list[tuple[float, float]]:
-        """The loss of a text is the mean cross-entropy of its tokens; at most MAX_FLOAT_LOGITS are alive at once."""
+    def backward(self, fits: list[TextFit]) -> list[tuple[float, float]]:
+        """
+        Adds the gradients of the texts' losses to their proto-tokens, or to what those are made of; returns the
+        accuracy and the least probability of each text. A text's loss is the mean cross-entropy of its tokens.
+        """
+        scores = {}
+        for group in passes(fits, self.busy_tokens):
+            scores |= zip(map(id, group), self._backward_pass(group), strict=True)
+        return [scores[id(fit)] for fit in fits]
+
+    def _backward_pass(self, fits: list[TextFit]) -> list[tuple[float, float]]:
+        """At most MAX_FLOAT_LOGITS are alive at once."""
         states, targets = self._answer_states(fits)
         weights = torch.cat([self._token_weights(fit) for fit in fits]).to(states.device)
         rows = max(1, MAX_FLOAT_LOGITS // self.head.weight.shape[0])

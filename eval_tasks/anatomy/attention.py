@@ -1,0 +1,58 @@
+"""How much the answer's positions attend to `e` while they are read."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..pictures import heatmaps
+from .findings import Findings
+from .reading import BATCH_TOKENS, FittedTexts, Reader
+
+
+def attention_to_e(reader: Reader, fitted: FittedTexts) -> torch.Tensor:
+    """
+    Attention that each predicting position pays to the e-tokens (their weights summed), mean over texts.
+
+    Args:
+        reader (`Reader`): its decoder is switched to eager attention, the only one that gives its weights.
+        fitted (`FittedTexts`): texts of one length, laid out as `e_mN` or `e_m`.
+
+    Returns:
+        `torch.Tensor` of shape `(layers, heads, length)`.
+
+    Raises:
+        ValueError: if the lengths differ, or `e` does not only stand at the front.
+    """
+    lengths = [len(ids) for ids in fitted.token_ids]
+    if len(set(lengths)) > 1 or reader.arrangement not in ("e_m", "e_mN"):
+        raise ValueError("attention to e needs texts of one length, fitted as e_mN or e_m.")
+    reader.decoder.set_attn_implementation("eager")
+    sink, num_e = int(reader.sink != "none"), fitted.e.shape[1]
+    size, total = max(1, BATCH_TOKENS // lengths[0]), 0
+    for first in range(0, len(fitted), size):
+        part = slice(first, first + size)
+        inputs, predicts = reader.inputs(fitted.e[part], fitted.m[part], lengths[part])
+        with torch.no_grad():
+            weights = reader.decoder.base_model(**inputs, output_attentions=True).attentions
+        # (layers, texts, heads, predicting positions): the same positions in every text.
+        to_e = torch.stack([layer[..., sink : sink + num_e].float().sum(-1) for layer in weights])
+        total = total + to_e[..., predicts[0]].sum(1).cpu()
+    return total / len(fitted)
+
+
+def study(reader: Reader, fitted: FittedTexts, title: str, folder: Path) -> Findings:
+    """Attention to `e` by layer and head, and by layer and position."""
+    weights = attention_to_e(reader, fitted).numpy()
+    figures = {"attention_to_e": float(weights.mean()), "attention_to_e_strongest_head": float(weights.mean(-1).max())}
+    thirds = np.array_split(np.arange(weights.shape[-1]), 3)
+    for name, places in zip(("first", "middle", "last"), thirds, strict=True):
+        figures[f"attention_to_e_{name}_third"] = float(weights[..., places].mean())
+    for layer, part in enumerate(weights):
+        figures[f"attention_to_e_layer_{layer}"] = float(part.mean())
+    maps = {"mean over positions": weights.mean(2)}, {"mean over heads": weights.mean(1)}
+    for values, label in zip(maps, ("head", "position"), strict=True):
+        heatmaps(values, ("layer", label), title, folder / f"attention_{label}.png")
+    index = pd.MultiIndex.from_product(map(range, weights.shape), names=["layer", "head", "position"])
+    return Findings(figures, pd.DataFrame({"attention": weights.ravel()}, index=index).reset_index())

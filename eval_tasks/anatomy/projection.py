@@ -1,0 +1,34 @@
+"""The bank in two dimensions."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pandas as pd
+from sklearn.decomposition import PCA
+from sklearn.metrics import silhouette_score
+
+from ..pictures import scatter
+from .findings import Findings
+from .reading import FittedTexts
+
+
+def study(fitted: FittedTexts, title: str, folder: Path, seed: int) -> Findings:
+    """`e` and `m` by PCA, and by UMAP where umap-learn is installed, coloured by category."""
+    figures, maps = {}, {}
+    for name in ("e", "m"):
+        vectors = getattr(fitted, name).flatten(1).numpy()
+        pca = PCA(2, random_state=seed)
+        maps[f"{name}, PCA"] = pca.fit_transform(vectors)
+        figures[f"{name}_variance_in_two_components"] = float(pca.explained_variance_ratio_.sum())
+        if 1 < len(set(fitted.categories)) < len(fitted):
+            silhouette = silhouette_score(vectors, fitted.categories, metric="cosine")
+            figures[f"{name}_silhouette_of_categories"] = float(silhouette)
+        if find_spec("umap"):
+            from umap import UMAP
+
+            maps[f"{name}, UMAP"] = UMAP(metric="cosine", random_state=seed).fit_transform(vectors)
+    scatter(maps, fitted.categories, title, folder / "map.png")
+    rows = pd.DataFrame({"category": fitted.categories, "text": fitted.texts})
+    for name, points in maps.items():
+        rows[f"{name} x"], rows[f"{name} y"] = points.T
+    return Findings(figures, rows)

@@ -1,0 +1,69 @@
+"""
+Decoders by name: a Hub id, a folder or an `embedded:` name, or a variant of one to compare it with:
+
+    NAME@first:10                    its first 10 layers
+    NAME@untrained                   the same model with random weights
+    NAME@untrained-gpt_neox:256x6    a GPTNeoX of 6 layers of width 256 with random weights, and NAME's tokenizer
+"""
+
+import re
+
+import torch
+from embedded import resolve
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+VARIANTS = re.compile(r"first:(?P<layers>\d+)|untrained|untrained-gpt_neox:(?P<width>\d+)x(?P<depth>\d+)")
+
+
+def load_decoder(
+    name: str, revision: str | None, dtype: str, device: torch.device
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """
+    The decoder's tokenizer and the decoder.
+
+    Raises:
+        ValueError: if the variant is not one of those above, or has more layers than the model.
+    """
+    name, _, variant = name.partition("@")
+    path, dtype = resolve(name), getattr(torch, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    wanted = VARIANTS.fullmatch(variant)
+    if not variant:
+        decoder = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
+    elif not wanted:
+        raise ValueError(f"unknown variant {variant!r} of {name}; there are first:LAYERS, untrained and "
+                         "untrained-gpt_neox:WIDTHxLAYERS.")  # fmt: skip
+    elif wanted["layers"]:
+        config, layers = AutoConfig.from_pretrained(path, revision=revision), int(wanted["layers"])
+        if not 1 <= layers <= config.num_hidden_layers:
+            raise ValueError(f"{name} has {config.num_hidden_layers} layers; first:{layers} cannot be taken of it.")
+        decoder = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, num_hidden_layers=layers)
+    else:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+        if wanted["width"]:
+            config = gpt_neox_config(int(wanted["width"]), int(wanted["depth"]), config)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            decoder = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
+    return tokenizer, decoder.to(device)
+
+
+def gpt_neox_config(width: int, layers: int, like) -> GPTNeoXConfig:
+    """A GPTNeoX with heads of 64 as in the Pythia suite, for the tokens of another model."""
+    return GPTNeoXConfig(
+        vocab_size=like.vocab_size,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64),
+        intermediate_size=4 * width,
+        bos_token_id=like.bos_token_id,
+        eos_token_id=like.eos_token_id,
+        tie_word_embeddings=False,
+    )

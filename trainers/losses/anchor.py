@@ -1,0 +1,41 @@
+"""Pull of `e` to a projected teacher embedding."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modeling_protogen.modeling_protogen import ProtoGenOutput
+
+
+class AnchorLoss(nn.Module):
+    """
+    Cosine distance between each `e` and its text's teacher embedding `t`, brought to the width of `e` by a fixed random
+    map `P` with orthonormal rows or columns, which keeps the angles between texts:
+
+        L = 1/B sum_i (1 - cos(e_i, P t_i))
+
+    Args:
+        dim (`int`): width of a text's `e`, all chunks and e-tokens joined.
+        teacher_dim (`int`): width of the teacher's embeddings.
+        seed (`int`): of the map.
+
+    References:
+        The anchor of arXiv:2602.18301, whose abstract names it; the form is ours.
+
+    Relations:
+        [`RelationalDistillationLoss`] asks for the teacher's similarities only, not for places.
+
+    Inputs:
+        `outputs.e` `(batch, chunks, num_e_tokens, dim)`; `batch["teacher_embeddings"]` `(batch, teacher_dim)`.
+    """
+
+    def __init__(self, dim: int, teacher_dim: int, seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        tall = torch.randn(max(dim, teacher_dim), min(dim, teacher_dim), generator=generator)
+        columns = torch.linalg.qr(tall).Q
+        self.register_buffer("projection", columns if dim >= teacher_dim else columns.T.contiguous())
+
+    def forward(self, outputs: ProtoGenOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        anchors = batch["teacher_embeddings"].float() @ self.projection.T
+        return (1 - F.cosine_similarity(outputs.e.flatten(1).float(), anchors)).mean()
