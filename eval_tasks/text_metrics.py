@@ -18,6 +18,15 @@ def token_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     return float((predictions == labels)[is_token].mean())
 
 
+def accepted_length(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """
+    Mean number of tokens before the first that differs, both `(examples, length)`: what verification would accept
+    where `labels` are the teacher's answers; at most the tokens that are not -100.
+    """
+    agree = (predictions == labels) & (labels != IGNORE_INDEX)
+    return float(np.cumprod(agree, axis=1).sum(1).mean())
+
+
 def exact_match(answers: list[str], references: list[str]) -> float:
     """Share of answers equal to their reference, outer white space aside."""
     return float(np.mean([a.strip() == r.strip() for a, r in zip(answers, references, strict=True)]))
@@ -44,8 +53,9 @@ def information_bits(decoder: PreTrainedModel, token_ids: list[int]) -> float:
 
 def one_step_metrics(processor: ProtoGenProcessor) -> Callable[[EvalPrediction], dict[str, float]]:
     """
-    `compute_metrics` for `ProtoGenTrainer`: `token_accuracy` at the label's length, and `exact_match`, `rouge_l` and
-    `length_tokens` (mean length in tokens) of the one-step answers at their predicted length.
+    `compute_metrics` for `ProtoGenTrainer`: `token_accuracy` (agreement, where labels are the teacher's answers) and
+    `accepted_length` at the label's length, and `exact_match`, `rouge_l` and `length_tokens` (mean length in tokens) of
+    the one-step answers at their predicted length.
     """
 
     def texts(ids: np.ndarray) -> list[str]:
@@ -57,6 +67,7 @@ def one_step_metrics(processor: ProtoGenProcessor) -> Callable[[EvalPrediction],
         references = texts(labels)
         return {
             "token_accuracy": token_accuracy(tokens, labels),
+            "accepted_length": accepted_length(tokens, labels),
             "exact_match": exact_match(texts(answers), references),
             "rouge_l": rouge_l(texts(answers), references),
             "length_tokens": float((answers != IGNORE_INDEX).sum(-1).mean()),

@@ -68,14 +68,15 @@ class ProtoGenProcessor(ProcessorMixin):
         self,
         instruction: str | list[str],
         context: str | list[str | None] | None = None,
-        answer: str | list[str] | None = None,
+        answer: str | list[str | list[int]] | None = None,
         **kwargs,
     ) -> BatchFeature:
         """
         Args:
             instruction (`str` or `list[str]`)
             context (`str` or `list[str | None]`, *optional*): text that the instruction speaks of.
-            answer (`str` or `list[str]`, *optional*): becomes `labels` and `length_labels`.
+            answer (`str` or `list[str | list[int]]`, *optional*): becomes `labels` and `length_labels`; a list of ids
+                is taken as it is.
 
         Returns:
             `BatchFeature` of PyTorch tensors: `input_ids` and `attention_mask` `(batch, source)`,
@@ -107,15 +108,20 @@ class ProtoGenProcessor(ProcessorMixin):
             batch.update(self.encode_answers(answers))
         return BatchFeature(batch)
 
-    def encode_answers(self, answers: list[str]) -> dict[str, torch.LongTensor]:
+    def encode_answers(self, answers: list[str | list[int]]) -> dict[str, torch.LongTensor]:
         """
-        Answers with EOS, cut at `max_answer_length`.
+        Answers with EOS, cut at `max_answer_length`. Those given as token ids end as they do: with EOS, or cut already.
 
         Returns:
             `labels` `(batch, length)` padded with -100, and `length_labels` `(batch,)`: lengths before the cut.
         """
         eos = [self.decoder_tokenizer.eos_token_id]
-        ids = [self.decoder_tokenizer(text, add_special_tokens=False).input_ids + eos for text in answers]
+        ids = [
+            self.decoder_tokenizer(answer, add_special_tokens=False).input_ids + eos
+            if isinstance(answer, str)
+            else answer
+            for answer in answers
+        ]
         longest = min(self.max_answer_length, max(len(row) for row in ids))
         labels = torch.full((len(ids), longest), -100)
         for label, row in zip(labels, ids, strict=True):

@@ -1,6 +1,7 @@
 """
-Fits proto-tokens (`--stage fit`), trains the encoder that predicts them (`--stage train`), measures how long a text
-they can hold (`--stage capacity`), or studies what they carry (`--stage anatomy`).
+Fits proto-tokens (`--stage fit`), lets the decoder answer instructions (`--stage teacher`), trains the encoder that
+predicts proto-tokens (`--stage train`), measures how long a text they hold (`--stage capacity`), or studies what they
+carry (`--stage anatomy`).
 
     accelerate launch scripts/train.py --config scripts/recipes/embedded.yaml --stage fit
     accelerate launch scripts/train.py --config scripts/recipes/embedded.yaml --stage train --max_steps 1000
@@ -30,12 +31,26 @@ from eval_tasks.report import markdown_table, result, write_csv, write_json
 from eval_tasks.text_metrics import information_bits, one_step_metrics
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.capacity import CapacityArguments, measure_capacity
-from trainers.data import DataArguments, ProtoGenCollator, fitting_targets, load_examples, split_by_instruction
+from trainers.data import (
+    DataArguments,
+    ProtoGenCollator,
+    fitting_targets,
+    load_examples,
+    split_by_instruction,
+    with_teacher_answers,
+)
 from trainers.files import locked
 from trainers.fit_bank import fit_bank, with_predicted_starts
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
 from trainers.proto_bank import BankInfo, ProtoTokenBank, decoder_fingerprint, remove_damaged_shards
 from trainers.protogen_trainer import ProtoGenTrainer, last_complete_checkpoint
+from trainers.synthetic_instructions import (
+    INSTRUCTIONS_NAME,
+    normalized,
+    synthetic_examples,
+    write_instructions,
+)
+from trainers.teacher import TeacherInfo, prompt_template, read_teacher_answers, write_teacher_answers
 from trainers.text_sources import load_sources
 from trainers.training_args import ProtoGenTrainingArguments
 
@@ -45,7 +60,7 @@ class RunArguments:
     """What to do."""
 
     stage: str = field(
-        default="train", metadata={"help": "What to do.", "choices": ["fit", "train", "capacity", "anatomy"]}
+        default="train", metadata={"help": "What to do.", "choices": ["fit", "teacher", "train", "capacity", "anatomy"]}
     )
     bank: str | None = field(default=None, metadata={"help": "Folder of the bank; OUTPUT_DIR/bank by default."})
     refit_damaged: bool = field(default=False, metadata={"help": "Remove damaged shards and fit their texts again."})
@@ -63,6 +78,39 @@ class RunArguments:
     fixed_m: str | None = field(
         default=None, metadata={"help": "Safetensors file with the vector `m` (dim,) for m_scope=fixed."}
     )
+
+
+@dataclass
+class TargetArguments:
+    """What the encoder learns to answer, and to which instructions."""
+
+    targets: str = field(
+        default="human",
+        metadata={
+            "help": "Answers: the data's, the frozen decoder's, or both.",
+            "choices": ["human", "teacher", "both"],
+        },
+    )
+    instructions: str = field(
+        default="data",
+        metadata={
+            "help": "Instructions to train on: the data's, those that the decoder writes itself, or both. Validation "
+            "instructions are always the data's.",
+            "choices": ["data", "synthetic", "both"],
+        },
+    )
+    num_synthetic: int = field(default=10_000, metadata={"help": "Instructions that the decoder writes."})
+    teacher_answers: str | None = field(
+        default=None, metadata={"help": "Folder of the teacher's answers; OUTPUT_DIR/teacher by default."}
+    )
+    teacher_max_length: int = field(default=64, metadata={"help": "Tokens at which the teacher's answers are cut."})
+    teacher_batch_size: int = field(default=32, metadata={"help": "Instructions that the teacher answers at once."})
+
+    def __post_init__(self):
+        if self.instructions != "data" and self.targets == "human":
+            raise ValueError(
+                "nobody has answered synthetic instructions but the teacher: set targets to teacher or both."
+            )
 
 
 @dataclass
@@ -94,6 +142,7 @@ class ModelArguments:
 ARGUMENTS = (
     RunArguments,
     ModelArguments,
+    TargetArguments,
     DataArguments,
     FittingArguments,
     CapacityArguments,
@@ -262,7 +311,57 @@ def anatomy(run, model_args: ModelArguments, data_args, fit_args, study_args: St
     print(f"{markdown_table(content)}\n\nwritten to {output}: anatomy.json, anatomy.csv and pictures")
 
 
-def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoGenTrainingArguments) -> None:
+def load_processor(model_args: ModelArguments, max_answer_length: int) -> ProtoGenProcessor:
+    return ProtoGenProcessor.from_encoder_decoder_pretrained(
+        resolve(model_args.encoder),
+        resolve(model_args.decoder),
+        encoder_revision=model_args.encoder_revision,
+        decoder_revision=model_args.decoder_revision,
+        max_input_length=model_args.max_input_length,
+        max_prompt_length=model_args.max_prompt_length,
+        max_answer_length=max_answer_length,
+    )
+
+
+def teacher_info(model_args: ModelArguments, target_args: TargetArguments, decoder, processor) -> TeacherInfo:
+    return TeacherInfo(
+        decoder=model_args.decoder,
+        decoder_revision=model_args.decoder_revision,
+        decoder_fingerprint=decoder_fingerprint(decoder),
+        template=prompt_template(processor),
+        max_length=target_args.teacher_max_length,
+    )
+
+
+def teacher(model_args: ModelArguments, target_args: TargetArguments, data_args, args) -> None:
+    """Lets the decoder write instructions, where asked, and answer all of them, into the folder of teacher answers."""
+    accelerator = open_accelerator(args)
+    tokenizer, decoder = load_decoder(
+        model_args.decoder, model_args.decoder_revision, model_args.decoder_dtype, accelerator.device
+    )
+    processor = load_processor(model_args, target_args.teacher_max_length)
+    folder, examples = Path(target_args.teacher_answers), load_examples(data_args)
+    if target_args.instructions != "data":
+        with accelerator.main_process_first():
+            if accelerator.is_main_process:
+                write_instructions(decoder, tokenizer, folder / INSTRUCTIONS_NAME, target_args.num_synthetic, args.seed)
+        examples += synthetic_examples(folder, target_args.num_synthetic)
+    examples = [example for example in examples if processor.fits(example.instruction)]
+    info = teacher_info(model_args, target_args, decoder, processor)
+    answers = write_teacher_answers(
+        decoder, processor, examples, folder, info, accelerator, target_args.teacher_batch_size
+    )
+    accelerator.end_training()
+    accelerator.print(f"{len(answers)} answers in {folder}")
+
+
+def train(
+    run: RunArguments,
+    model_args: ModelArguments,
+    target_args: TargetArguments,
+    data_args,
+    args: ProtoGenTrainingArguments,
+) -> None:
     """
     Trains the encoder; leaves the model in OUTPUT_DIR/model, its metrics in OUTPUT_DIR/metrics.json and the held-out
     instructions in OUTPUT_DIR/validation.json.
@@ -287,7 +386,8 @@ def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoG
     encoder, decoder = resolve(fields.pop("encoder")), resolve(fields.pop("decoder"))
     revisions = {name: fields.pop(name) for name in ("encoder_revision", "decoder_revision")}
     decoder_dtype = getattr(torch, fields.pop("decoder_dtype"))
-    windows = {name: fields.pop(name) for name in ("max_input_length", "max_prompt_length")}
+    for name in ("max_input_length", "max_prompt_length"):
+        fields.pop(name)
 
     train_examples, validation_examples = split_by_instruction(load_examples(data_args), data_args.validation_share)
     categories = None
@@ -297,13 +397,12 @@ def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoG
         encoder, decoder, decoder_dtype=decoder_dtype, categories=categories, **revisions, **fields
     )
     config = model.config
-    processor = ProtoGenProcessor.from_encoder_decoder_pretrained(
-        encoder,
-        decoder,
-        max_answer_length=config.max_answer_length,
-        **windows,
-        **revisions,
-    )
+    processor = load_processor(model_args, config.max_answer_length)
+    if target_args.instructions != "data":
+        synthetic = synthetic_examples(target_args.teacher_answers, target_args.num_synthetic)
+        held_out = {normalized(example.instruction) for example in validation_examples}
+        synthetic = [example for example in synthetic if normalized(example.instruction) not in held_out]
+        train_examples = synthetic + (train_examples if target_args.instructions == "both" else [])
     lost = len(train_examples) + len(validation_examples)
     train_examples = [example for example in train_examples if processor.fits(example.instruction)]
     validation_examples = [example for example in validation_examples if processor.fits(example.instruction)]
@@ -315,6 +414,11 @@ def train(run: RunArguments, model_args: ModelArguments, data_args, args: ProtoG
             f"{len(train_examples)} training and {len(validation_examples)} validation examples are too few; "
             "change validation_share or give more data."
         )
+    if target_args.targets != "human":
+        info = teacher_info(model_args, target_args, model.decoder, processor)
+        answers = read_teacher_answers(target_args.teacher_answers, info)
+        train_examples = with_teacher_answers(train_examples, answers, target_args.targets)
+        validation_examples = with_teacher_answers(validation_examples, answers, "teacher")
     bank = None
     if args.needs_bank:
         bank = ProtoTokenBank(run.bank, bank_info(model_args, model.decoder))
@@ -349,7 +453,8 @@ def main(arguments: list[str]) -> None:
     parser = cli.RecipeParser(*ARGUMENTS)
     if parser.parse(arguments)[0].smoke:
         arguments = arguments + SMOKE
-    run, model_args, data_args, fit_args, capacity_args, study_args, args = parser.parse(arguments)
+    run, model_args, target_args, data_args, fit_args, capacity_args, study_args, args = parser.parse(arguments)
+    target_args.teacher_answers = target_args.teacher_answers or str(Path(args.output_dir) / "teacher")
     run.bank = run.bank or str(Path(args.output_dir) / "bank")
     if run.stage == "fit":
         fit(run, model_args, data_args, fit_args, args)
@@ -357,8 +462,10 @@ def main(arguments: list[str]) -> None:
         capacity(run, model_args, data_args, fit_args, capacity_args, args)
     elif run.stage == "anatomy":
         anatomy(run, model_args, data_args, fit_args, study_args, args)
+    elif run.stage == "teacher":
+        teacher(model_args, target_args, data_args, args)
     else:
-        train(run, model_args, data_args, args)
+        train(run, model_args, target_args, data_args, args)
 
 
 if __name__ == "__main__":

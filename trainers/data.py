@@ -1,7 +1,7 @@
 """Instruction data: loading, splitting and collating."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,9 @@ class DataArguments:
     data_split: str = field(default="train", metadata={"help": "Split to read; validation is taken from it."})
     instruction_field: str = field(default="instruction", metadata={"help": "Column with the instruction."})
     context_field: str | None = field(default="context", metadata={"help": "Column with the context."})
-    answer_field: str = field(default="response", metadata={"help": "Column with the answer."})
+    answer_field: str | None = field(
+        default="response", metadata={"help": "Column with the answer; none where the teacher gives all of them."}
+    )
     category_field: str | None = field(default="category", metadata={"help": "Column with the category."})
     validation_share: float = field(default=0.1, metadata={"help": "Share of instructions kept for validation."})
     max_train_examples: int | None = field(default=None, metadata={"help": "Training examples used; all by default."})
@@ -40,6 +42,7 @@ class Example:
         id (`str`): hash of instruction, context and answer: the same wherever the row stands.
         instruction, context, answer (`str`): `context` may be empty.
         category (`str`, *optional*)
+        answer_ids (`list[int]`, *optional*): the answer's tokens as the teacher wrote them, instead of `answer`.
     """
 
     id: str
@@ -47,6 +50,12 @@ class Example:
     context: str
     answer: str
     category: str | None = None
+    answer_ids: list[int] | None = None
+
+    @property
+    def target(self) -> str | list[int]:
+        """The answer to learn, as text or as the teacher's tokens."""
+        return self.answer if self.answer_ids is None else self.answer_ids
 
 
 def load_examples(args: DataArguments) -> list[Example]:
@@ -79,11 +88,12 @@ def load_examples(args: DataArguments) -> list[Example]:
     has_category = args.category_field in rows.column_names
     examples = {}
     for number, row in enumerate(rows):
-        instruction, answer = row[args.instruction_field], row[args.answer_field]
-        context = row[args.context_field] or "" if args.context_field else ""
-        for name, text in ((args.instruction_field, instruction), (args.answer_field, answer)):
-            if not text or not text.strip():
+        for name in filter(None, (args.instruction_field, args.answer_field)):
+            if not row[name] or not row[name].strip():
                 raise ValueError(f"row {number} of {args.data} has an empty {name}; remove or fill it.")
+        instruction = row[args.instruction_field]
+        answer = row[args.answer_field] if args.answer_field else ""
+        context = row[args.context_field] or "" if args.context_field else ""
         id = stable_hash("\0".join((instruction, context, answer)))[:16]
         category = row[args.category_field] if has_category else None
         examples[id] = Example(id, instruction.strip(), context.strip(), answer.strip(), category)
@@ -108,8 +118,33 @@ def split_by_instruction(examples: list[Example], validation_share: float) -> tu
 
 def fitting_targets(tokenizer, examples: list[Example], max_length: int) -> dict[str, list[int]]:
     """Token ids of the answers, EOS included, cut at `max_length`, by example id."""
-    ids = {example.id: tokenizer(example.answer, add_special_tokens=False).input_ids for example in examples}
-    return {id: [*tokens, tokenizer.eos_token_id][:max_length] for id, tokens in ids.items()}
+    targets = {}
+    for example in examples:
+        ids = example.answer_ids
+        if ids is None:
+            ids = [*tokenizer(example.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        targets[example.id] = ids[:max_length]
+    return targets
+
+
+def with_teacher_answers(examples: list[Example], answers: dict[str, list[int]], targets: str) -> list[Example]:
+    """
+    The examples with the answers to learn: `human` as they are, `teacher` with the teacher's answers, under ids of
+    their own, or `both` of them.
+
+    Raises:
+        ValueError: if an instruction has no teacher answer.
+    """
+    human = examples if targets in ("human", "both") else []
+    if targets == "human":
+        return human
+    missing = [e for e in examples if e.id not in answers]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(examples)} instructions have no teacher answer, the first is "
+            f"{missing[0].instruction[:60]!r}: write them (--stage teacher)."
+        )
+    return human + [replace(e, id=f"{e.id}-teacher", answer_ids=answers[e.id]) for e in examples]
 
 
 class ProtoGenCollator:
@@ -141,7 +176,7 @@ class ProtoGenCollator:
             self.processor(
                 [example.instruction for example in examples],
                 [example.context for example in examples],
-                [example.answer for example in examples],
+                [example.target for example in examples],
             )
         )
         if self.categories:

@@ -1,6 +1,7 @@
-"""Files that are whole or absent, and folders that one process at a time may write."""
+"""Files that are whole or absent, files that grow by whole lines, and folders that one process at a time may write."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,23 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The rows of a JSONL file, none if it does not exist; a last line that a kill cut off is no row."""
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def append_lines(path: Path, rows: list[dict]) -> None:
+    """Appends rows to a JSONL file, durably, in place of a last line that a kill cut off. One process a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def file_sha256(path: Path) -> str:
