@@ -4,9 +4,22 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import multiprocessing
 
 from modeling_protogen import ProtoGenOutput
-from trainers.losses import DistanceBasedLogisticLoss, LengthNLLLoss, ReconstructionLoss, SigLIPLoss
+from trainers.losses import (
+    BANK_LOSSES,
+    LOSSES,
+    DistanceBasedLogisticLoss,
+    InfoNCELoss,
+    LengthNLLLoss,
+    MeanSquaredErrorLoss,
+    ReconstructionLoss,
+    SigLIPLoss,
+    candidates,
+)
 
 
 @pytest.fixture
@@ -54,7 +67,73 @@ def test_distance_based_logistic(pairs):
     torch.testing.assert_close(DistanceBasedLogisticLoss(margin=0.7)(outputs, batch), match + other)
 
 
-@pytest.mark.parametrize("loss", [SigLIPLoss(), DistanceBasedLogisticLoss()])
+def test_info_nce_is_the_cross_entropy_of_the_right_candidate(pairs):
+    outputs, batch = pairs
+    x = torch.stack(unit_vectors(outputs.e, outputs.m))
+    y = torch.stack(unit_vectors(batch["bank_e"], batch["bank_m"]))
+    loss = InfoNCELoss()
+    expected = F.cross_entropy(x @ y.T / 0.07, torch.arange(4))
+    torch.testing.assert_close(loss(outputs, batch), expected)
+    with torch.no_grad():
+        loss.log_temperature.fill_(20.0)
+    torch.testing.assert_close(loss(outputs, batch), F.cross_entropy(x @ y.T * 100, torch.arange(4)))
+
+
+def test_mean_squared_error(pairs):
+    outputs, batch = pairs
+    squares = (outputs.e - batch["bank_e"]).square().sum() + (outputs.m - batch["bank_m"]).square().sum()
+    torch.testing.assert_close(MeanSquaredErrorLoss()(outputs, batch), squares / (4 * 24))
+
+
+@pytest.mark.parametrize("name", BANK_LOSSES)
+def test_chunks_of_candidates_change_nothing(name, pairs, monkeypatch):
+    outputs, batch = pairs
+    loss = LOSSES[name]()
+    found = []
+    for size in (1024, 3):
+        monkeypatch.setattr(candidates, "CHUNK", size)
+        parameters = [outputs.e, outputs.m, *loss.parameters()]
+        value = loss(outputs, batch)
+        found.append([value, *torch.autograd.grad(value, parameters)])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def value_and_gradients(name, rows):
+    """The loss on some rows of a fixed batch of six, and its gradients to the predictions and to what it learns."""
+    generator = torch.Generator().manual_seed(0)
+    e, m, bank_e, bank_m = (torch.randn(6, 1, *shape, generator=generator) for shape in ((1, 5), (5,)) * 2)
+    e, m = e.requires_grad_(), m.requires_grad_()
+    loss = LOSSES[name]()
+    batch = {"bank_e": bank_e[rows], "bank_m": bank_m[rows]}
+    value = loss(ProtoGenOutput(e=e[rows], m=m[rows]), batch)
+    return [value.detach(), *torch.autograd.grad(value, [e, m, *loss.parameters()])]
+
+
+def as_one_of_two(rank, path, results):
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    found = {}
+    for name in BANK_LOSSES:
+        mine = value_and_gradients(name, slice(3 * rank, 3 * rank + 3))
+        for tensor in mine:
+            dist.all_reduce(tensor)
+        found[name] = [(tensor / 2).tolist() for tensor in mine]
+    if rank == 0:
+        results.put(found)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_value_and_gradients_of_one_with_the_joined_batch(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    multiprocessing.spawn(as_one_of_two, (tmp_path / "store", results), nprocs=2)
+    found = results.get()
+    for name in BANK_LOSSES:
+        for one, two in zip(value_and_gradients(name, slice(None)), found[name], strict=True):
+            torch.testing.assert_close(torch.tensor(two), one, msg=name)
+
+
+@pytest.mark.parametrize("loss", [SigLIPLoss(), DistanceBasedLogisticLoss(), InfoNCELoss(), MeanSquaredErrorLoss()])
 def test_contrastive_losses_are_finite_and_prefer_the_truth(loss, pairs):
     outputs, batch = pairs
     truth = ProtoGenOutput(e=batch["bank_e"].clone().requires_grad_(), m=batch["bank_m"].clone().requires_grad_())

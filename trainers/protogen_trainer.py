@@ -76,7 +76,7 @@ class ProtoGenTrainer(Trainer):
         batch_size = total.new_tensor(len(inputs["input_ids"]))
         for name, weight in self.args.losses.items():
             # Only training texts are banked: evaluation leaves out what compares with the bank.
-            if name in BANK_LOSSES and "bank_e" not in inputs and not model.training:
+            if name in BANK_LOSSES and not model.training:
                 continue
             component = self.losses[name](outputs, inputs)
             sum_and_count = torch.stack([component.detach() * batch_size, batch_size])
@@ -114,9 +114,15 @@ class ProtoGenTrainer(Trainer):
                 ],
                 **kwargs,
             )
-            # The trainer clears the model's gradients itself.
+            # Processes average the gradients of what is wrapped, the model; and the trainer clears those only.
+            self.optimizer.register_step_pre_hook(lambda *_: self._average_loss_gradients())
             self.optimizer.register_step_post_hook(lambda *_: self.losses.zero_grad())
         return self.optimizer
+
+    def _average_loss_gradients(self) -> None:
+        for parameter in self.losses.parameters():
+            if parameter.grad is not None:
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)

@@ -5,7 +5,9 @@ Training objectives, one `nn.Module` a file. Each is called with the model's out
 """
 
 from .distance_based_logistic import DistanceBasedLogisticLoss
+from .info_nce import InfoNCELoss
 from .length_nll import LengthNLLLoss
+from .mean_squared_error import MeanSquaredErrorLoss
 from .reconstruction import ReconstructionLoss
 from .siglip import SigLIPLoss
 
@@ -14,9 +16,20 @@ LOSSES = {
     "length_nll": LengthNLLLoss,
     "siglip": SigLIPLoss,
     "distance_based_logistic": DistanceBasedLogisticLoss,
+    "info_nce": InfoNCELoss,
+    "mean_squared_error": MeanSquaredErrorLoss,
 }
 
 # Those that compare predictions with banked proto-tokens.
-BANK_LOSSES = ("siglip", "distance_based_logistic")
+BANK_LOSSES = ("siglip", "distance_based_logistic", "info_nce", "mean_squared_error")
 
-__all__ = ["BANK_LOSSES", "LOSSES", "DistanceBasedLogisticLoss", "LengthNLLLoss", "ReconstructionLoss", "SigLIPLoss"]
+__all__ = [
+    "BANK_LOSSES",
+    "LOSSES",
+    "DistanceBasedLogisticLoss",
+    "InfoNCELoss",
+    "LengthNLLLoss",
+    "MeanSquaredErrorLoss",
+    "ReconstructionLoss",
+    "SigLIPLoss",
+]

@@ -6,7 +6,7 @@ from torch import nn
 
 from modeling_protogen.modeling_protogen import ProtoGenOutput
 
-from .siglip import flatten_proto_tokens
+from .candidates import flatten_proto_tokens, over_candidates
 
 
 class DistanceBasedLogisticLoss(nn.Module):
@@ -17,7 +17,8 @@ class DistanceBasedLogisticLoss(nn.Module):
         p_ij = (1 + exp(-m)) / (1 + exp(D_ij - m))
         L = 1/B sum_i (-log p_ii - 1/(B-1) sum_{j != i} log(1 - p_ij))
 
-    All pairs of the batch are used; matching and other pairs weigh the same in sum. A batch of one has no other pairs.
+    All pairs of the batches of all processes are used; matching and other pairs weigh the same in sum. A batch of
+    one has no other pairs.
 
     Args:
         margin (`float`): distance at which a pair is as likely a match as not, about; distances lie in 0..4.
@@ -41,13 +42,15 @@ class DistanceBasedLogisticLoss(nn.Module):
     def forward(self, outputs: ProtoGenOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         predicted = F.normalize(flatten_proto_tokens(outputs.e, outputs.m), dim=-1)
         banked = F.normalize(flatten_proto_tokens(batch["bank_e"], batch["bank_m"]), dim=-1)
-        distance = (predicted[:, None] - banked[None]).square().sum(-1)
-        margin = torch.tensor(self.margin, device=distance.device)
-        # log p = log(1 + e^-m) - log(1 + e^(D-m)), and 1 - p = (e^(D-m) - e^-m) / (1 + e^(D-m)).
-        log_p = F.softplus(-margin) - F.softplus(distance - margin)
-        log_not_p = distance.expm1().clamp_min(1e-12).log() - margin - F.softplus(distance - margin)
-        is_match = torch.eye(len(distance), dtype=torch.bool, device=distance.device)
-        loss = -log_p[is_match].mean()
-        if len(distance) > 1:
-            loss = loss - log_not_p[~is_match].mean()
-        return loss
+        margin = torch.tensor(self.margin, device=predicted.device)
+
+        def part(predicted, candidates, is_match):
+            distance = (2 - 2 * predicted @ candidates.T).clamp_min(0)
+            # log p = log(1 + e^-m) - log(1 + e^(D-m)), and 1 - p = (e^(D-m) - e^-m) / (1 + e^(D-m)).
+            log_p = F.softplus(-margin) - F.softplus(distance - margin)
+            log_not_p = distance.expm1().clamp_min(1e-12).log() - margin - F.softplus(distance - margin)
+            return -torch.stack([log_p[is_match].sum(), log_not_p[~is_match].sum(), (~is_match).sum()])
+
+        match, other, num_others = over_candidates(part, predicted, banked).sum(0)
+        loss = match / len(predicted)
+        return loss - other / num_others if num_others else loss

@@ -8,15 +8,13 @@ from torch import nn
 
 from modeling_protogen.modeling_protogen import ProtoGenOutput
 
-
-def flatten_proto_tokens(e: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-    """One vector a text: `e` `(batch, chunks, num_e_tokens, dim)` and `m` `(batch, chunks, dim)` side by side."""
-    return torch.cat([e.flatten(1), m.flatten(1)], dim=1).float()
+from .candidates import flatten_proto_tokens, over_candidates
 
 
 class SigLIPLoss(nn.Module):
     """
-    Pairwise sigmoid loss between predicted and banked proto-tokens. Every pair in the batch is a binary problem; with
+    Pairwise sigmoid loss between predicted and banked proto-tokens. Every pair of the batches of all processes is
+    a binary problem; with
     `x_i` the normalised prediction of text i, `y_j` the normalised banked vector of text j, `z_ij` 1 on the diagonal
     and -1 elsewhere, and learned temperature `t` and bias `b`:
 
@@ -43,6 +41,9 @@ class SigLIPLoss(nn.Module):
     def forward(self, outputs: ProtoGenOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         predicted = F.normalize(flatten_proto_tokens(outputs.e, outputs.m), dim=-1)
         banked = F.normalize(flatten_proto_tokens(batch["bank_e"], batch["bank_m"]), dim=-1)
-        logits = self.log_temperature.exp() * predicted @ banked.T + self.bias
-        signs = 2 * torch.eye(len(logits), device=logits.device) - 1
-        return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+        def part(predicted, candidates, is_match):
+            logits = self.log_temperature.exp() * predicted @ candidates.T + self.bias
+            return -F.logsigmoid(torch.where(is_match, logits, -logits)).sum()
+
+        return over_candidates(part, predicted, banked).sum() / len(predicted)
