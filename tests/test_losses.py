@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import multiprocessing
 
 from modeling_protogen import ProtoGenOutput
+from trainers.distillation import teacher_top_k
 from trainers.losses import (
     BANK_LOSSES,
     LOSSES,
@@ -16,8 +17,10 @@ from trainers.losses import (
     InfoNCELoss,
     LengthNLLLoss,
     MeanSquaredErrorLoss,
+    OnPolicyLoss,
     ReconstructionLoss,
     SigLIPLoss,
+    SoftReconstructionLoss,
     candidates,
 )
 
@@ -175,3 +178,42 @@ def test_length_nll_takes_true_lengths_or_those_of_the_labels():
     assert loss(outputs, {"labels": labels}).item() == pytest.approx(direct([3, 1]), rel=1e-5)
     batch = {"labels": labels, "length_labels": torch.tensor([30, 1])}
     assert loss(outputs, batch).item() == pytest.approx(direct([30, 1]), rel=1e-5)
+
+
+@pytest.fixture
+def prompts():
+    """Two prompts, the shorter padded on the left, and two answers, the shorter padded on the right."""
+    ids, mask = torch.tensor([[1, 5, 9, 4], [0, 0, 1, 8]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    return ids, mask, torch.tensor([[7, 11, 30], [12, 3, -100]])
+
+
+def test_the_teacher_reads_the_prompt_and_the_tokens_before(decoder, prompts):
+    ids, q = teacher_top_k(decoder, *prompts, top_k=5)
+    row = 0
+    for prompt, mask, answer in zip(*prompts, strict=True):
+        read = prompt[mask.bool()].tolist()
+        for token in answer[answer >= 0].tolist():
+            p = decoder(torch.tensor([read])).logits[0, -1].softmax(-1)
+            assert ids[row].tolist() == p.topk(5).indices.tolist()
+            torch.testing.assert_close(q[row], p.topk(5).values / p.topk(5).values.sum(), atol=1e-5, rtol=1e-4)
+            read, row = [*read, token], row + 1
+    assert row == len(ids) == 5
+
+
+def test_soft_targets_are_the_whole_distribution_or_one_token(decoder, prompts):
+    labels, logits = prompts[2], torch.randn(5, 43, requires_grad=True)
+    outputs = ProtoGenOutput(logits=logits)
+    whole = teacher_top_k(decoder, *prompts, top_k=43)
+    q = torch.zeros(5, 43).scatter(1, *whole)
+    terms = -(q * logits.log_softmax(-1)).sum(-1)
+    value = OnPolicyLoss()(outputs, {"labels": labels, "on_policy_targets": whole})
+    torch.testing.assert_close(value, (terms[:3].mean() + terms[3:].mean()) / 2)
+    value.backward()
+    assert logits.grad.abs().sum() > 0
+    one = teacher_top_k(decoder, *prompts, top_k=1)
+    chosen = labels.clone()
+    chosen[labels >= 0] = one[0][:, 0]
+    torch.testing.assert_close(
+        SoftReconstructionLoss()(outputs, {"labels": labels, "label_targets": one}),
+        ReconstructionLoss()(outputs, {"labels": chosen}),
+    )

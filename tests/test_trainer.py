@@ -12,6 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from eval_tasks.text_metrics import one_step_metrics
 from trainers.data import Example, ProtoGenCollator
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
+from trainers.losses import LOSSES
 from trainers.proto_bank import BankInfo, ProtoTokenBank, decoder_fingerprint
 from trainers.protogen_trainer import ProtoGenTrainer, last_complete_checkpoint
 from trainers.training_args import ProtoGenTrainingArguments
@@ -21,7 +22,7 @@ EXAMPLES = [
     for i, instruction in enumerate(INSTRUCTIONS)
     for j, answer in enumerate([*ANSWERS, "a dog ran under the tree"])
 ]
-ALL_LOSSES = {"reconstruction": 1.0, "length_nll": 0.1, "siglip": 0.5, "distance_based_logistic": 0.5}
+ALL_LOSSES = {name: 0.5 for name in LOSSES}
 
 
 @pytest.fixture

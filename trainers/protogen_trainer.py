@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_protogen.modeling_protogen import IGNORE_INDEX
 
+from .distillation import teacher_top_k
 from .files import write_atomically
 from .losses import BANK_LOSSES, LOSSES
 
@@ -72,6 +73,7 @@ class ProtoGenTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         model_inputs = {name: value for name, value in inputs.items() if name not in BANK_INPUTS}
         outputs = model(**model_inputs, return_loss=False)
+        inputs = inputs | self._soft_targets(model, outputs, inputs)
         total = torch.zeros((), device=outputs.logits.device)
         batch_size = total.new_tensor(len(inputs["input_ids"]))
         for name, weight in self.args.losses.items():
@@ -83,6 +85,21 @@ class ProtoGenTrainer(Trainer):
             self._components[model.training][name].append(sum_and_count)
             total = total + weight * component
         return (total, outputs) if return_outputs else total
+
+    def _soft_targets(self, model, outputs, inputs) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """What the teacher says of the labels and of the student's own answers, where a loss asks for it."""
+        wanted, labels = {}, inputs["labels"]
+        if "soft_reconstruction" in self.args.losses:
+            wanted["label_targets"] = labels
+        if "on_policy" in self.args.losses:
+            written = labels.clone()
+            written[labels != IGNORE_INDEX] = outputs.logits.detach().max(-1).indices
+            wanted["on_policy_targets"] = written
+        decoder, prompt = self.accelerator.unwrap_model(model).decoder, ("decoder_prompt_ids", "decoder_prompt_mask")
+        return {
+            name: teacher_top_k(decoder, *(inputs[key] for key in prompt), answers, self.args.teacher_top_k)
+            for name, answers in wanted.items()
+        }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         evaluating = "eval_loss" in logs

@@ -31,6 +31,10 @@ class ProtoGenTrainingArguments(TrainingArguments):
     encoder_learning_rate: float = field(
         default=5e-5, metadata={"help": "Learning rate of the pretrained encoder; 0 freezes it."}
     )
+    teacher_top_k: int = field(
+        default=32,
+        metadata={"help": "Tokens of the teacher that soft_reconstruction and on_policy learn from; 1 = argmax."},
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
     optim: str = field(default="adamw_torch", metadata={"help": "Optimiser, as in transformers."})
     report_to: str = field(default="none", metadata={"help": "Where to log: none, tensorboard, wandb, ..."})

@@ -10,9 +10,12 @@ from .length_nll import LengthNLLLoss
 from .mean_squared_error import MeanSquaredErrorLoss
 from .reconstruction import ReconstructionLoss
 from .siglip import SigLIPLoss
+from .soft_targets import OnPolicyLoss, SoftReconstructionLoss
 
 LOSSES = {
     "reconstruction": ReconstructionLoss,
+    "soft_reconstruction": SoftReconstructionLoss,
+    "on_policy": OnPolicyLoss,
     "length_nll": LengthNLLLoss,
     "siglip": SigLIPLoss,
     "distance_based_logistic": DistanceBasedLogisticLoss,
@@ -30,6 +33,8 @@ __all__ = [
     "InfoNCELoss",
     "LengthNLLLoss",
     "MeanSquaredErrorLoss",
+    "OnPolicyLoss",
     "ReconstructionLoss",
     "SigLIPLoss",
+    "SoftReconstructionLoss",
 ]

@@ -13,10 +13,9 @@ from .candidates import flatten_proto_tokens, over_candidates
 
 class SigLIPLoss(nn.Module):
     """
-    Pairwise sigmoid loss between predicted and banked proto-tokens. Every pair of the batches of all processes is
-    a binary problem; with
-    `x_i` the normalised prediction of text i, `y_j` the normalised banked vector of text j, `z_ij` 1 on the diagonal
-    and -1 elsewhere, and learned temperature `t` and bias `b`:
+    Pairwise sigmoid loss between predicted and banked proto-tokens. Every pair of the batches of all processes is a
+    binary problem; with `x_i` the normalised prediction of text i, `y_j` the normalised banked vector of text j, `z_ij`
+    1 where they are of one text and -1 elsewhere, and learned temperature `t` and bias `b`:
 
         L = -1/B sum_i sum_j log sigmoid(z_ij (t x_i . y_j + b))
 
