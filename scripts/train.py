@@ -9,6 +9,7 @@ carry (`--stage anatomy`).
 Run the same command again after an interruption: it goes on where it was.
 """
 
+import json
 import re
 import shlex
 import sys
@@ -31,6 +32,7 @@ from eval_tasks.report import markdown_table, result, write_csv, write_json
 from eval_tasks.text_metrics import information_bits, one_step_metrics
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.capacity import CapacityArguments, measure_capacity
+from trainers.controlled_world import WorldArguments, pretrain_decoder, save_encoder, world_rows
 from trainers.data import (
     DataArguments,
     ProtoGenCollator,
@@ -39,7 +41,7 @@ from trainers.data import (
     split_by_instruction,
     with_teacher_answers,
 )
-from trainers.files import locked
+from trainers.files import locked, write_atomically
 from trainers.fit_bank import fit_bank, with_predicted_starts
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
 from trainers.proto_bank import BankInfo, ProtoTokenBank, decoder_fingerprint, remove_damaged_shards
@@ -60,7 +62,8 @@ class RunArguments:
     """What to do."""
 
     stage: str = field(
-        default="train", metadata={"help": "What to do.", "choices": ["fit", "teacher", "train", "capacity", "anatomy"]}
+        default="train",
+        metadata={"help": "What to do.", "choices": ["fit", "teacher", "train", "capacity", "anatomy", "world"]},
     )
     bank: str | None = field(default=None, metadata={"help": "Folder of the bank; OUTPUT_DIR/bank by default."})
     refit_damaged: bool = field(default=False, metadata={"help": "Remove damaged shards and fit their texts again."})
@@ -147,6 +150,7 @@ ARGUMENTS = (
     FittingArguments,
     CapacityArguments,
     StudyArguments,
+    WorldArguments,
     ProtoGenTrainingArguments,
 )
 
@@ -355,6 +359,20 @@ def teacher(model_args: ModelArguments, target_args: TargetArguments, data_args,
     accelerator.print(f"{len(answers)} answers in {folder}")
 
 
+def world(data_args, world_args: WorldArguments, args) -> None:
+    """Makes the controlled world in OUTPUT_DIR: its data, an untrained encoder, a decoder that speaks its language."""
+    output = Path(args.output_dir)
+    if not Path(data_args.data).is_file():
+        text = "".join(json.dumps(row) + "\n" for row in world_rows(world_args.world_rows, args.seed))
+        Path(data_args.data).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(data_args.data), lambda path: path.write_text(text))
+    examples, held_out = split_by_instruction(load_examples(data_args), data_args.validation_share)
+    save_encoder(output / "encoder", world_args, args.seed)
+    if not (output / "decoder").is_dir():
+        pretrain_decoder(output / "decoder", examples, world_args, args.seed)
+    print(f"a world of {len(examples)} instructions, {len(held_out)} more held out, in {output}")
+
+
 def train(
     run: RunArguments,
     model_args: ModelArguments,
@@ -453,7 +471,8 @@ def main(arguments: list[str]) -> None:
     parser = cli.RecipeParser(*ARGUMENTS)
     if parser.parse(arguments)[0].smoke:
         arguments = arguments + SMOKE
-    run, model_args, target_args, data_args, fit_args, capacity_args, study_args, args = parser.parse(arguments)
+    parsed = parser.parse(arguments)
+    run, model_args, target_args, data_args, fit_args, capacity_args, study_args, world_args, args = parsed
     target_args.teacher_answers = target_args.teacher_answers or str(Path(args.output_dir) / "teacher")
     run.bank = run.bank or str(Path(args.output_dir) / "bank")
     if run.stage == "fit":
@@ -462,6 +481,8 @@ def main(arguments: list[str]) -> None:
         capacity(run, model_args, data_args, fit_args, capacity_args, args)
     elif run.stage == "anatomy":
         anatomy(run, model_args, data_args, fit_args, study_args, args)
+    elif run.stage == "world":
+        world(data_args, world_args, args)
     elif run.stage == "teacher":
         teacher(model_args, target_args, data_args, args)
     else:
