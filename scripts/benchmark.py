@@ -135,7 +135,7 @@ def controlled_world(arguments) -> None:
     for kind in sorted({example.category for example in held_out}):
         for name, values in right.items():
             of_kind = [value for value, example in zip(values, held_out, strict=True) if example.category == kind]
-            figures[f"{name}_exact_match_{kind}"] = float(np.mean(of_kind))
+            figures[f"{kind}_{name}_exact_match"] = float(np.mean(of_kind))
     content = report.result(
         command="bash scripts/controlled_world.sh",
         model="a GPTNeoX decoder and a BERT encoder made by the recipe",
