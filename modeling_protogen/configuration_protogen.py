@@ -7,6 +7,11 @@ from .proto_tokens import ARRANGEMENTS
 
 M_SCOPES = ("per_example", "per_category", "shared", "fixed")
 SINKS = ("bos", "none")
+LATENT_SOURCES = ("encoder", "decoder", "both")
+# One number for an answer, larger where it is less sure: 1 - the geometric mean of its tokens' probabilities, 1 - the
+# least of them, the mean entropy of its tokens in nats, the predicted standard deviation of the log length, and the
+# share of wrong tokens that the error head expects.
+UNCERTAINTY_SCORES = ("confidence", "least_confidence", "entropy", "length_sigma", "predicted_error")
 
 
 class ProtoGenConfig(PreTrainedConfig):
@@ -53,12 +58,27 @@ class ProtoGenConfig(PreTrainedConfig):
     # Whether the prompt's own tokens stand before the proto-tokens in the decoder, in the same pass.
     decoder_sees_prompt: bool = False
 
-    # Attention heads of the pooling that reads the encoder; must divide the encoder's hidden size.
+    # What `e`, `m` and the length are predicted from: states of the `encoder`, those of the frozen `decoder` over the
+    # prompt (then there is no encoder at all), or `both`. The decoder's need `decoder_sees_prompt`.
+    latent_source: str = "encoder"
+    # Dimensions of the subspace that predicted proto-tokens lie in; `None` means all of the decoder's.
+    latent_dim: int | None = None
+    # Attention heads of the pooling that reads those states; must divide their width. How often they are read.
     num_pooling_heads: int = 8
+    num_pooling_layers: int = 1
+    # Standard deviation of Gaussian noise on `e` and `m` in training, in units of `proto_token_std`.
+    proto_token_noise: float = 0.0
     # Standard deviation of freshly initialised proto-tokens: that of the decoder's input embeddings.
     proto_token_std: float = 0.02
     # The predicted variance of the log length stays inside these bounds (log of squared nats).
     log_length_variance_range: list[float] | tuple[float, float] = (-6.0, 3.0)
+    # Calibration on held-out answers: added to the mean of the log length, and a factor on its standard deviation.
+    log_length_shift: float = 0.0
+    log_length_scale: float = 1.0
+    # Which of `UNCERTAINTY_SCORES` is an answer's uncertainty. Calibration on held-out answers: the expected share of
+    # wrong tokens at growing values of the score, with straight lines between; `None` leaves the score as it is.
+    uncertainty_score: str = "confidence"
+    uncertainty_points: list[list[float]] | None = None
 
     tie_word_embeddings: bool = False
 
@@ -88,8 +108,14 @@ class ProtoGenConfig(PreTrainedConfig):
         require_choice("arrangement", ARRANGEMENTS)
         require_choice("m_scope", M_SCOPES)
         require_choice("sink", SINKS)
-        for name in ("num_e_tokens", "chunk_size", "max_chunks", "max_answer_length", "num_pooling_heads"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
+        require_choice("latent_source", LATENT_SOURCES)
+        require_choice("uncertainty_score", UNCERTAINTY_SCORES)
+        counts = "num_e_tokens", "chunk_size", "max_chunks", "max_answer_length", "num_pooling_heads"
+        for name in (*counts, "num_pooling_layers", "latent_dim"):
+            require(
+                getattr(self, name) is None or getattr(self, name) >= 1,
+                f"{name}={getattr(self, name)} must be at least 1.",
+            )
         require(
             self.max_answer_length <= self.chunk_size * self.max_chunks,
             f"max_answer_length={self.max_answer_length} does not fit in max_chunks={self.max_chunks} chunks of "
@@ -117,10 +143,16 @@ class ProtoGenConfig(PreTrainedConfig):
             "or give decoder_config.bos_token_id.",
         )
         require(
-            self.encoder_config.hidden_size % self.num_pooling_heads == 0,
-            f"num_pooling_heads={self.num_pooling_heads} does not divide the encoder's hidden size "
-            f"{self.encoder_config.hidden_size}.",
+            self.latent_source == "encoder" or self.decoder_sees_prompt,
+            f"latent_source={self.latent_source} reads the decoder's states over the prompt: set decoder_sees_prompt.",
         )
+        require(
+            self.latent_source_dim % self.num_pooling_heads == 0,
+            f"num_pooling_heads={self.num_pooling_heads} does not divide the width {self.latent_source_dim} of the "
+            f"states that are pooled.",
+        )
+        require(self.proto_token_noise >= 0, f"proto_token_noise={self.proto_token_noise} must not be negative.")
+        require(self.log_length_scale > 0, f"log_length_scale={self.log_length_scale} must be positive.")
         low, high = self.log_length_variance_range
         require(low < high, f"log_length_variance_range={low, high} is empty.")
 
@@ -128,6 +160,12 @@ class ProtoGenConfig(PreTrainedConfig):
     def decoder_text_config(self) -> PreTrainedConfig:
         """The decoder's configuration; of a multimodal decoder, that of its language model."""
         return self.decoder_config.get_text_config()
+
+    @property
+    def latent_source_dim(self) -> int:
+        """Width of the states that are pooled: the encoder's where there is one."""
+        config = self.decoder_text_config if self.latent_source == "decoder" else self.encoder_config
+        return config.hidden_size
 
     @property
     def eos_token_ids(self) -> list[int]:

@@ -6,6 +6,8 @@ import torch
 from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
+from .configuration_protogen import UNCERTAINTY_SCORES
+
 
 @dataclass
 class ProtoGenGenerateOutput(ModelOutput):
@@ -21,6 +23,10 @@ class ProtoGenGenerateOutput(ModelOutput):
             Standard deviation of the length in tokens, to first order: `predicted_length` times that of the log length.
         token_confidences (`torch.FloatTensor` of shape `(batch, length)`): probability of each token; 0 at padding.
         confidences (`torch.FloatTensor` of shape `(batch,)`): geometric mean of an answer's token probabilities.
+        uncertainties (`torch.FloatTensor` of shape `(batch,)`):
+            `config.uncertainty_score` of each answer; where it is calibrated, the expected share of wrong tokens.
+        uncertainty_scores (`dict[str, torch.FloatTensor]`, *optional*):
+            All of `UNCERTAINTY_SCORES`, each `(batch,)`, as they are; with `output_uncertainty_scores`.
     """
 
     sequences: torch.LongTensor | None = None
@@ -29,11 +35,32 @@ class ProtoGenGenerateOutput(ModelOutput):
     length_sigmas: torch.FloatTensor | None = None
     token_confidences: torch.FloatTensor | None = None
     confidences: torch.FloatTensor | None = None
+    uncertainties: torch.FloatTensor | None = None
+    uncertainty_scores: dict[str, torch.FloatTensor] | None = None
 
 
 def log_normalizer(logits: torch.Tensor, rows: int = 128) -> torch.Tensor:
     """`logsumexp` over the vocabulary in float32, a few rows at a time: `(tokens, vocab)` in, `(tokens,)` out."""
     return torch.cat([block.float().logsumexp(-1) for block in logits.split(rows)])
+
+
+def token_entropy(logits: torch.Tensor, log_normalizers: torch.Tensor, rows: int = 128) -> torch.Tensor:
+    """Entropy in nats of each row's distribution, `(tokens,)`; arguments as of and from [`log_normalizer`]."""
+    entropies = []
+    for block, normalizer in zip(logits.split(rows), log_normalizers.split(rows), strict=True):
+        log_p = block.float() - normalizer[:, None]
+        entropies.append(-(log_p.exp() * log_p).sum(-1))
+    return torch.cat(entropies)
+
+
+def interpolate(x: torch.Tensor, points: list[list[float]]) -> torch.Tensor:
+    """The piecewise linear function through `points` `[[x, y], ...]` with growing x, constant outside; any shape."""
+    at, value = torch.tensor(points, device=x.device, dtype=x.dtype).T.contiguous()
+    if len(at) == 1:
+        return value.expand_as(x)
+    right = torch.searchsorted(at, x.contiguous()).clamp(1, len(at) - 1)
+    share = ((x - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
+    return value[right - 1] + share * (value[right] - value[right - 1])
 
 
 class ProtoGenGenerationMixin(GenerationMixin):
@@ -42,7 +69,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         decoder_prompt_ids: torch.LongTensor | None = None,
         decoder_prompt_mask: torch.Tensor | None = None,
@@ -51,6 +78,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
         length: int | torch.LongTensor | None = None,
         num_length_sigmas: float = 0.0,
         return_dict_in_generate: bool = False,
+        output_uncertainty_scores: bool = False,
     ) -> torch.LongTensor | ProtoGenGenerateOutput:
         """
         Writes one answer for each instruction in a single pass of the decoder, and cuts it at EOS.
@@ -62,7 +90,8 @@ class ProtoGenGenerationMixin(GenerationMixin):
                 Tokens to write, instead of the predicted length.
             num_length_sigmas (`float`): writes `exp(mean + num_length_sigmas * sigma)` tokens of the predicted
                 log-normal length; EOS still cuts.
-            return_dict_in_generate (`bool`): whether to return lengths and confidences as well.
+            return_dict_in_generate (`bool`): whether to return lengths, confidences and uncertainties as well.
+            output_uncertainty_scores (`bool`): whether that holds every score, not the configured one alone.
 
         Returns:
             `torch.LongTensor` of shape `(batch, length)`, or [`ProtoGenGenerateOutput`].
@@ -71,8 +100,9 @@ class ProtoGenGenerationMixin(GenerationMixin):
             ValueError: if `length` is below 1 or above `config.max_answer_length`.
         """
         config = self.config
-        e, m, m_offsets, mean, variance = self.predict(input_ids, attention_mask, category_ids)
-        sigma = variance.sqrt()
+        prompt = decoder_prompt_ids, decoder_prompt_mask
+        prediction = self.predict(input_ids, attention_mask, *prompt, category_ids)
+        mean, sigma = prediction.log_length_mean, prediction.log_length_variance.sqrt()
         if length is None:
             budget = self.clamp_lengths((mean + num_length_sigmas * sigma).exp())
         else:
@@ -81,7 +111,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
                 raise ValueError(
                     f"length must lie in 1..{config.max_answer_length} tokens (config.max_answer_length); got {length}."
                 )
-        logits = self.decode(e, m, m_offsets, budget, decoder_prompt_ids, decoder_prompt_mask)
+        logits = self.decode(prediction, budget, *prompt)
         # `argmax` over bfloat16 is several times slower than `max` on CPUs.
         best, tokens = logits.max(-1)
 
@@ -95,14 +125,33 @@ class ProtoGenGenerationMixin(GenerationMixin):
         if not return_dict_in_generate:
             return sequences
 
-        log_confidence = torch.zeros(written.shape, device=budget.device)
-        log_confidence[written] = (best.float() - log_normalizer(logits)).to(budget.device)
-        log_confidence = log_confidence[:, : kept.shape[1]]
+        def by_answer(values):
+            table = torch.zeros(written.shape, device=budget.device)
+            table[written] = values.to(budget.device)
+            return table[:, : kept.shape[1]] * kept
+
+        log_normalizers = log_normalizer(logits)
+        log_confidence = by_answer(best.float() - log_normalizers)
+        confidences = (log_confidence.sum(-1) / lengths).exp()
+        compute_score = {
+            "confidence": lambda: 1 - confidences,
+            "least_confidence": lambda: 1 - log_confidence.min(-1).values.exp(),
+            "entropy": lambda: by_answer(token_entropy(logits, log_normalizers)).sum(-1) / lengths,
+            "length_sigma": lambda: sigma,
+            "predicted_error": lambda: prediction.error_mean,
+        }
+        names = UNCERTAINTY_SCORES if output_uncertainty_scores else (config.uncertainty_score,)
+        scores = {name: compute_score[name]() for name in names}
+        uncertainties = scores[config.uncertainty_score]
+        if config.uncertainty_points is not None:
+            uncertainties = interpolate(uncertainties, config.uncertainty_points)
         return ProtoGenGenerateOutput(
             sequences=sequences,
             lengths=lengths,
             predicted_lengths=mean.exp(),
             length_sigmas=mean.exp() * sigma,
             token_confidences=log_confidence.exp() * kept,
-            confidences=((log_confidence * kept).sum(-1) / lengths).exp(),
+            confidences=confidences,
+            uncertainties=uncertainties,
+            uncertainty_scores=scores if output_uncertainty_scores else None,
         )

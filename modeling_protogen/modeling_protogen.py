@@ -1,20 +1,22 @@
 """ProtoGen: an encoder predicts `e`, `m` and the answer's length; a frozen decoder writes the answer in one pass."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_protogen import ProtoGenConfig
 from .generation_protogen import ProtoGenGenerationMixin
+from .proto_predictor import AttentionPooling, Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
 from .proto_tokens import Layout, build_layout, fill_slots, position_ids
 
 IGNORE_INDEX = -100
+# Logits that are in float32 at once: what a processor's cache holds. Larger slices are slower on CPUs as well.
+MAX_FLOAT_LOGITS = 2**22
 
 
 @dataclass
@@ -33,6 +35,7 @@ class ProtoGenOutput(ModelOutput):
         m (`torch.FloatTensor` of shape `(batch, max_chunks, decoder_dim)`): `m` proto-tokens.
         log_length_mean (`torch.FloatTensor` of shape `(batch,)`): mean of the natural log of the length in tokens.
         log_length_variance (`torch.FloatTensor` of shape `(batch,)`): its variance, in squared nats.
+        error_mean, error_variance (`torch.FloatTensor` of shape `(batch,)`): of the share of wrong tokens.
         lengths (`torch.LongTensor` of shape `(batch,)`): answer lengths in tokens that `logits` covers.
     """
 
@@ -44,6 +47,8 @@ class ProtoGenOutput(ModelOutput):
     m: torch.FloatTensor | None = None
     log_length_mean: torch.FloatTensor | None = None
     log_length_variance: torch.FloatTensor | None = None
+    error_mean: torch.FloatTensor | None = None
+    error_variance: torch.FloatTensor | None = None
     lengths: torch.LongTensor | None = None
 
 
@@ -57,9 +62,22 @@ def reconstruction_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
         labels (`torch.LongTensor` of shape `(batch, length)`): token ids, -100 where there is no token.
     """
     is_token = labels != IGNORE_INDEX
-    token_loss = F.cross_entropy(logits.float(), labels[is_token], reduction="none")
     weight = is_token / is_token.sum(-1, keepdim=True)
-    return (token_loss * weight[is_token]).sum() / len(labels)
+    return (token_nll(logits, labels[is_token]) * weight[is_token]).sum() / len(labels)
+
+
+def token_nll(logits: torch.Tensor, tokens: torch.LongTensor) -> torch.Tensor:
+    """
+    Cross-entropy of each token in float32, `(answer_tokens,)`, without a float32 copy of all logits
+    `(answer_tokens, vocab)`: a few rows at a time, made again in the backward pass.
+    """
+
+    def rows_nll(rows, targets):
+        return F.cross_entropy(rows.float(), targets, reduction="none")
+
+    size = max(1, MAX_FLOAT_LOGITS // logits.shape[-1])
+    parts = zip(logits.split(size), tokens.split(size), strict=True)
+    return torch.cat([checkpoint(rows_nll, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
 def length_nll(mean: torch.Tensor, variance: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -101,13 +119,24 @@ def joined_inputs(
     return inputs, F.pad(layout.predicts, (prefix_ids.shape[1], 0))
 
 
+@torch.no_grad()
+def read_prefix(
+    decoder: PreTrainedModel, prefix_ids: torch.LongTensor, prefix_mask: torch.Tensor
+) -> tuple[Cache, torch.Tensor]:
+    """Keys and values of a prefix as in [`answer_logits`], and the decoder's last states `(batch, prefix, dim)`."""
+    output = decoder.base_model(
+        input_ids=prefix_ids, attention_mask=prefix_mask, position_ids=position_ids(prefix_mask), use_cache=True
+    )
+    return output.past_key_values, output.last_hidden_state
+
+
 def answer_logits(
     decoder: PreTrainedModel,
     slots: torch.Tensor,
     layout: Layout,
     prefix_ids: torch.LongTensor,
     prefix_mask: torch.Tensor | None = None,
-    cache_prefix: bool = False,
+    prefix_cache: Cache | None = None,
 ) -> torch.Tensor:
     """
     Runs the frozen decoder over `[prefix][slots]` and returns the logits at the answers' positions.
@@ -118,153 +147,24 @@ def answer_logits(
         layout (`Layout`): what the slots are.
         prefix_ids (`torch.LongTensor` of shape `(batch, prefix)`): sink or prompt; padded on the left; may be empty.
         prefix_mask (`torch.Tensor` of shape `(batch, prefix)`, *optional*): 1 for real tokens; all by default.
-        cache_prefix (`bool`): run the prefix first, without gradients, and reuse its keys and values. In training this
-            saves the prefix's backward pass; without gradients one joined pass is faster.
+        prefix_cache (`Cache`, *optional*): the prefix's keys and values, from [`read_prefix`]; it grows by the slots.
+            In training this saves the prefix's backward pass; without gradients one joined pass is faster.
 
     Returns:
         `torch.Tensor` of shape `(answer_tokens, vocab)`, in the decoder's dtype, ordered text after text.
     """
     inputs, predicts = joined_inputs(decoder, slots, layout, prefix_ids, prefix_mask)
-    num_prefix = prefix_ids.shape[1]
-    if cache_prefix and num_prefix:
-        prefix_mask = inputs["attention_mask"][:, :num_prefix]
-        with torch.no_grad():
-            cache = decoder(
-                input_ids=prefix_ids,
-                attention_mask=prefix_mask,
-                position_ids=inputs["position_ids"][:, :num_prefix],
-                use_cache=True,
-                logits_to_keep=torch.zeros_like(prefix_mask, dtype=torch.bool),  # none
-            ).past_key_values
+    if prefix_cache is not None:
         inputs |= {
             "inputs_embeds": slots.to(decoder.dtype),
-            "position_ids": inputs["position_ids"][:, num_prefix:],
-            "past_key_values": cache,
+            "position_ids": inputs["position_ids"][:, prefix_ids.shape[1] :],
+            "past_key_values": prefix_cache,
             "use_cache": True,
         }
         predicts = layout.predicts
     # A boolean mask gathers the answer positions into one contiguous matrix before the language-model head: no logits
     # at other positions, and none of the slowness of a linear layer on a strided bfloat16 slice on CPUs.
     return decoder(**inputs, logits_to_keep=predicts).logits
-
-
-class ScaledLinear(nn.Linear):
-    """A linear layer whose fresh weights have the standard deviation `init_std`."""
-
-    def __init__(self, in_features: int, out_features: int, init_std: float):
-        self.init_std = init_std
-        super().__init__(in_features, out_features)
-
-
-class ScaledEmbedding(nn.Embedding):
-    """A table of vectors whose fresh elements have the standard deviation `init_std`."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, init_std: float):
-        self.init_std = init_std
-        super().__init__(num_embeddings, embedding_dim)
-
-
-class AttentionPooling(nn.Module):
-    """Multi-head attention of learned queries over the encoder's states: `(batch, source, dim)` in,
-    `(batch, num_queries, dim)` out."""
-
-    def __init__(self, dim: int, num_queries: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.queries = nn.Parameter(torch.empty(num_queries, dim))
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.output = nn.Linear(dim, dim)
-
-    def forward(self, states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        batch = len(states)
-
-        def split_heads(x):
-            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-        pooled = F.scaled_dot_product_attention(
-            split_heads(self.queries.expand(batch, -1, -1)),
-            split_heads(self.key(states)),
-            split_heads(self.value(states)),
-            attn_mask=attention_mask.bool()[:, None, None, :],
-        )
-        return self.output(pooled.transpose(1, 2).flatten(2))
-
-
-class Projection(nn.Module):
-    """Two-layer perceptron on a normalised input; `output_std` is the scale of its output when fresh."""
-
-    def __init__(self, dim: int, output_dim: int, output_std: float):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        # The normalised input keeps unit variance in `hidden`, and E[gelu(z)^2] = 0.425.
-        self.hidden = ScaledLinear(dim, output_dim, init_std=dim**-0.5)
-        self.output = ScaledLinear(output_dim, output_dim, init_std=output_std * (0.425 * output_dim) ** -0.5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.output(F.gelu(self.hidden(self.norm(x))))
-
-
-class ProtoTokenPredictor(nn.Module):
-    """
-    Predicts proto-tokens and the answer's length from the encoder's states: one learned query for each `e`, each
-    predicted `m`, and the length.
-    """
-
-    def __init__(self, config: ProtoGenConfig):
-        super().__init__()
-        self.config = config
-        source_dim, decoder_dim = config.encoder_config.hidden_size, config.decoder_text_config.hidden_size
-        self.num_e = config.max_chunks * config.num_e_tokens
-        predicts_m = config.m_scope == "per_example" and config.arrangement != "e_only"
-        num_queries = self.num_e + (config.max_chunks if predicts_m else 0) + 1
-        self.pooling = AttentionPooling(source_dim, num_queries, config.num_pooling_heads)
-        self.e_projection = Projection(source_dim, decoder_dim, config.proto_token_std)
-        self.m_projection = Projection(source_dim, decoder_dim, config.proto_token_std) if predicts_m else None
-        self.m_table = None
-        if config.m_scope != "per_example":
-            self.m_table = ScaledEmbedding(len(config.categories or [0]), decoder_dim, config.proto_token_std)
-        self.m_offsets = None
-        if config.m_position_offsets:
-            self.m_offsets = ScaledEmbedding(config.chunk_size, decoder_dim, init_std=0.0)
-        self.length_norm = nn.LayerNorm(source_dim)
-        self.length_projection = nn.Linear(source_dim, 2)
-
-    def forward(
-        self, states: torch.Tensor, attention_mask: torch.Tensor, category_ids: torch.LongTensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            states (`torch.Tensor` of shape `(batch, source, encoder_dim)`)
-            attention_mask (`torch.Tensor` of shape `(batch, source)`)
-            category_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): needed by `m_scope="per_category"`.
-
-        Returns:
-            `e` `(batch, max_chunks, num_e_tokens, decoder_dim)`, `m` `(batch, max_chunks, decoder_dim)`, offsets of
-            `m` `(chunk_size, decoder_dim)` or None, and mean and variance of the log length, each `(batch,)`.
-        """
-        config, batch = self.config, len(states)
-        pooled = self.pooling(states, attention_mask)
-        e = self.e_projection(pooled[:, : self.num_e]).unflatten(1, (config.max_chunks, config.num_e_tokens))
-        if self.m_projection is not None:
-            m = self.m_projection(pooled[:, self.num_e : -1])
-        elif self.m_table is not None:
-            if config.m_scope != "per_category":
-                category_ids = torch.zeros(batch, dtype=torch.long, device=states.device)
-            elif category_ids is None:
-                raise ValueError("m_scope=per_category needs category_ids: positions in config.categories.")
-            m = self.m_table(category_ids)[:, None].expand(-1, config.max_chunks, -1)
-        else:
-            m = e.new_zeros(batch, config.max_chunks, e.shape[-1])
-        offsets = None
-        if self.m_offsets is not None:
-            offsets = self.m_offsets(torch.arange(config.chunk_size, device=states.device))
-
-        mean, variance_logit = self.length_projection(self.length_norm(pooled[:, -1])).float().unbind(-1)
-        low, high = config.log_length_variance_range
-        variance = (low + (high - low) * variance_logit.sigmoid()).exp()
-        # The bias starts at zero; predictions start at half the longest answer.
-        return e, m, offsets, mean + math.log(max(config.max_answer_length / 2, 1)), variance
 
 
 class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel):
@@ -276,7 +176,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
 
     Args:
         config (`ProtoGenConfig`)
-        encoder (`PreTrainedModel`, *optional*): built from `config.encoder_config` when left out.
+        encoder (`PreTrainedModel`, *optional*): built from `config.encoder_config` when left out, unless latents come
+            from the decoder alone.
         decoder (`PreTrainedModel`, *optional*): built from `config.decoder_config` when left out, unless
             `config.thin`: then it is attached later.
     """
@@ -295,7 +196,9 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         decoder: PreTrainedModel | None = None,
     ):
         super().__init__(config)
-        self.encoder = AutoModel.from_config(config.encoder_config) if encoder is None else encoder
+        if encoder is None and config.latent_source != "decoder":
+            encoder = AutoModel.from_config(config.encoder_config)
+        self.encoder = encoder
         self.proto_predictor = ProtoTokenPredictor(config)
         if decoder is None and not config.thin:
             decoder = AutoModelForCausalLM.from_config(config.decoder_config)
@@ -306,7 +209,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
     @classmethod
     def from_encoder_decoder_pretrained(
         cls,
-        encoder_name_or_path: str,
+        encoder_name_or_path: str | None,
         decoder_name_or_path: str,
         *,
         encoder_revision: str | None = None,
@@ -319,7 +222,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         Joins a pretrained encoder and a pretrained decoder with fresh proto-token heads.
 
         Args:
-            encoder_name_or_path (`str`): Hub id or folder of any `AutoModel` encoder.
+            encoder_name_or_path (`str`): Hub id or folder of any `AutoModel` encoder; None with
+                `latent_source="decoder"`, which has none.
             decoder_name_or_path (`str`): Hub id or folder of any `AutoModelForCausalLM`.
             encoder_revision, decoder_revision (`str`, *optional*): Hub revisions.
             encoder_dtype (`torch.dtype`, defaults to float32): dtype of all that is trained.
@@ -327,13 +231,15 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 where the processor has it.
             **config_kwargs: fields of [`ProtoGenConfig`].
         """
-        encoder = AutoModel.from_pretrained(encoder_name_or_path, revision=encoder_revision, dtype=encoder_dtype)
+        encoder = None
+        if encoder_name_or_path is not None:
+            encoder = AutoModel.from_pretrained(encoder_name_or_path, revision=encoder_revision, dtype=encoder_dtype)
+            config_kwargs["encoder_config"] = encoder.config.to_dict()
         decoder = AutoModelForCausalLM.from_pretrained(
             decoder_name_or_path, revision=decoder_revision, dtype=decoder_dtype
         )
         config_kwargs.setdefault("proto_token_std", decoder.get_input_embeddings().weight.float().std().item())
         config = cls.config_class(
-            encoder_config=encoder.config.to_dict(),
             decoder_config=decoder.config.to_dict(),
             decoder_name_or_path=decoder_name_or_path,
             decoder_revision=decoder_revision,
@@ -439,52 +345,75 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, AttentionPooling):
-            init.normal_(module.queries)
+            init.normal_(module.queries, std=0.02)
         elif isinstance(module, (ScaledLinear, ScaledEmbedding)):
             init.normal_(module.weight, std=module.init_std)
 
     def predict(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        decoder_prompt_ids: torch.LongTensor | None = None,
+        decoder_prompt_mask: torch.Tensor | None = None,
         category_ids: torch.LongTensor | None = None,
-    ):
-        """The encoder's half of `forward`; returns what [`ProtoTokenPredictor`] returns."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return self.proto_predictor(states, attention_mask, category_ids)
+    ) -> Prediction:
+        """
+        The first half of `forward`, from the instruction to proto-tokens; arguments as there.
+
+        Raises:
+            ValueError: if the inputs that the configuration asks for are missing.
+        """
+        states, cache, decoder_states = None, None, None
+        if self.encoder is not None:
+            if input_ids is None:
+                raise ValueError(
+                    f"latent_source={self.config.latent_source} needs input_ids; the processor makes them."
+                )
+            if attention_mask is None:
+                attention_mask = torch.ones_like(input_ids)
+            states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if self.config.latent_source != "encoder":
+            self._check_prompt(decoder_prompt_ids)
+            cache, decoder_states = read_prefix(self.decoder, decoder_prompt_ids, decoder_prompt_mask)
+        mask = None if states is None else attention_mask
+        prediction = self.proto_predictor(states, mask, decoder_states, decoder_prompt_mask, category_ids)
+        prediction.prompt_cache = cache
+        return prediction
+
+    def _check_prompt(self, decoder_prompt_ids: torch.LongTensor | None):
+        if self.decoder is None:
+            raise RuntimeError("no decoder is attached; load with from_pretrained, or call attach_decoder.")
+        if self.config.decoder_sees_prompt and decoder_prompt_ids is None:
+            raise ValueError("decoder_sees_prompt=True needs decoder_prompt_ids; the processor makes them.")
 
     def decode(
         self,
-        e: torch.Tensor,
-        m: torch.Tensor,
-        m_offsets: torch.Tensor | None,
+        prediction: Prediction,
         lengths: torch.LongTensor,
         decoder_prompt_ids: torch.LongTensor | None = None,
         decoder_prompt_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        The decoder's half of `forward`: logits `(answer_tokens, vocab)` of answers of the given lengths.
+        The second half of `forward`: logits `(answer_tokens, vocab)` of answers of the given lengths `(batch,)`. The
+        prediction's prompt cache is used up.
 
         Raises:
             ValueError: if a length is impossible, or the decoder is to see a prompt and there is none.
             RuntimeError: if no decoder is attached.
         """
-        if self.decoder is None:
-            raise RuntimeError("no decoder is attached; load with from_pretrained, or call attach_decoder.")
-        config = self.config
+        config, e, m = self.config, prediction.e, prediction.m
+        self._check_prompt(decoder_prompt_ids)
         layout = build_layout(lengths, config.arrangement, config.chunk_size, config.max_chunks, config.num_e_tokens)
-        slots = fill_slots(layout, e, m, m_offsets)
-        if config.decoder_sees_prompt:
-            if decoder_prompt_ids is None:
-                raise ValueError("decoder_sees_prompt=True needs decoder_prompt_ids; the processor makes them.")
-            prefix_ids, prefix_mask = decoder_prompt_ids, decoder_prompt_mask
-        else:
-            prefix_ids = sink_ids(config.decoder_config, config.sink, len(lengths), lengths.device)
-            prefix_mask = None
-        cache_prefix = config.decoder_sees_prompt and slots.requires_grad
-        return answer_logits(self.decoder, slots, layout, prefix_ids, prefix_mask, cache_prefix)
+        if self.training and config.proto_token_noise:
+            scale = config.proto_token_noise * config.proto_token_std
+            e, m = e + scale * torch.randn_like(e), m + scale * torch.randn_like(m)
+        slots = fill_slots(layout, e, m, prediction.m_offsets)
+        prefix, cache = (decoder_prompt_ids, decoder_prompt_mask), prediction.prompt_cache
+        if not config.decoder_sees_prompt:
+            prefix = (sink_ids(config.decoder_config, config.sink, len(lengths), lengths.device),)
+        elif cache is None and slots.requires_grad:
+            cache, _ = read_prefix(self.decoder, *prefix)
+        return answer_logits(self.decoder, slots, layout, *prefix, prefix_cache=cache)
 
     def clamp_lengths(self, lengths: torch.Tensor) -> torch.LongTensor:
         """Rounds lengths in tokens to the whole numbers that an answer can have; any shape."""
@@ -492,7 +421,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         decoder_prompt_ids: torch.LongTensor | None = None,
         decoder_prompt_mask: torch.Tensor | None = None,
@@ -503,7 +432,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
     ) -> ProtoGenOutput:
         """
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, source)`): instruction, in the encoder's vocabulary.
+            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): instruction, in the encoder's
+                vocabulary; not needed where latents come from the decoder alone.
             attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*)
             decoder_prompt_ids (`torch.LongTensor` of shape `(batch, prompt)`, *optional*):
                 Prompt in the decoder's vocabulary, padded on the left; used with `decoder_sees_prompt`.
@@ -516,11 +446,20 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 True lengths in tokens, where `labels` are cut; by default the length of `labels`.
             return_loss (`bool`): whether to compute the losses when there are labels.
         """
-        e, m, m_offsets, mean, variance = self.predict(input_ids, attention_mask, category_ids)
+        prompt = decoder_prompt_ids, decoder_prompt_mask
+        prediction = self.predict(input_ids, attention_mask, *prompt, category_ids)
+        mean, variance = prediction.log_length_mean, prediction.log_length_variance
         lengths = self.clamp_lengths(mean.exp()) if labels is None else (labels != IGNORE_INDEX).sum(-1)
-        logits = self.decode(e, m, m_offsets, lengths, decoder_prompt_ids, decoder_prompt_mask)
+        logits = self.decode(prediction, lengths, *prompt)
         output = ProtoGenOutput(
-            logits=logits, e=e, m=m, log_length_mean=mean, log_length_variance=variance, lengths=lengths
+            logits=logits,
+            e=prediction.e,
+            m=prediction.m,
+            log_length_mean=mean,
+            log_length_variance=variance,
+            error_mean=prediction.error_mean,
+            error_variance=prediction.error_variance,
+            lengths=lengths,
         )
         if labels is not None and return_loss:
             output.reconstruction_loss = reconstruction_loss(logits, labels)

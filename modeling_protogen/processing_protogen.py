@@ -1,5 +1,7 @@
 """Text to tensors and back: the encoder's tokenizer, the decoder's tokenizer and the prompt template."""
 
+import copy
+
 import torch
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, ProcessorMixin
 
@@ -21,6 +23,8 @@ class ProtoGenProcessor(ProcessorMixin):
         max_prompt_length (`int`, defaults to 1024): longest prompt of the decoder in tokens.
         max_answer_length (`int`, defaults to 64): longest answer in tokens, EOS included; longer labels are cut.
         prompt_template (`str`, *optional*): holds `{message}`; for a decoder without a chat template.
+        for_encoder (`bool`, defaults to True): False for a model without an encoder: no `input_ids` then, and
+            `tokenizer` is the decoder's too.
     """
 
     def __init__(
@@ -31,18 +35,20 @@ class ProtoGenProcessor(ProcessorMixin):
         max_prompt_length: int = 1024,
         max_answer_length: int = 64,
         prompt_template: str = PROMPT_TEMPLATE,
+        for_encoder: bool = True,
         **kwargs,
     ):
         self.max_input_length = max_input_length
         self.max_prompt_length = max_prompt_length
         self.max_answer_length = max_answer_length
         self.prompt_template = prompt_template
+        self.for_encoder = for_encoder
         super().__init__(tokenizer, decoder_tokenizer, **kwargs)
 
     @classmethod
     def from_encoder_decoder_pretrained(
         cls,
-        encoder_name_or_path: str,
+        encoder_name_or_path: str | None,
         decoder_name_or_path: str,
         *,
         encoder_revision: str | None = None,
@@ -52,10 +58,13 @@ class ProtoGenProcessor(ProcessorMixin):
     ) -> "ProtoGenProcessor":
         """
         Loads both tokenizers. The encoder's window is the one in its tokenizer and configuration, or the smaller
-        `max_input_length`.
+        `max_input_length`; `encoder_name_or_path=None` is for a model without an encoder.
         """
-        tokenizer = AutoTokenizer.from_pretrained(encoder_name_or_path, revision=encoder_revision)
         decoder_tokenizer = AutoTokenizer.from_pretrained(decoder_name_or_path, revision=decoder_revision)
+        if encoder_name_or_path is None:
+            # A second object: saving takes each one apart by itself.
+            return cls(copy.deepcopy(decoder_tokenizer), decoder_tokenizer, for_encoder=False, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(encoder_name_or_path, revision=encoder_revision)
         config = AutoConfig.from_pretrained(encoder_name_or_path, revision=encoder_revision)
         # RoBERTa counts positions from its padding id on, so the last two are out of reach.
         offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
@@ -79,7 +88,7 @@ class ProtoGenProcessor(ProcessorMixin):
                 is taken as it is.
 
         Returns:
-            `BatchFeature` of PyTorch tensors: `input_ids` and `attention_mask` `(batch, source)`,
+            `BatchFeature` of PyTorch tensors: `input_ids` and `attention_mask` `(batch, source)` for the encoder,
             `decoder_prompt_ids` and `decoder_prompt_mask` `(batch, prompt)`, padded on the left, and with answers
             `labels` `(batch, length)`, -100 after the end, and `length_labels` `(batch,)`, the uncut length in tokens.
 
@@ -97,9 +106,11 @@ class ProtoGenProcessor(ProcessorMixin):
             if not text or not text.strip():
                 raise ValueError(f"instruction {row} is empty; give some text.")
 
-        encoded = [self._encode(*pair) for pair in zip(instructions, contexts, strict=True)]
+        batch = {}
+        if self.for_encoder:
+            encoded = [self._encode(*pair) for pair in zip(instructions, contexts, strict=True)]
+            batch = dict(self.tokenizer.pad({"input_ids": encoded}, padding_side="right", return_tensors="pt"))
         prompts = [self._encode_prompt(*pair) for pair in zip(instructions, contexts, strict=True)]
-        batch = dict(self.tokenizer.pad({"input_ids": encoded}, padding_side="right", return_tensors="pt"))
         batch["decoder_prompt_ids"], batch["decoder_prompt_mask"] = pad_left(prompts)
         if answer is not None:
             answers = [answer] if isinstance(answer, str) else list(answer)
@@ -131,11 +142,16 @@ class ProtoGenProcessor(ProcessorMixin):
     def fits(self, instruction: str) -> bool:
         """Whether an instruction fits in both windows whole; what does not is refused."""
         try:
-            self._encode(instruction, "")
+            if self.for_encoder:
+                self._encode(instruction, "")
             self._encode_prompt(instruction, "")
         except ValueError:
             return False
         return True
+
+    def decoder_prompt_length(self, instruction: str, context: str | None = None) -> int:
+        """Tokens of the decoder's prompt, as it is cut."""
+        return len(self._encode_prompt(instruction, (context or "").strip()))
 
     def _encode(self, instruction: str, context: str) -> list[int]:
         ids = self.tokenizer(instruction).input_ids

@@ -145,10 +145,7 @@ def imposed_meaning(s: Setting) -> Findings:
     texts = s.texts(s.source)
     meaning = sentence_embeddings(resolve(s.args.teacher), [s.tokenizer.decode(text.token_ids) for text in texts])
     teacher, steps = torch.from_numpy(meaning), s.fit_args.fit_max_steps
-    losses = {
-        "anchor": AnchorLoss(s.info.num_e_tokens * s.info.dim, meaning.shape[1]).to(s.decoder.device),
-        "relational": RelationalDistillationLoss(),
-    }
+    losses = {"anchor": AnchorLoss(), "relational": RelationalDistillationLoss()}
     fitter, fits = ProtoTokenFitter(s.decoder, s.info, s.fit_args), {}
     for name, loss in losses.items():
         fits[name] = {}

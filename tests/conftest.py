@@ -133,11 +133,12 @@ def build(encoder_dir):
     def build(decoder_dir, **fields):
         torch.manual_seed(0)
         fields = {"chunk_size": 8, "num_pooling_heads": 4} | fields
+        encoder = None if fields.get("latent_source") == "decoder" else str(encoder_dir)
         model = ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(
-            str(encoder_dir), str(decoder_dir), **fields
+            encoder, str(decoder_dir), **fields
         ).eval()
         processor = ProtoGenProcessor.from_encoder_decoder_pretrained(
-            str(encoder_dir), str(decoder_dir), max_answer_length=model.config.max_answer_length
+            encoder, str(decoder_dir), max_answer_length=model.config.max_answer_length
         )
         return model, processor
 

@@ -26,7 +26,7 @@ from modeling_protogen.modeling_protogen import ProtoGenOutput
 from trainers.curves import bezier, fit_bezier_controls
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
 from trainers.imposing import fit_with_meaning
-from trainers.losses.anchor import AnchorLoss
+from trainers.losses.anchor import AnchorLoss, random_map
 from trainers.losses.relational_distillation import RelationalDistillationLoss
 from trainers.proto_bank import BankInfo
 
@@ -259,8 +259,8 @@ def output(e) -> ProtoGenOutput:
 
 @pytest.mark.parametrize(("dim", "teacher_dim"), [(12, 5), (5, 12)])
 def test_the_anchor_is_the_mapped_teacher(dim, teacher_dim):
-    loss, teacher = AnchorLoss(dim, teacher_dim), torch.randn(4, teacher_dim)
-    anchors = teacher @ loss.projection.T
+    loss, teacher = AnchorLoss(), torch.randn(4, teacher_dim)
+    anchors = teacher @ random_map(dim, teacher_dim, loss.seed).T
     batch = {"teacher_embeddings": teacher}
     assert loss(output(3 * anchors), batch).item() == pytest.approx(0, abs=1e-6)
     assert loss(output(-anchors), batch).item() == pytest.approx(2)

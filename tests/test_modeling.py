@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS, save_encoder, weights_hash
 from transformers import AutoModel, AutoModelForCausalLM, RobertaModel
 
-from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from modeling_protogen.modeling_protogen import answer_logits
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor, modeling_protogen
+from modeling_protogen.modeling_protogen import answer_logits, read_prefix, reconstruction_loss
 from modeling_protogen.proto_tokens import build_layout, fill_slots
 
 VARIANTS = [
@@ -23,6 +23,9 @@ VARIANTS = [
     {"m_position_offsets": True},
     {"decoder_sees_prompt": True},
     {"decoder_sees_prompt": True, "chunk_size": 3, "max_chunks": 3},
+    {"decoder_sees_prompt": True, "latent_source": "both"},
+    {"decoder_sees_prompt": True, "latent_source": "decoder", "chunk_size": 3, "max_chunks": 3},
+    {"latent_dim": 5, "num_pooling_layers": 3},
 ]
 
 
@@ -67,7 +70,8 @@ def test_logits_equal_one_text_at_a_time(build, decoder_dir, fields):
         for row, answer in enumerate(ANSWERS):
             one = processor(INSTRUCTIONS[row], CONTEXTS[row])
             category = batch["category_ids"][row : row + 1] if "category_ids" in batch else None
-            e, m, offsets, _, _ = model.predict(one["input_ids"], category_ids=category)
+            prediction = model.predict(**one, category_ids=category)
+            e, m, offsets = prediction.e, prediction.m, prediction.m_offsets
             length = len(answer.split()) + 1
             slots, predicting = slots_of_one_text(config, e[0], m[0], offsets, length)
             prefix = one["decoder_prompt_ids"][0] if config.decoder_sees_prompt else torch.tensor([1])
@@ -87,10 +91,11 @@ def test_reusing_the_prompts_cache_changes_neither_logits_nor_gradients(build, d
     assert (prompt[1].sum(1) < prompt[1].shape[1]).any(), "the prompts must be ragged"
     layout = build_layout(torch.tensor([5, 2, 8]), "e_mN", chunk_size=8, num_chunks=1)
     results = []
-    for cache_prefix in (False, True):
+    for cached in (False, True):
         e = torch.linspace(-1, 1, 3 * 24).reshape(3, 1, 1, 24).requires_grad_()
         m = torch.linspace(1, -2, 3 * 24).reshape(3, 1, 24).requires_grad_()
-        logits = answer_logits(model.decoder, fill_slots(layout, e, m), layout, *prompt, cache_prefix)
+        cache = read_prefix(model.decoder, *prompt)[0] if cached else None
+        logits = answer_logits(model.decoder, fill_slots(layout, e, m), layout, *prompt, cache)
         logits.square().mean().backward()
         results.append((logits.detach(), e.grad, m.grad))
     for joined, cached in zip(*results, strict=True):
@@ -106,9 +111,12 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(build, decoder_dir
     assert {name for name, _ in model.named_parameters() if name.startswith("decoder.")} <= frozen
     assert ("proto_predictor.m_table.weight" in frozen) == (model.config.m_scope == "fixed")
     without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
-    assert all(name.startswith("encoder.pooler") for name in without), without
+    # The expected error is learned by a loss of its own.
+    unused = ("encoder.pooler", "proto_predictor.error")
+    assert all(name.startswith(unused) for name in without), without
     # All of the encoder's words that occur have a gradient: it flows through the decoder to the embeddings.
-    assert model.encoder.embeddings.word_embeddings.weight.grad.abs().sum() > 0
+    if model.encoder is not None:
+        assert model.encoder.embeddings.word_embeddings.weight.grad.abs().sum() > 0
 
 
 def test_losses_equal_their_formulas(build, llama_dir):
@@ -129,11 +137,74 @@ def test_losses_equal_their_formulas(build, llama_dir):
     torch.testing.assert_close(output.loss, output.reconstruction_loss + output.length_nll)
 
 
+def test_the_loss_in_small_slices_equals_the_loss_at_once(monkeypatch):
+    torch.manual_seed(0)
+    labels = torch.tensor([[3, 1, -100], [0, 2, 4]])
+    results = []
+    for limit in (2**22, 7):
+        monkeypatch.setattr(modeling_protogen, "MAX_FLOAT_LOGITS", limit)
+        logits = torch.linspace(-3, 2, 25).sin().reshape(5, 5).requires_grad_()
+        reconstruction_loss(logits, labels).backward()
+        results.append(logits.grad)
+    expected = torch.linspace(-3, 2, 25).sin().reshape(5, 5).requires_grad_()
+    nll = -expected.log_softmax(-1)[range(5), [3, 1, 0, 2, 4]]
+    (nll[:2].mean() / 2 + nll[2:].mean() / 2).backward()
+    for grad in results:
+        torch.testing.assert_close(grad, expected.grad)
+
+
+def test_noise_is_added_in_training_only_and_at_its_scale(build, llama_dir):
+    model, processor = build(llama_dir, proto_token_noise=0.5)
+    quiet, _ = build(llama_dir)
+    batch = processor(INSTRUCTIONS, CONTEXTS, ANSWERS)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, quiet(**batch).logits)
+        for module in (model, quiet):
+            module.train()
+            for part in module.modules():
+                if isinstance(part, torch.nn.Dropout):
+                    part.p = 0.0
+        clean, seen = quiet(**batch), []
+        decoder = model.decoder.forward
+        model.decoder.forward = lambda **inputs: seen.append(inputs["inputs_embeds"]) or decoder(**inputs)
+        noisy = model(**batch)
+    torch.testing.assert_close(noisy.e, clean.e)
+    noise = seen[0][:, 1] - clean.e[:, 0, 0]
+    assert noise.std().item() == pytest.approx(0.5 * model.config.proto_token_std, rel=0.3)
+    torch.testing.assert_close(seen[0][:, 2], seen[0][:, 3], msg="all m of a chunk get the same noise")
+
+
+def test_a_model_without_an_encoder(build, llama_dir, tmp_path):
+    model, processor = build(llama_dir, decoder_sees_prompt=True, latent_source="decoder", thin=True)
+    batch = processor(INSTRUCTIONS, CONTEXTS)
+    assert set(batch) == {"decoder_prompt_ids", "decoder_prompt_mask"}
+    assert model.encoder is None
+    assert not any(name.startswith("encoder.") for name in model.state_dict())
+    # Left padding changes nothing.
+    joined = model.predict(**batch)
+    for row, (instruction, context) in enumerate(zip(INSTRUCTIONS, CONTEXTS, strict=True)):
+        alone = model.predict(**processor(instruction, context))
+        torch.testing.assert_close(joined.e[row], alone.e[0], rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = ProtoGenForConditionalGeneration.from_pretrained(tmp_path)
+    again = ProtoGenProcessor.from_pretrained(tmp_path)
+    assert torch.equal(loaded.generate(**again(INSTRUCTIONS, CONTEXTS)), model.generate(**batch))
+
+
+def test_latents_of_few_dimensions_lie_in_a_plane(build, llama_dir):
+    model, processor = build(llama_dir, latent_dim=2)
+    output = model(**processor(INSTRUCTIONS * 3, ["the cat", "a dog", "red"] * 3))
+    for vectors in (output.e, output.m):
+        flat = vectors.flatten(0, -2)
+        assert torch.linalg.matrix_rank(flat - flat.mean(0), rtol=1e-4) <= 2
+
+
 def test_length_variance_is_bounded_and_its_gradient_lives(build, llama_dir):
     model, processor = build(llama_dir)
     for bias in (-30.0, 30.0):
         with torch.no_grad():
-            model.proto_predictor.length_projection.bias[1] = bias
+            model.proto_predictor.length.projection.bias[1] = bias
         output = model(**processor(INSTRUCTIONS))
         low, high = model.config.log_length_variance_range
         log_variance = output.log_length_variance.log()

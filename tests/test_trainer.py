@@ -23,6 +23,7 @@ EXAMPLES = [
     for j, answer in enumerate([*ANSWERS, "a dog ran under the tree"])
 ]
 ALL_LOSSES = {name: 0.5 for name in LOSSES}
+EMBEDDINGS = {example.id: torch.randn(6) for example in EXAMPLES}
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def trainer_for(build, tmp_path):
             args=args,
             train_dataset=EXAMPLES,
             eval_dataset=EXAMPLES[:5],
-            data_collator=ProtoGenCollator(processor, bank=bank),
+            data_collator=ProtoGenCollator(processor, bank=bank, embeddings=EMBEDDINGS),
             processing_class=processor,
             compute_metrics=one_step_metrics(processor),
         )
@@ -165,7 +166,8 @@ def test_evaluation_reports_the_one_step_answers(trainer_for, llama_dir):
     assert metrics["eval_token_accuracy"] == pytest.approx(np.mean(correct))
     assert metrics["eval_exact_match"] == pytest.approx(np.mean(matches))
     assert metrics["eval_rouge_l"] == pytest.approx(np.mean(rouges))
-    total = metrics["eval_loss_reconstruction"] + 0.1 * metrics["eval_loss_length_nll"]
+    total = metrics["eval_loss_reconstruction"]
+    total += 0.1 * (metrics["eval_loss_length_nll"] + metrics["eval_loss_error_nll"])
     assert metrics["eval_loss"] == pytest.approx(total, rel=1e-5)
     assert metrics["eval_token_accuracy"] > 0
 

@@ -156,6 +156,8 @@ class ProtoGenCollator:
         categories (`list[str]`, *optional*): names for `category_ids`.
         bank (`ProtoTokenBank`, *optional*): adds `bank_e` `(batch, chunks, num_e_tokens, dim)` and `bank_m`
             `(batch, chunks, dim)`, where it holds all of the examples.
+        embeddings (`dict[str, torch.Tensor]`, *optional*): what the answers mean, by example id; adds
+            `teacher_embeddings` `(batch, teacher_dim)`, where it has all of the examples.
 
     Raises:
         ValueError: if an example's category is not among `categories`.
@@ -166,8 +168,10 @@ class ProtoGenCollator:
         processor: ProtoGenProcessor,
         categories: list[str] | None = None,
         bank: ProtoTokenBank | None = None,
+        embeddings: dict[str, torch.Tensor] | None = None,
     ):
         self.processor = processor
+        self.embeddings = embeddings
         self.categories = categories
         self.bank = bank
 
@@ -185,6 +189,8 @@ class ProtoGenCollator:
             entries = [self.bank[example.id] for example in examples]
             batch["bank_e"] = torch.stack([entry.e for entry in entries])
             batch["bank_m"] = torch.stack([entry.m for entry in entries])
+        if self.embeddings is not None and all(example.id in self.embeddings for example in examples):
+            batch["teacher_embeddings"] = torch.stack([self.embeddings[example.id] for example in examples])
         return batch
 
 

@@ -157,8 +157,8 @@ def with_predicted_starts(
         part = examples[first : first + batch_size]
         inputs = processor([e.instruction for e in part], [e.context for e in part])
         with torch.no_grad():
-            e, m, *_ = model.predict(inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device))
-        for text, text_e, text_m in zip(texts[first : first + batch_size], e, m, strict=True):
+            predicted = model.predict(inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device))
+        for text, text_e, text_m in zip(texts[first : first + batch_size], predicted.e, predicted.m, strict=True):
             chunks = -(-len(text.token_ids) // info.chunk_size)
             started.append(replace(text, start=(text_e[:chunks], text_m[:chunks])))
     return started

@@ -14,11 +14,11 @@ from modeling_protogen.modeling_protogen import IGNORE_INDEX
 
 from .distillation import teacher_top_k
 from .files import write_atomically
-from .losses import BANK_LOSSES, LOSSES
+from .losses import BANK_LOSSES, EMBEDDING_LOSSES, LOSSES
 
 LOSS_WEIGHTS_NAME = "losses.safetensors"
 # What the collator adds for the losses alone; the model does not take it.
-BANK_INPUTS = ("bank_e", "bank_m")
+LOSS_INPUTS = ("bank_e", "bank_m", "teacher_embeddings")
 
 
 class ProgressLines(ProgressCallback):
@@ -65,20 +65,20 @@ class ProtoGenTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressLines)
         self.losses = nn.ModuleDict({name: LOSSES[name]() for name in self.args.losses}).to(self.args.device)
-        if self.args.encoder_learning_rate == 0:
+        if self.args.encoder_learning_rate == 0 and self.model.encoder is not None:
             self.model.encoder.requires_grad_(False)
         # By whether the model was training.
         self._components = {True: defaultdict(list), False: defaultdict(list)}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        model_inputs = {name: value for name, value in inputs.items() if name not in BANK_INPUTS}
+        model_inputs = {name: value for name, value in inputs.items() if name not in LOSS_INPUTS}
         outputs = model(**model_inputs, return_loss=False)
         inputs = inputs | self._soft_targets(model, outputs, inputs)
         total = torch.zeros((), device=outputs.logits.device)
-        batch_size = total.new_tensor(len(inputs["input_ids"]))
+        batch_size = total.new_tensor(len(inputs["labels"]))
         for name, weight in self.args.losses.items():
-            # Only training texts are banked: evaluation leaves out what compares with the bank.
-            if name in BANK_LOSSES and not model.training:
+            # Only training texts are banked and embedded: evaluation leaves out what compares with that.
+            if name in (*BANK_LOSSES, *EMBEDDING_LOSSES) and not model.training:
                 continue
             component = self.losses[name](outputs, inputs)
             sum_and_count = torch.stack([component.detach() * batch_size, batch_size])
@@ -162,7 +162,7 @@ class ProtoGenTrainer(Trainer):
             tokens = labels.clone()
             tokens[labels != IGNORE_INDEX] = outputs.logits.max(-1).indices
             prompt = {
-                name: value for name, value in inputs.items() if name not in (*BANK_INPUTS, "labels", "length_labels")
+                name: value for name, value in inputs.items() if name not in (*LOSS_INPUTS, "labels", "length_labels")
             }
             answers = self.accelerator.unwrap_model(model).generate(**prompt, return_dict_in_generate=True)
         written = torch.arange(answers.sequences.shape[1], device=labels.device) < answers.lengths[:, None]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
-from .losses import BANK_LOSSES, LOSSES
+from .losses import BANK_LOSSES, EMBEDDING_LOSSES, LOSSES
 
 
 @dataclass
@@ -24,7 +24,7 @@ class ProtoGenTrainingArguments(TrainingArguments):
 
     # A dict once built; the command line gives JSON.
     losses: str = field(
-        default='{"reconstruction": 1.0, "length_nll": 0.1}',
+        default='{"reconstruction": 1.0, "length_nll": 0.1, "error_nll": 0.1}',
         metadata={"help": f"Weight of each loss, as JSON or dict; the losses are {', '.join(LOSSES)}."},
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of all that is new."})
@@ -57,3 +57,8 @@ class ProtoGenTrainingArguments(TrainingArguments):
     def needs_bank(self) -> bool:
         """Whether a loss compares predictions with banked proto-tokens."""
         return any(name in self.losses for name in BANK_LOSSES)
+
+    @property
+    def needs_embeddings(self) -> bool:
+        """Whether a loss compares `e` with a sentence encoder's embeddings."""
+        return any(name in self.losses for name in EMBEDDING_LOSSES)

@@ -1,5 +1,7 @@
 """Pull of `e` to a projected teacher embedding."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,8 +17,6 @@ class AnchorLoss(nn.Module):
         L = 1/B sum_i (1 - cos(e_i, P t_i))
 
     Args:
-        dim (`int`): width of a text's `e`, all chunks and e-tokens joined.
-        teacher_dim (`int`): width of the teacher's embeddings.
         seed (`int`): of the map.
 
     References:
@@ -29,13 +29,20 @@ class AnchorLoss(nn.Module):
         `outputs.e` `(batch, chunks, num_e_tokens, dim)`; `batch["teacher_embeddings"]` `(batch, teacher_dim)`.
     """
 
-    def __init__(self, dim: int, teacher_dim: int, seed: int = 0):
+    def __init__(self, seed: int = 0):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        tall = torch.randn(max(dim, teacher_dim), min(dim, teacher_dim), generator=generator)
-        columns = torch.linalg.qr(tall).Q
-        self.register_buffer("projection", columns if dim >= teacher_dim else columns.T.contiguous())
+        self.seed = seed
 
     def forward(self, outputs: ProtoGenOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        anchors = batch["teacher_embeddings"].float() @ self.projection.T
-        return (1 - F.cosine_similarity(outputs.e.flatten(1).float(), anchors)).mean()
+        e, embeddings = outputs.e.flatten(1).float(), batch["teacher_embeddings"].float()
+        projection = random_map(e.shape[1], embeddings.shape[1], self.seed).to(e.device)
+        return (1 - F.cosine_similarity(e, embeddings @ projection.T)).mean()
+
+
+@cache
+def random_map(dim: int, teacher_dim: int, seed: int) -> torch.Tensor:
+    """A random `(dim, teacher_dim)` with orthonormal rows or columns, whichever are fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    tall = torch.randn(max(dim, teacher_dim), min(dim, teacher_dim), generator=generator)
+    columns = torch.linalg.qr(tall).Q
+    return columns if dim >= teacher_dim else columns.T

@@ -23,14 +23,14 @@ class RelationalDistillationLoss(nn.Module):
         [`AnchorLoss`] also fixes where each `e` lies.
 
     Inputs:
-        `outputs.e` `(batch, chunks, num_e_tokens, dim)`; `batch["teacher_embeddings"]` `(batch, teacher_dim)`; a batch
-        of two at least.
+        `outputs.e` `(batch, chunks, num_e_tokens, dim)`; `batch["teacher_embeddings"]` `(batch, teacher_dim)`. A batch
+        of one has no pairs.
     """
 
     def forward(self, outputs: ProtoGenOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         difference = similarities(outputs.e) - similarities(batch["teacher_embeddings"])
         apart = ~torch.eye(len(difference), dtype=torch.bool, device=difference.device)
-        return difference[apart].square().mean()
+        return difference[apart].square().sum() / max(1, apart.sum().item())
 
 
 def similarities(vectors: torch.Tensor) -> torch.Tensor:

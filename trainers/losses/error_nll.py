@@ -1,0 +1,35 @@
+"""Gaussian negative log-likelihood of the share of an answer's tokens that are wrong."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modeling_protogen.modeling_protogen import IGNORE_INDEX, ProtoGenOutput
+
+
+class ErrorNLLLoss(nn.Module):
+    """
+    Teaches the model how wrong it will be: Gaussian negative log-likelihood, with predicted mean and variance, of the
+    share `d` of the label's tokens that the one-step argmax misses:
+
+        L = 1/B sum_i ((d_i - mu_i)^2 / sigma_i^2 + log sigma_i^2) / 2
+
+    The share is data here: no gradient flows to the tokens.
+
+    References:
+        Nix & Weigend, 1994, "Estimating the mean and variance of the target probability distribution", ICNN.
+
+    Relations:
+        [`LengthNLLLoss`] is the same likelihood for the length.
+
+    Inputs:
+        `outputs.logits` `(answer_tokens, vocab)`; `outputs.error_mean`, `outputs.error_variance` `(batch,)`;
+        `batch["labels"]` `(batch, length)`, -100 after the end.
+    """
+
+    def forward(self, outputs: ProtoGenOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        is_token = batch["labels"] != IGNORE_INDEX
+        wrong = torch.zeros_like(is_token, dtype=torch.float32)
+        wrong[is_token] = (outputs.logits.detach().max(-1).indices != batch["labels"][is_token]).float()
+        share = wrong.sum(-1) / is_token.sum(-1)
+        return F.gaussian_nll_loss(outputs.error_mean, share, outputs.error_variance)
