@@ -7,6 +7,8 @@ from sklearn.linear_model import LinearRegression
 from .statistics import mean_with_interval
 
 LEVELS = (0.5, 0.8, 0.95)
+# Where all training answers have one length, a baseline is this sure of it, in squared nats.
+MIN_VARIANCE = 1e-4
 
 
 def is_covered(mean: np.ndarray, variance: np.ndarray, lengths: np.ndarray, level: float) -> np.ndarray:
@@ -30,7 +32,7 @@ def negative_log_likelihood(mean: np.ndarray, variance: np.ndarray, lengths: np.
 def constant_baseline(train_lengths: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of the training answers' log lengths, for each of `count` texts."""
     logs = np.log(train_lengths)
-    return np.full(count, logs.mean()), np.full(count, logs.var())
+    return np.full(count, logs.mean()), np.full(count, max(logs.var(), MIN_VARIANCE))
 
 
 def linear_baseline(
@@ -45,7 +47,8 @@ def linear_baseline(
     """
     x, y = np.log(train_instructions)[:, None], np.log(train_lengths)
     model = LinearRegression().fit(x, y)
-    return model.predict(np.log(instructions)[:, None]), np.full(len(instructions), (y - model.predict(x)).var())
+    variance = max((y - model.predict(x)).var(), MIN_VARIANCE)
+    return model.predict(np.log(instructions)[:, None]), np.full(len(instructions), variance)
 
 
 def length_figures(

@@ -97,6 +97,7 @@ def main(argv: list[str]) -> None:
                 "predicted_length": round(output.predicted_lengths[row].item(), 1),
                 "length_sigma": round(output.length_sigmas[row].item(), 1),
                 "confidence": round(output.confidences[row].item(), 4),
+                "uncertainty": round(output.uncertainties[row].item(), 4),
                 "milliseconds": round(milliseconds, 1),
             }
             if arguments.json:
@@ -106,7 +107,8 @@ def main(argv: list[str]) -> None:
                     print(f"> {prompt['instruction']}")
                 print(
                     f"{answer}\n[{report['tokens']} tokens; predicted length {report['predicted_length']} ± "
-                    f"{report['length_sigma']}; confidence {report['confidence']:.2f}; "
+                    f"{report['length_sigma']}; confidence {report['confidence']:.2f}, "
+                    f"uncertainty {report['uncertainty']:.2f}; "
                     f"{report['milliseconds']} ms an answer]\n"
                 )
 

@@ -16,15 +16,18 @@ import report
 import torch
 import train
 import yaml
+from arguments import ARGUMENTS
 from conftest import ANSWERS, INSTRUCTIONS, save_decoder, weights_hash
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from eval_tasks.report import read_result
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from trainers.data import DataArguments, load_examples
 from trainers.files import locked
-from trainers.fitting import ProtoTokenFitter
+from trainers.fitting import FittingArguments, ProtoTokenFitter
 from trainers.proto_bank import ProtoTokenBank
+from trainers.protogen_trainer import ProtoGenTrainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,6 +127,39 @@ def test_fit_train_generate_and_measure(call, recipe, tmp_path, llama_dir, monke
     assert "one step speedup 8" in (tmp_path / "README.md").read_text()
 
 
+def test_training_options_make_plain_checkpoints(call, recipe, tmp_path, encoder_dir):
+    """Low-rank adapters, both sources of latents, meaning imposed; the checkpoint needs none of what made it."""
+    losses = '{"reconstruction": 1, "length_nll": 0.1, "error_nll": 0.1, "anchor": 0.5, "relational_distillation": 0.5}'
+    options = ["--encoder_lora_rank", 2, "--encoder_learning_rate", 0.01, "--losses", losses, "--teacher", encoder_dir]
+    options += ["--decoder_sees_prompt", "true", "--latent_source", "both", "--proto_token_noise", 0.1]
+    assert "model in" in call(train, "--config", recipe, *options, "--num_pooling_layers", 2, "--latent_dim", 4)
+    model = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
+    before = AutoModel.from_pretrained(encoder_dir).state_dict()
+    after = model.encoder.state_dict()
+    assert set(after) == set(before)
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved
+    assert all(
+        name.endswith("weight") and ("query" in name or "dense" in name or "key" in name or "value" in name)
+        for name in moved
+    )
+    log = json.loads((tmp_path / "run" / "metrics.json").read_text())["log"]
+    assert any("loss_anchor" in entry and "loss_relational_distillation" in entry for entry in log)
+
+
+def test_a_model_without_an_encoder_is_trained_and_calibrated(call, recipe, tmp_path):
+    options = ["--decoder_sees_prompt", "true", "--latent_source", "decoder", "--encoder", tmp_path / "nowhere"]
+    assert "model in" in call(train, "--config", recipe, *options)
+    model = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
+    assert model.encoder is None
+    assert model.config.uncertainty_points is not None
+    content = json.loads((tmp_path / "run" / "calibration.json").read_text())
+    assert content["uncertainty_score"] == model.config.uncertainty_score
+    assert {"coverage_80", "mae_tokens", "mae_tokens_constant", "mae_tokens_linear"} <= set(content["figures"])
+    out = call(generate, tmp_path / "run" / "model", "--json", stdin="who sat on the mat\n")
+    assert 0 <= json.loads(out)["uncertainty"] <= 1
+
+
 def test_an_interrupted_fit_keeps_every_text_that_ended(call, recipe, tmp_path, monkeypatch):
     append, written = ProtoTokenBank.append, []
 
@@ -200,13 +236,13 @@ def test_fitting_starts_from_a_trained_models_predictions(call, recipe, tmp_path
     bank = ProtoTokenBank(tmp_path / "run" / "bank")
     loaded = ProtoGenForConditionalGeneration.from_pretrained(model)
     processor = ProtoGenProcessor.from_pretrained(model)
-    examples = {e.id: e for e in train.load_examples(train.DataArguments(data=str(tmp_path / "data.jsonl")))}
+    examples = {e.id: e for e in load_examples(DataArguments(data=str(tmp_path / "data.jsonl")))}
     for id in bank.ids:
         inputs = processor(examples[id].instruction)
         with torch.no_grad():
-            e, m, *_ = loaded.predict(inputs["input_ids"])
-        torch.testing.assert_close(bank[id].e, e[0])
-        torch.testing.assert_close(bank[id].m, m[0])
+            predicted = loaded.predict(inputs["input_ids"])
+        torch.testing.assert_close(bank[id].e, predicted.e[0])
+        torch.testing.assert_close(bank[id].m, predicted.m[0])
     message = call(train, *fit, "--bank", tmp_path / "other", "--arrangement", "e_m")
     assert "a model with arrangement='e_mN' cannot start this fit" in message
 
@@ -254,7 +290,7 @@ def test_killed_at_random_moments_every_text_is_there_once(recipe, tmp_path):
     assert len(found) == 12
     assert kept <= set(found.ids)
     decoder = AutoModelForCausalLM.from_pretrained(yaml.safe_load(recipe.read_text())["decoder"])
-    fitter = ProtoTokenFitter(decoder, found.info, train.FittingArguments())
+    fitter = ProtoTokenFitter(decoder, found.info, FittingArguments())
     for id in found.ids:
         assert fitter.measure(found[id]) == pytest.approx(found.row(id)["accuracy"])
 
@@ -306,7 +342,7 @@ def test_interrupted_training_goes_on_from_its_checkpoint(call, recipe, tmp_path
     call(train, "--config", recipe)
     expected = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
 
-    trainer, steps = train.ProtoGenTrainer, []
+    trainer, steps = ProtoGenTrainer, []
 
     class Interrupted(trainer):
         def training_step(self, *arguments):
@@ -315,7 +351,7 @@ def test_interrupted_training_goes_on_from_its_checkpoint(call, recipe, tmp_path
                 raise KeyboardInterrupt
             return super().training_step(*arguments)
 
-    monkeypatch.setattr(train, "ProtoGenTrainer", Interrupted)
+    monkeypatch.setattr("stages.train.ProtoGenTrainer", Interrupted)
     other = ("--config", recipe, "--output_dir", tmp_path / "other")
     assert call(train, *other) == "interrupted; run the same command again to go on"
     assert not (tmp_path / "other" / "model").exists()
@@ -425,7 +461,7 @@ def test_every_recipe_is_understood(monkeypatch):
     recipes = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
     assert {"embedded", "pythia-160m", "pythia-1b"} <= {path.stem for path in recipes}
     for path in recipes:
-        cli.RecipeParser(*train.ARGUMENTS).parse(["--config", str(path), "--use_cpu", "true"])
+        cli.RecipeParser(*ARGUMENTS).parse(["--config", str(path), "--use_cpu", "true"])
 
 
 def test_accelerate_launch(recipe, tmp_path):

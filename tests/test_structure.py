@@ -12,7 +12,7 @@ ALLOWED = {
     "modeling_protogen": {"modeling_protogen"},
     "trainers": {"modeling_protogen", "trainers"},
     "eval_tasks": {"modeling_protogen", "eval_tasks"},
-    "scripts": {"modeling_protogen", "trainers", "eval_tasks", "cli", "decoders", "embedded", "studies"},
+    "scripts": OURS,
 }
 
 

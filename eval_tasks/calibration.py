@@ -1,0 +1,68 @@
+"""From what a model says of its answers' length and uncertainty to what held-out answers show."""
+
+import numpy as np
+import pandas as pd
+from scipy.stats import norm, spearmanr
+from sklearn.isotonic import IsotonicRegression
+
+from modeling_protogen.configuration_protogen import UNCERTAINTY_SCORES, ProtoGenConfig
+
+# The interval whose coverage the calibrated standard deviation fits exactly.
+LEVEL = 0.8
+
+
+def length_calibration(mean: np.ndarray, variance: np.ndarray, lengths: np.ndarray) -> tuple[float, float]:
+    """
+    What to add to the predicted mean of the log length, and what to multiply its standard deviation with, so that the
+    median is right on average and the central 80 % interval covers 80 %. By quantiles, as log lengths have heavier
+    tails than a normal distribution.
+
+    Args:
+        mean, variance (`np.ndarray` of shape `(texts,)`): predicted.
+        lengths (`np.ndarray` of shape `(texts,)`): in tokens.
+    """
+    shift = float(np.median(np.log(lengths) - mean))
+    distance = np.abs(np.log(lengths) - mean - shift) / np.sqrt(variance)
+    return shift, float(np.quantile(distance, LEVEL) / norm.ppf((1 + LEVEL) / 2))
+
+
+def rank_correlations(records: pd.DataFrame) -> dict[str, float]:
+    """Spearman's correlation of each of `UNCERTAINTY_SCORES` with the share of wrong tokens; 0 for a constant."""
+    wrong = records["wrong_share"]
+    return {
+        name: 0.0 if min(records[name].nunique(), wrong.nunique()) < 2 else float(spearmanr(records[name], wrong)[0])
+        for name in UNCERTAINTY_SCORES
+    }
+
+
+def uncertainty_calibration(score: np.ndarray, wrong: np.ndarray) -> list[list[float]]:
+    """
+    Expected share of wrong tokens at growing values of a score `(texts,)`, as `[[score, share], ...]`: isotonic
+    regression (Zadrozny & Elkan, 2002).
+    """
+    fit = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(score, wrong)
+    return np.stack([fit.X_thresholds_, fit.y_thresholds_], axis=1).tolist()
+
+
+def calibrate_length(config: ProtoGenConfig, records: pd.DataFrame) -> None:
+    """
+    Sets the configuration's calibration of the length.
+
+    Args:
+        config (`ProtoGenConfig`): of the uncalibrated model that made the records.
+        records (`pd.DataFrame`): as of `one_step_records`, of instructions that the model has not learned from.
+    """
+    columns = "log_length_mean", "log_length_variance", "length"
+    values = (records[name].to_numpy(dtype=float) for name in columns)
+    config.log_length_shift, config.log_length_scale = length_calibration(*values)
+
+
+def calibrate_uncertainty(config: ProtoGenConfig, records: pd.DataFrame) -> None:
+    """
+    Sets the configuration's uncertainty to the score that goes best with the share of wrong tokens, calibrated.
+    Arguments as of [`calibrate_length`]; the records are made after it, as it changes the answers.
+    """
+    correlations = rank_correlations(records)
+    name = max(correlations, key=correlations.get)
+    config.uncertainty_score = name
+    config.uncertainty_points = uncertainty_calibration(records[name].to_numpy(), records["wrong_share"].to_numpy())

@@ -1,0 +1,70 @@
+"""One-step answers to held-out instructions, and how they compare with what was to be said."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen.modeling_protogen import IGNORE_INDEX
+
+
+def one_step_records(
+    model: ProtoGenForConditionalGeneration,
+    processor: ProtoGenProcessor,
+    instructions: list[str],
+    contexts: list[str],
+    targets: list[str | list[int]],
+    category_ids: torch.LongTensor | None = None,
+    batch_size: int = 16,
+) -> pd.DataFrame:
+    """
+    Answers every instruction once.
+
+    Args:
+        instructions, contexts (`list[str]`)
+        targets (`list[str | list[int]]`): the answers to compare with, as text or tokens: people's or the teacher's.
+        category_ids (`torch.LongTensor` of shape `(texts,)`, *optional*): as of the model.
+
+    Returns:
+        A row for each instruction: `answer` and `target` (texts), `agreement` and `accepted_length` with the target at
+        its own length, `wrong_share` of the target's tokens in the answer at its predicted length, `length` of the
+        target in tokens before any cut, `log_length_mean`, `log_length_variance`, and all of `UNCERTAINTY_SCORES`.
+    """
+    model.eval()
+    rows = []
+    with torch.no_grad():
+        for first in tqdm(range(0, len(instructions), batch_size), desc="answer", leave=False):
+            part = slice(first, first + batch_size)
+            inputs = processor(instructions[part], contexts[part], targets[part]).to(model.device)
+            if category_ids is not None:
+                inputs["category_ids"] = category_ids[part].to(model.device)
+            rows += _rows(model, processor, inputs)
+    return pd.DataFrame(rows)
+
+
+def _rows(model, processor, inputs) -> Iterator[dict]:
+    labels, lengths = inputs.pop("labels"), inputs.pop("length_labels")
+    forced = model(**inputs, labels=labels, return_loss=False)
+    tokens = torch.full_like(labels, IGNORE_INDEX)
+    tokens[labels != IGNORE_INDEX] = forced.logits.max(-1).indices
+    agree = (tokens == labels) & (labels != IGNORE_INDEX)
+    num_tokens = (labels != IGNORE_INDEX).sum(-1)
+    output = model.generate(**inputs, return_dict_in_generate=True, output_uncertainty_scores=True)
+    answers = processor.batch_decode(output.sequences)
+    references = processor.batch_decode(labels.masked_fill(labels == IGNORE_INDEX, model.config.answer_pad_token_id))
+    for row, answer in enumerate(answers):
+        written, target = output.sequences[row, : output.lengths[row]], labels[row, : num_tokens[row]]
+        common = min(len(written), len(target))
+        yield {
+            "answer": answer,
+            "target": references[row],
+            "agreement": (agree[row].sum() / num_tokens[row]).item(),
+            "accepted_length": agree[row].int().cumprod(-1).sum().item(),
+            "wrong_share": 1 - (written[:common] == target[:common]).sum().item() / len(target),
+            "length": lengths[row].item(),
+            "log_length_mean": forced.log_length_mean[row].item(),
+            "log_length_variance": forced.log_length_variance[row].item(),
+            **{name: values[row].item() for name, values in output.uncertainty_scores.items()},
+        }

@@ -1,0 +1,172 @@
+"""What `train.py` can be told, and what every stage makes of it first."""
+
+from dataclasses import dataclass, field
+
+from accelerate import Accelerator
+from embedded import resolve
+from studies import StudyArguments
+
+from modeling_protogen import ProtoGenProcessor
+from trainers.capacity import CapacityArguments
+from trainers.controlled_world import WorldArguments
+from trainers.data import DataArguments
+from trainers.fitting import FittingArguments
+from trainers.proto_bank import BankInfo, decoder_fingerprint
+from trainers.training_args import ProtoGenTrainingArguments
+
+
+@dataclass
+class RunArguments:
+    """What to do."""
+
+    stage: str = field(
+        default="train",
+        metadata={"help": "What to do.", "choices": ["fit", "teacher", "train", "capacity", "anatomy", "world"]},
+    )
+    bank: str | None = field(default=None, metadata={"help": "Folder of the bank; OUTPUT_DIR/bank by default."})
+    refit_damaged: bool = field(default=False, metadata={"help": "Remove damaged shards and fit their texts again."})
+    warm_start: str | None = field(
+        default=None, metadata={"help": "Trained model whose predictions the fit starts from; random by default."}
+    )
+    decoders: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Decoders that --stage capacity compares, with variants (scripts/decoders.py)."},
+    )
+    smoke: bool = field(
+        default=False,
+        metadata={"help": "The whole recipe in seconds: few tokens, few texts, few steps, no real figures."},
+    )
+    fixed_m: str | None = field(
+        default=None, metadata={"help": "Safetensors file with the vector `m` (dim,) for m_scope=fixed."}
+    )
+
+
+@dataclass
+class TargetArguments:
+    """What the encoder learns to answer, and to which instructions."""
+
+    targets: str = field(
+        default="human",
+        metadata={
+            "help": "Answers: the data's, the frozen decoder's, or both.",
+            "choices": ["human", "teacher", "both"],
+        },
+    )
+    instructions: str = field(
+        default="data",
+        metadata={
+            "help": "Instructions to train on: the data's, those that the decoder writes itself, or both. Validation "
+            "instructions are always the data's.",
+            "choices": ["data", "synthetic", "both"],
+        },
+    )
+    num_synthetic: int = field(default=10_000, metadata={"help": "Instructions that the decoder writes."})
+    teacher_answers: str | None = field(
+        default=None, metadata={"help": "Folder of the teacher's answers; OUTPUT_DIR/teacher by default."}
+    )
+    teacher_max_length: int = field(default=64, metadata={"help": "Tokens at which the teacher's answers are cut."})
+    teacher_batch_size: int = field(default=32, metadata={"help": "Instructions that the teacher answers at once."})
+
+    def __post_init__(self):
+        if self.instructions != "data" and self.targets == "human":
+            raise ValueError(
+                "nobody has answered synthetic instructions but the teacher: set targets to teacher or both."
+            )
+
+
+@dataclass
+class ModelArguments:
+    """The model; names are Hub ids, folders or `embedded:` names. Fields as in `ProtoGenConfig`."""
+
+    encoder: str = field(default="roberta-base", metadata={"help": "Encoder."})
+    encoder_revision: str | None = field(default=None, metadata={"help": "Hub revision of the encoder."})
+    decoder: str = field(default="EleutherAI/pythia-160m", metadata={"help": "Frozen decoder."})
+    decoder_revision: str | None = field(default=None, metadata={"help": "Hub revision of the decoder."})
+    decoder_dtype: str = field(
+        default="bfloat16",
+        metadata={"help": "dtype of the decoder's weights.", "choices": ["bfloat16", "float16", "float32"]},
+    )
+    arrangement: str = field(default="e_mN", metadata={"help": "e_m, e_mN, interleaved, halves or e_only."})
+    num_e_tokens: int = field(default=1, metadata={"help": "e-tokens that open a chunk."})
+    chunk_size: int = field(default=64, metadata={"help": "Answer tokens governed by one (e, m) pair."})
+    max_chunks: int = field(default=1, metadata={"help": "Chunks laid end to end."})
+    max_answer_length: int | None = field(default=None, metadata={"help": "chunk_size * max_chunks by default."})
+    m_scope: str = field(default="per_example", metadata={"help": "per_example, per_category, shared or fixed."})
+    m_position_offsets: bool = field(default=False, metadata={"help": "Trained offset of m for each position."})
+    sink: str = field(default="bos", metadata={"help": "bos or none."})
+    latent_source: str = field(
+        default="encoder",
+        metadata={
+            "help": "What proto-tokens are predicted from: the encoder's states, those of the decoder over the prompt "
+            "(then there is no encoder), or both.",
+            "choices": ["encoder", "decoder", "both"],
+        },
+    )
+    latent_dim: int | None = field(
+        default=None, metadata={"help": "Dimensions of the predicted proto-tokens' subspace."}
+    )
+    num_pooling_layers: int = field(default=1, metadata={"help": "How often the queries read the states."})
+    proto_token_noise: float = field(
+        default=0.0, metadata={"help": "Std of noise on e and m in training, in units of the embedding table's."}
+    )
+    encoder_lora_rank: int = field(
+        default=0, metadata={"help": "Trains low-rank adapters in the encoder instead of its weights; 0 = none."}
+    )
+    decoder_sees_prompt: bool = field(default=False, metadata={"help": "Prompt before the proto-tokens."})
+    max_input_length: int | None = field(default=None, metadata={"help": "The encoder's window in tokens."})
+    max_prompt_length: int = field(default=1024, metadata={"help": "Longest prompt in decoder tokens."})
+    thin: bool = field(default=True, metadata={"help": "Save checkpoints without the frozen decoder."})
+
+
+ARGUMENTS = (
+    RunArguments,
+    ModelArguments,
+    TargetArguments,
+    DataArguments,
+    FittingArguments,
+    CapacityArguments,
+    StudyArguments,
+    WorldArguments,
+    ProtoGenTrainingArguments,
+)
+
+
+SMOKE = """
+    --fit_num_texts 4 --fit_max_length 4 --fit_max_steps 2 --fit_attempts 1 --fit_settle_steps 2
+    --capacity_texts 2 --capacity_lengths 3 4
+    --study_texts 10 --study_length 4 --study_min_length 4 --study_seeds 2 --study_noise 0 0.5 --study_curve_steps 2
+    --study_weights 0 1 --max_steps 2
+""".split()
+
+
+def bank_info(model_args: ModelArguments, decoder) -> BankInfo:
+    return BankInfo(
+        decoder=model_args.decoder,
+        decoder_revision=model_args.decoder_revision,
+        decoder_fingerprint=decoder_fingerprint(decoder),
+        arrangement=model_args.arrangement,
+        chunk_size=model_args.chunk_size,
+        num_e_tokens=model_args.num_e_tokens,
+        m_scope=model_args.m_scope,
+        sink=model_args.sink,
+        dim=decoder.get_input_embeddings().embedding_dim,
+    )
+
+
+def open_accelerator(args: ProtoGenTrainingArguments) -> Accelerator:
+    """The processes, and where asked a tracker that writes to OUTPUT_DIR."""
+    accelerator = Accelerator(cpu=args.use_cpu, log_with=args.report_to or None, project_dir=args.output_dir)
+    accelerator.init_trackers("fit")
+    return accelerator
+
+
+def load_processor(model_args: ModelArguments, max_answer_length: int) -> ProtoGenProcessor:
+    return ProtoGenProcessor.from_encoder_decoder_pretrained(
+        None if model_args.latent_source == "decoder" else resolve(model_args.encoder),
+        resolve(model_args.decoder),
+        encoder_revision=model_args.encoder_revision,
+        decoder_revision=model_args.decoder_revision,
+        max_input_length=model_args.max_input_length,
+        max_prompt_length=model_args.max_prompt_length,
+        max_answer_length=max_answer_length,
+    )

@@ -1,0 +1,1 @@
+"""The stages of `train.py`, one a module."""

@@ -1,0 +1,80 @@
+"""`--stage fit`: proto-tokens of given texts, into a bank."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from arguments import ModelArguments, RunArguments, bank_info, open_accelerator
+from decoders import load_decoder
+from safetensors.torch import load_file
+
+from eval_tasks.report import write_json
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from trainers.data import fitting_targets, load_examples, split_by_instruction
+from trainers.fit_bank import fit_bank, with_predicted_starts
+from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
+from trainers.proto_bank import ProtoTokenBank, remove_damaged_shards
+
+
+def fit(run: RunArguments, model_args: ModelArguments, data_args, fit_args: FittingArguments, args) -> None:
+    """Fits the training split's answers into the bank, but for those that are there; sums up in OUTPUT_DIR/fit.json."""
+    accelerator = open_accelerator(args)
+    if run.refit_damaged and accelerator.is_main_process:
+        for path in remove_damaged_shards(run.bank):
+            print(f"removed damaged shard {path.stem}; its texts are fitted again")
+    accelerator.wait_for_everyone()
+    tokenizer, decoder = load_decoder(
+        model_args.decoder, model_args.decoder_revision, model_args.decoder_dtype, accelerator.device
+    )
+    bank = ProtoTokenBank(run.bank, bank_info(model_args, decoder))
+    bank.verify()
+    if model_args.m_scope == "fixed" and bank.shared_m() is None:
+        if run.fixed_m is None:
+            raise ValueError("m_scope=fixed needs the vector: --fixed_m FILE.safetensors with a tensor m.")
+        bank.write_shared_m({"": load_file(run.fixed_m)["m"].view(1, bank.info.dim)})
+    examples, _ = split_by_instruction(load_examples(data_args), data_args.validation_share)
+    examples = examples[: fit_args.fit_num_texts]
+    texts = texts_to_fit(run, model_args, fit_args, bank, tokenizer, examples, accelerator.device)
+    there = sum(text.id in bank for text in texts)
+    accelerator.print(f"fitting {len(texts) - there} texts; {there} are in the bank already")
+    fitter = ProtoTokenFitter(decoder, bank.info, fit_args)
+    seconds = time.perf_counter()
+    fitted = fit_bank(fitter, bank, texts, accelerator)
+    seconds = time.perf_counter() - seconds
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
+    rows = [bank.row(text.id) for text in texts]
+    summary = {
+        "texts": len(rows),
+        "perfect_texts": sum(row["accuracy"] == 1 for row in rows),
+        "reconstruction_accuracy": sum(row["accuracy"] for row in rows) / len(rows),
+        "mean_steps_to_best": sum(row["steps"] for row in rows) / len(rows),
+        # Of this call, which may have found texts in the bank already.
+        "texts_fitted": fitted,
+        "seconds": seconds,
+        "padding_share": fitter.num_padding / max(fitter.num_positions, 1),
+        "arrangement": asdict(bank.info),
+        "settings": asdict(fit_args),
+    }
+    write_json(Path(args.output_dir) / "fit.json", summary)
+    print(
+        f"mean reconstruction accuracy {summary['reconstruction_accuracy']:.4f}, "
+        f"{summary['perfect_texts']} of {summary['texts']} texts perfect; bank in {run.bank}"
+    )
+
+
+def texts_to_fit(run, model_args, fit_args, bank, tokenizer, examples, device) -> list[Text]:
+    targets = fitting_targets(tokenizer, examples, fit_args.fit_max_length)
+    groups = {example.id: "" for example in examples}
+    if model_args.m_scope == "per_category":
+        missing = [example.id for example in examples if example.category is None]
+        if missing:
+            raise ValueError(f"m_scope=per_category needs a category; example {missing[0]} has none.")
+        groups = {example.id: example.category for example in examples}
+    texts = [Text(id, token_ids, groups[id]) for id, token_ids in targets.items()]
+    if run.warm_start:
+        model = ProtoGenForConditionalGeneration.from_pretrained(run.warm_start).to(device)
+        processor = ProtoGenProcessor.from_pretrained(run.warm_start)
+        texts = with_predicted_starts(texts, examples, model, processor, bank.info)
+    return texts

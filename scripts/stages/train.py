@@ -1,0 +1,213 @@
+"""`--stage train`: the encoder learns to predict proto-tokens."""
+
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from arguments import ModelArguments, RunArguments, TargetArguments, bank_info, load_processor
+from embedded import resolve
+from studies import StudyArguments
+from transformers import set_seed
+
+from eval_tasks.calibration import calibrate_length, calibrate_uncertainty, rank_correlations
+from eval_tasks.length_calibration import constant_baseline, length_figures, linear_baseline
+from eval_tasks.one_step import one_step_records
+from eval_tasks.report import write_csv, write_json
+from eval_tasks.sentence_encoder import sentence_embeddings
+from eval_tasks.statistics import mean_with_interval
+from eval_tasks.text_metrics import one_step_metrics
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from trainers.data import (
+    DataArguments,
+    Example,
+    ProtoGenCollator,
+    category_id,
+    load_examples,
+    split_by_instruction,
+    with_teacher_answers,
+)
+from trainers.files import locked
+from trainers.lora import add_lora, merge_lora
+from trainers.proto_bank import ProtoTokenBank
+from trainers.protogen_trainer import ProtoGenTrainer, last_complete_checkpoint
+from trainers.synthetic_instructions import normalized, synthetic_examples
+from trainers.teacher import read_teacher_answers
+from trainers.training_args import ProtoGenTrainingArguments
+
+from .teacher import teacher_info
+
+
+def train(
+    run: RunArguments,
+    model_args: ModelArguments,
+    target_args: TargetArguments,
+    data_args: DataArguments,
+    study_args: StudyArguments,
+    args: ProtoGenTrainingArguments,
+) -> None:
+    """
+    Trains the encoder; leaves in OUTPUT_DIR the calibrated model (model/), its metrics (metrics.json), the held-out
+    instructions (validation.json), and what the calibration is worth on others than it was made on (calibration.json)
+    with the answers it was measured on (answers.csv).
+    """
+    output_dir = Path(args.output_dir)
+    metrics_path = output_dir / "metrics.json"
+    if metrics_path.is_file():
+        print(f"already trained: {output_dir / 'model'}; remove {output_dir} to train again")
+        return
+    if args.needs_bank:
+        check_bank(run, model_args)
+    set_seed(args.seed)
+    train_examples, validation_examples = split_by_instruction(load_examples(data_args), data_args.validation_share)
+    categories = None
+    if model_args.m_scope == "per_category":
+        categories = sorted({example.category for example in train_examples})
+    model = build_model(model_args, categories)
+    if model_args.encoder_lora_rank:
+        add_lora(model, model_args.encoder_lora_rank)
+    processor = load_processor(model_args, model.config.max_answer_length)
+    train_examples, validation_examples = examples_to_learn(
+        train_examples, validation_examples, model_args, target_args, model, processor
+    )
+    bank = None
+    if args.needs_bank:
+        bank = ProtoTokenBank(run.bank, bank_info(model_args, model.decoder))
+        bank.verify()
+        train_examples = [example for example in train_examples if example.id in bank]
+        if not train_examples:
+            raise ValueError(f"no training example is in the bank in {run.bank}; fit them first (--stage fit).")
+    train_examples = train_examples[: data_args.max_train_examples]
+    validation_examples = validation_examples[: data_args.max_validation_examples]
+    embeddings = None
+    if args.needs_embeddings:
+        texts = [answer_text(example, processor) for example in train_examples]
+        vectors = torch.from_numpy(sentence_embeddings(resolve(study_args.teacher), texts))
+        embeddings = {example.id: vector for example, vector in zip(train_examples, vectors, strict=True)}
+    trainer = ProtoGenTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_examples,
+        eval_dataset=validation_examples,
+        data_collator=ProtoGenCollator(processor, categories, bank, embeddings),
+        processing_class=processor,
+        compute_metrics=one_step_metrics(processor),
+    )
+    with locked(output_dir / ".lock") if trainer.is_world_process_zero() else nullcontext():
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
+        log = trainer.state.log_history
+        before = next((entry for entry in log if "eval_loss" in entry and entry["step"] == 0), None)
+        metrics = {"before": before, "after": trainer.evaluate(), "log": log}
+        if trainer.is_world_process_zero():
+            if model_args.encoder_lora_rank:
+                merge_lora(model)
+            calibrate(model, processor, train_examples, validation_examples, output_dir)
+            model.save_pretrained(output_dir / "model")
+            processor.save_pretrained(output_dir / "model")
+            held_out = [{"instruction": e.instruction, "context": e.context} for e in validation_examples]
+            write_json(output_dir / "validation.json", held_out)
+            write_json(metrics_path, metrics)
+            print(f"model in {output_dir / 'model'}, metrics in {metrics_path}")
+
+
+def check_bank(run: RunArguments, model_args: ModelArguments) -> None:
+    if model_args.decoder_sees_prompt:
+        raise ValueError(
+            "banked proto-tokens were fitted without a prompt before them: compare with them under "
+            "decoder_sees_prompt: false, or leave out the losses that need a bank."
+        )
+    if not Path(run.bank).is_dir():
+        raise FileNotFoundError(f"the losses need a bank and there is none in {run.bank}; fit it first (--stage fit).")
+
+
+def build_model(model_args: ModelArguments, categories: list[str] | None) -> ProtoGenForConditionalGeneration:
+    fields = asdict(model_args)
+    encoder, decoder = fields.pop("encoder"), resolve(fields.pop("decoder"))
+    dtype = getattr(torch, fields.pop("decoder_dtype"))
+    for name in ("max_input_length", "max_prompt_length", "encoder_lora_rank"):
+        fields.pop(name)
+    if model_args.latent_source == "decoder":
+        encoder = None
+    return ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(
+        encoder and resolve(encoder), decoder, decoder_dtype=dtype, categories=categories, **fields
+    )
+
+
+def examples_to_learn(
+    train_examples: list[Example],
+    validation_examples: list[Example],
+    model_args: ModelArguments,
+    target_args: TargetArguments,
+    model: ProtoGenForConditionalGeneration,
+    processor: ProtoGenProcessor,
+) -> tuple[list[Example], list[Example]]:
+    """Both splits with the answers that are wanted, but for instructions that do not fit; training ones may be more."""
+    if target_args.instructions != "data":
+        synthetic = synthetic_examples(target_args.teacher_answers, target_args.num_synthetic)
+        held_out = {normalized(example.instruction) for example in validation_examples}
+        synthetic = [example for example in synthetic if normalized(example.instruction) not in held_out]
+        train_examples = synthetic + (train_examples if target_args.instructions == "both" else [])
+    lost = len(train_examples) + len(validation_examples)
+    train_examples = [example for example in train_examples if processor.fits(example.instruction)]
+    validation_examples = [example for example in validation_examples if processor.fits(example.instruction)]
+    lost -= len(train_examples) + len(validation_examples)
+    if lost:
+        print(f"leaving out {lost} examples whose instruction is longer than max_input_length or max_prompt_length")
+    if not train_examples or not validation_examples:
+        raise ValueError(
+            f"{len(train_examples)} training and {len(validation_examples)} validation examples are too few; "
+            "change validation_share or give more data."
+        )
+    if target_args.targets != "human":
+        info = teacher_info(model_args, target_args, model.decoder, processor)
+        answers = read_teacher_answers(target_args.teacher_answers, info)
+        train_examples = with_teacher_answers(train_examples, answers, target_args.targets)
+        validation_examples = with_teacher_answers(validation_examples, answers, "teacher")
+    return train_examples, validation_examples
+
+
+def answer_text(example: Example, processor: ProtoGenProcessor) -> str:
+    return example.answer if example.answer_ids is None else processor.decode(example.answer_ids)
+
+
+def calibrate(
+    model: ProtoGenForConditionalGeneration,
+    processor: ProtoGenProcessor,
+    train_examples: list[Example],
+    validation_examples: list[Example],
+    folder: Path,
+) -> None:
+    """Calibrates the model on every other validation example and measures it on the rest; too few are left alone."""
+    calibration, test = validation_examples[::2], validation_examples[1::2]
+    if len(test) < 2:
+        print("too few validation examples to calibrate lengths and uncertainty on")
+        return
+
+    def records(examples):
+        categories = model.config.categories
+        category_ids = categories and torch.tensor([category_id(e.category, categories) for e in examples])
+        texts = [e.instruction for e in examples], [e.context for e in examples], [e.target for e in examples]
+        return one_step_records(model, processor, *texts, category_ids)
+
+    calibrate_length(model.config, records(calibration))
+    calibrate_uncertainty(model.config, records(calibration))
+    found = records(test)
+
+    def sizes(examples):
+        prompts = [processor.decoder_prompt_length(e.instruction, e.context) for e in examples]
+        return np.array(prompts), processor.encode_answers([e.target for e in examples])["length_labels"].numpy()
+
+    train_prompts, train_lengths = sizes(train_examples)
+    prompts, lengths = sizes(test)
+    own = found["log_length_mean"].to_numpy(), found["log_length_variance"].to_numpy()
+    predictions = {
+        "": own,
+        "constant": constant_baseline(train_lengths, len(test)),
+        "linear": linear_baseline(train_prompts, train_lengths, prompts),
+    }
+    figures = length_figures(predictions, lengths)
+    figures |= {name: mean_with_interval(found[name]) for name in ("agreement", "accepted_length", "wrong_share")}
+    figures |= {f"rank_correlation_{name}": value for name, value in rank_correlations(found).items()}
+    write_json(folder / "calibration.json", {"uncertainty_score": model.config.uncertainty_score, "figures": figures})
+    write_csv(folder / "answers.csv", found.to_dict("records"))
