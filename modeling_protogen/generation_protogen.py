@@ -75,6 +75,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
         decoder_prompt_mask: torch.Tensor | None = None,
         category_ids: torch.LongTensor | None = None,
         *,
+        proto_tokens: tuple[torch.Tensor, torch.Tensor] | None = None,
         length: int | torch.LongTensor | None = None,
         num_length_sigmas: float = 0.0,
         return_dict_in_generate: bool = False,
@@ -86,6 +87,8 @@ class ProtoGenGenerationMixin(GenerationMixin):
         Args:
             input_ids, attention_mask, decoder_prompt_ids, decoder_prompt_mask, category_ids:
                 As in [`ProtoGenForConditionalGeneration.forward`]; the processor makes them.
+            proto_tokens (*optional*): `e` and `m`, shaped as the model's output has them, to write from instead of the
+                predicted ones: retrieved from a bank, or fitted.
             length (`int` or `torch.LongTensor` of shape `(batch,)`, *optional*):
                 Tokens to write, instead of the predicted length.
             num_length_sigmas (`float`): writes `exp(mean + num_length_sigmas * sigma)` tokens of the predicted
@@ -102,6 +105,8 @@ class ProtoGenGenerationMixin(GenerationMixin):
         config = self.config
         prompt = decoder_prompt_ids, decoder_prompt_mask
         prediction = self.predict(input_ids, attention_mask, *prompt, category_ids)
+        if proto_tokens is not None:
+            prediction.e, prediction.m = proto_tokens
         mean, sigma = prediction.log_length_mean, prediction.log_length_variance.sqrt()
         if length is None:
             budget = self.clamp_lengths((mean + num_length_sigmas * sigma).exp())

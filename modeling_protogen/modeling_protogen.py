@@ -28,7 +28,7 @@ class ProtoGenOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, *optional*): `reconstruction_loss + length_nll`; with `labels` only.
         reconstruction_loss (`torch.FloatTensor` of shape `()`, *optional*): see [`reconstruction_loss`].
         length_nll (`torch.FloatTensor` of shape `()`, *optional*): see [`length_nll`].
-        logits (`torch.FloatTensor` of shape `(answer_tokens, vocab)`):
+        logits (`torch.FloatTensor` of shape `(answer_tokens, vocab)`, *optional*):
             The decoder's logits at the answers' positions only, answer after answer: row `i` belongs to the `i`-th
             element of `labels[labels != -100]`. There are no rows for padding.
         e (`torch.FloatTensor` of shape `(batch, max_chunks, num_e_tokens, decoder_dim)`): predicted `e` proto-tokens.
@@ -429,6 +429,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         labels: torch.LongTensor | None = None,
         length_labels: torch.LongTensor | None = None,
         return_loss: bool = True,
+        return_logits: bool = True,
     ) -> ProtoGenOutput:
         """
         Args:
@@ -445,12 +446,14 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             length_labels (`torch.LongTensor` of shape `(batch,)`, *optional*):
                 True lengths in tokens, where `labels` are cut; by default the length of `labels`.
             return_loss (`bool`): whether to compute the losses when there are labels.
+            return_logits (`bool`): whether to run the decoder at all. What compares proto-tokens themselves, or
+                lengths, needs neither logits nor the losses.
         """
         prompt = decoder_prompt_ids, decoder_prompt_mask
         prediction = self.predict(input_ids, attention_mask, *prompt, category_ids)
         mean, variance = prediction.log_length_mean, prediction.log_length_variance
         lengths = self.clamp_lengths(mean.exp()) if labels is None else (labels != IGNORE_INDEX).sum(-1)
-        logits = self.decode(prediction, lengths, *prompt)
+        logits = self.decode(prediction, lengths, *prompt) if return_logits else None
         output = ProtoGenOutput(
             logits=logits,
             e=prediction.e,
@@ -461,7 +464,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             error_variance=prediction.error_variance,
             lengths=lengths,
         )
-        if labels is not None and return_loss:
+        if labels is not None and return_loss and return_logits:
             output.reconstruction_loss = reconstruction_loss(logits, labels)
             output.length_nll = length_nll(mean, variance, lengths if length_labels is None else length_labels)
             output.loss = output.reconstruction_loss + output.length_nll

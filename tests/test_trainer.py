@@ -172,6 +172,19 @@ def test_evaluation_reports_the_one_step_answers(trainer_for, llama_dir):
     assert metrics["eval_token_accuracy"] > 0
 
 
+def test_what_needs_no_logits_runs_no_decoder(trainer_for, llama_dir, bank):
+    """And learns the same as with the decoder's pass, whose loss weighs nothing."""
+    results = []
+    for losses in ({"siglip": 1.0, "length_nll": 1.0}, {"siglip": 1.0, "length_nll": 1.0, "reconstruction": 0.0}):
+        trainer, passes = trainer_for(llama_dir, bank=bank, losses=losses), []
+        trainer.model.decoder.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        trainer.train()
+        results.append((bool(passes), parameters_of(trainer)))
+    assert [ran for ran, _ in results] == [False, True]
+    for name, p in results[0][1].items():
+        torch.testing.assert_close(p, results[1][1][name], rtol=1e-4, atol=1e-6)
+
+
 def test_evaluation_without_a_bank_leaves_out_what_needs_one(trainer_for, llama_dir, bank):
     trainer = trainer_for(llama_dir, bank=bank, losses={"reconstruction": 1.0, "siglip": 1.0})
     trainer.data_collator.bank = None

@@ -14,7 +14,7 @@ from modeling_protogen.modeling_protogen import IGNORE_INDEX
 
 from .distillation import teacher_top_k
 from .files import write_atomically
-from .losses import BANK_LOSSES, EMBEDDING_LOSSES, LOSSES
+from .losses import BANK_LOSSES, DECODER_LOSSES, EMBEDDING_LOSSES, LOSSES
 
 LOSS_WEIGHTS_NAME = "losses.safetensors"
 # What the collator adds for the losses alone; the model does not take it.
@@ -72,9 +72,10 @@ class ProtoGenTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         model_inputs = {name: value for name, value in inputs.items() if name not in LOSS_INPUTS}
-        outputs = model(**model_inputs, return_loss=False)
+        return_logits = not model.training or any(name in DECODER_LOSSES for name in self.args.losses)
+        outputs = model(**model_inputs, return_loss=False, return_logits=return_logits)
         inputs = inputs | self._soft_targets(model, outputs, inputs)
-        total = torch.zeros((), device=outputs.logits.device)
+        total = torch.zeros((), device=outputs.e.device)
         batch_size = total.new_tensor(len(inputs["labels"]))
         for name, weight in self.args.losses.items():
             # Only training texts are banked and embedded: evaluation leaves out what compares with that.

@@ -29,12 +29,15 @@ LOSSES = {
     "relational_distillation": RelationalDistillationLoss,
 }
 
+# Those that need the decoder's pass.
+DECODER_LOSSES = ("reconstruction", "soft_reconstruction", "on_policy", "error_nll")
 # Those that compare predictions with banked proto-tokens, and those that do with a sentence encoder's embeddings.
 BANK_LOSSES = ("siglip", "distance_based_logistic", "info_nce", "mean_squared_error")
 EMBEDDING_LOSSES = ("anchor", "relational_distillation")
 
 __all__ = [
     "BANK_LOSSES",
+    "DECODER_LOSSES",
     "EMBEDDING_LOSSES",
     "LOSSES",
     "AnchorLoss",
