@@ -32,11 +32,10 @@ def exact_match(answers: list[str], references: list[str]) -> float:
     return float(np.mean([a.strip() == r.strip() for a, r in zip(answers, references, strict=True)]))
 
 
-def rouge_l(answers: list[str], references: list[str]) -> float:
-    """Mean ROUGE-L F-measure in 0..1 (Lin, 2004), by the `rouge-score` package, without stemming."""
+def rouge_l(answers: list[str], references: list[str]) -> np.ndarray:
+    """ROUGE-L F-measures in 0..1, `(texts,)` (Lin, 2004), by the `rouge-score` package, without stemming."""
     scorer = RougeScorer(["rougeL"])
-    scores = [scorer.score(r, a)["rougeL"].fmeasure for a, r in zip(answers, references, strict=True)]
-    return float(np.mean(scores))
+    return np.array([scorer.score(r, a)["rougeL"].fmeasure for a, r in zip(answers, references, strict=True)])
 
 
 def information_bits(decoder: PreTrainedModel, token_ids: list[int]) -> float:
@@ -69,7 +68,7 @@ def one_step_metrics(processor: ProtoGenProcessor) -> Callable[[EvalPrediction],
             "token_accuracy": token_accuracy(tokens, labels),
             "accepted_length": accepted_length(tokens, labels),
             "exact_match": exact_match(texts(answers), references),
-            "rouge_l": rouge_l(texts(answers), references),
+            "rouge_l": float(rouge_l(texts(answers), references).mean()),
             "length_tokens": float((answers != IGNORE_INDEX).sum(-1).mean()),
         }
 

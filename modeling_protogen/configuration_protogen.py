@@ -7,7 +7,7 @@ from .proto_tokens import ARRANGEMENTS
 
 M_SCOPES = ("per_example", "per_category", "shared", "fixed")
 SINKS = ("bos", "none")
-LATENT_SOURCES = ("encoder", "decoder", "both")
+LATENT_SOURCES = ("encoder", "decoder", "both", "none")
 # One number for an answer, larger where it is less sure: 1 - the geometric mean of its tokens' probabilities, 1 - the
 # least of them, the mean entropy of its tokens in nats, the predicted standard deviation of the log length, and the
 # share of wrong tokens that the error head expects.
@@ -59,7 +59,8 @@ class ProtoGenConfig(PreTrainedConfig):
     decoder_sees_prompt: bool = False
 
     # What `e`, `m` and the length are predicted from: states of the `encoder`, those of the frozen `decoder` over the
-    # prompt (then there is no encoder at all), or `both`. The decoder's need `decoder_sees_prompt`.
+    # prompt, `both`, or `none`: trained vectors, the same for every instruction, which then speaks through the prompt
+    # alone. All but `encoder` need `decoder_sees_prompt`; `decoder` and `none` have no encoder at all.
     latent_source: str = "encoder"
     # Dimensions of the subspace that predicted proto-tokens lie in; `None` means all of the decoder's.
     latent_dim: int | None = None
@@ -144,7 +145,7 @@ class ProtoGenConfig(PreTrainedConfig):
         )
         require(
             self.latent_source == "encoder" or self.decoder_sees_prompt,
-            f"latent_source={self.latent_source} reads the decoder's states over the prompt: set decoder_sees_prompt.",
+            f"latent_source={self.latent_source} needs the prompt in the decoder: set decoder_sees_prompt.",
         )
         require(
             self.latent_source_dim % self.num_pooling_heads == 0,
@@ -164,8 +165,15 @@ class ProtoGenConfig(PreTrainedConfig):
     @property
     def latent_source_dim(self) -> int:
         """Width of the states that are pooled: the encoder's where there is one."""
-        config = self.decoder_text_config if self.latent_source == "decoder" else self.encoder_config
-        return config.hidden_size
+        return (self.encoder_config if self.has_encoder else self.decoder_text_config).hidden_size
+
+    @property
+    def has_encoder(self) -> bool:
+        return self.latent_source in ("encoder", "both")
+
+    @property
+    def reads_decoder_states(self) -> bool:
+        return self.latent_source in ("decoder", "both")
 
     @property
     def eos_token_ids(self) -> list[int]:

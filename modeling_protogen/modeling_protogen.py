@@ -176,8 +176,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
 
     Args:
         config (`ProtoGenConfig`)
-        encoder (`PreTrainedModel`, *optional*): built from `config.encoder_config` when left out, unless latents come
-            from the decoder alone.
+        encoder (`PreTrainedModel`, *optional*): built from `config.encoder_config` when left out, unless
+            `config.has_encoder` is False.
         decoder (`PreTrainedModel`, *optional*): built from `config.decoder_config` when left out, unless
             `config.thin`: then it is attached later.
     """
@@ -196,7 +196,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         decoder: PreTrainedModel | None = None,
     ):
         super().__init__(config)
-        if encoder is None and config.latent_source != "decoder":
+        if encoder is None and config.has_encoder:
             encoder = AutoModel.from_config(config.encoder_config)
         self.encoder = encoder
         self.proto_predictor = ProtoTokenPredictor(config)
@@ -222,8 +222,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         Joins a pretrained encoder and a pretrained decoder with fresh proto-token heads.
 
         Args:
-            encoder_name_or_path (`str`): Hub id or folder of any `AutoModel` encoder; None with
-                `latent_source="decoder"`, which has none.
+            encoder_name_or_path (`str`): Hub id or folder of any `AutoModel` encoder; None with a
+                `latent_source` that has none.
             decoder_name_or_path (`str`): Hub id or folder of any `AutoModelForCausalLM`.
             encoder_revision, decoder_revision (`str`, *optional*): Hub revisions.
             encoder_dtype (`torch.dtype`, defaults to float32): dtype of all that is trained.
@@ -374,6 +374,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         if self.config.latent_source != "encoder":
             self._check_prompt(decoder_prompt_ids)
+        if self.config.reads_decoder_states:
             cache, decoder_states = read_prefix(self.decoder, decoder_prompt_ids, decoder_prompt_mask)
         mask = None if states is None else attention_mask
         prediction = self.proto_predictor(states, mask, decoder_states, decoder_prompt_mask, category_ids)

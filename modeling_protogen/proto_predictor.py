@@ -158,9 +158,10 @@ class ProtoTokenPredictor(nn.Module):
         predicts_m = config.m_scope == "per_example" and config.arrangement != "e_only"
         num_queries = self.num_e + (config.max_chunks if predicts_m else 0) + 2
         self.decoder_reading = None
-        if config.latent_source != "encoder":
+        if config.reads_decoder_states:
             self.decoder_reading = nn.Sequential(nn.LayerNorm(decoder_dim), nn.Linear(decoder_dim, dim))
-        self.pooling = AttentionPooling(dim, num_queries, config.num_pooling_heads, config.num_pooling_layers)
+        num_layers = 0 if config.latent_source == "none" else config.num_pooling_layers
+        self.pooling = AttentionPooling(dim, num_queries, config.num_pooling_heads, num_layers)
         scale = config.proto_token_std, config.latent_dim
         self.e_projection = Projection(dim, decoder_dim, *scale)
         self.m_projection = Projection(dim, decoder_dim, *scale) if predicts_m else None
@@ -184,9 +185,9 @@ class ProtoTokenPredictor(nn.Module):
         """
         Args:
             encoder_states (`torch.Tensor` of shape `(batch, source, encoder_dim)`), encoder_mask (`torch.Tensor` of
-                shape `(batch, source)`): None with `latent_source="decoder"`.
+                shape `(batch, source)`): None without an encoder.
             decoder_states (`torch.Tensor` of shape `(batch, prompt, decoder_dim)`), decoder_mask (`torch.Tensor` of
-                shape `(batch, prompt)`): of the prompt, padded on the left; None with `latent_source="encoder"`.
+                shape `(batch, prompt)`): of the prompt, padded on the left; states that are not read are None.
             category_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): needed by `m_scope="per_category"`.
         """
         config, states, mask, start = self.config, encoder_states, encoder_mask, None
@@ -195,6 +196,8 @@ class ProtoTokenPredictor(nn.Module):
             start = read[:, -1]
             states = read if states is None else torch.cat([states, read], dim=1)
             mask = decoder_mask if mask is None else torch.cat([mask, decoder_mask], dim=1)
+        if states is None:
+            states = self.pooling.queries.new_empty(len(decoder_mask), 0, config.latent_source_dim)
         pooled = self.pooling(states, mask, start)
         e = self.e_projection(pooled[:, : self.num_e]).unflatten(1, (config.max_chunks, config.num_e_tokens))
         if self.m_projection is not None:

@@ -7,6 +7,7 @@ from embedded import resolve
 from studies import StudyArguments
 
 from modeling_protogen import ProtoGenProcessor
+from modeling_protogen.configuration_protogen import LATENT_SOURCES
 from trainers.capacity import CapacityArguments
 from trainers.controlled_world import WorldArguments
 from trainers.data import DataArguments
@@ -24,6 +25,9 @@ class RunArguments:
         metadata={"help": "What to do.", "choices": ["fit", "teacher", "train", "capacity", "anatomy", "world"]},
     )
     bank: str | None = field(default=None, metadata={"help": "Folder of the bank; OUTPUT_DIR/bank by default."})
+    fit_num_validation: int = field(
+        default=0, metadata={"help": "Held-out answers to fit as well, for retrieval among them."}
+    )
     refit_damaged: bool = field(default=False, metadata={"help": "Remove damaged shards and fit their texts again."})
     warm_start: str | None = field(
         default=None, metadata={"help": "Trained model whose predictions the fit starts from; random by default."}
@@ -97,9 +101,9 @@ class ModelArguments:
     latent_source: str = field(
         default="encoder",
         metadata={
-            "help": "What proto-tokens are predicted from: the encoder's states, those of the decoder over the prompt "
-            "(then there is no encoder), or both.",
-            "choices": ["encoder", "decoder", "both"],
+            "help": "What proto-tokens are predicted from: the encoder's states, those of the decoder over the prompt, "
+            "both, or nothing: the same for every instruction. With decoder or none there is no encoder.",
+            "choices": list(LATENT_SOURCES),
         },
     )
     latent_dim: int | None = field(
@@ -116,6 +120,10 @@ class ModelArguments:
     max_input_length: int | None = field(default=None, metadata={"help": "The encoder's window in tokens."})
     max_prompt_length: int = field(default=1024, metadata={"help": "Longest prompt in decoder tokens."})
     thin: bool = field(default=True, metadata={"help": "Save checkpoints without the frozen decoder."})
+
+    @property
+    def has_encoder(self) -> bool:
+        return self.latent_source in ("encoder", "both")
 
 
 ARGUMENTS = (
@@ -162,7 +170,7 @@ def open_accelerator(args: ProtoGenTrainingArguments) -> Accelerator:
 
 def load_processor(model_args: ModelArguments, max_answer_length: int) -> ProtoGenProcessor:
     return ProtoGenProcessor.from_encoder_decoder_pretrained(
-        None if model_args.latent_source == "decoder" else resolve(model_args.encoder),
+        resolve(model_args.encoder) if model_args.has_encoder else None,
         resolve(model_args.decoder),
         encoder_revision=model_args.encoder_revision,
         decoder_revision=model_args.decoder_revision,

@@ -133,7 +133,7 @@ def build(encoder_dir):
     def build(decoder_dir, **fields):
         torch.manual_seed(0)
         fields = {"chunk_size": 8, "num_pooling_heads": 4} | fields
-        encoder = None if fields.get("latent_source") == "decoder" else str(encoder_dir)
+        encoder = None if fields.get("latent_source") in ("decoder", "none") else str(encoder_dir)
         model = ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(
             encoder, str(decoder_dir), **fields
         ).eval()

@@ -45,7 +45,7 @@ def test_eos_and_pad_come_from_the_decoder():
         ({"decoder_sees_prompt": True, "sink": "none"}, "sink=none contradicts it"),
         ({"decoder": {"bos_token_id": None}}, "sink=bos needs a decoder with a bos_token_id"),
         ({"num_pooling_heads": 5}, "does not divide the width 32"),
-        ({"latent_source": "both"}, "latent_source=both reads the decoder's states over the prompt"),
+        ({"latent_source": "both"}, "latent_source=both needs the prompt in the decoder"),
         ({"latent_source": "teacher"}, "latent_source='teacher' is not one of"),
         ({"latent_dim": 0}, "latent_dim=0 must be at least 1"),
         ({"uncertainty_score": "guess"}, "uncertainty_score='guess' is not one of"),

@@ -25,6 +25,7 @@ VARIANTS = [
     {"decoder_sees_prompt": True, "chunk_size": 3, "max_chunks": 3},
     {"decoder_sees_prompt": True, "latent_source": "both"},
     {"decoder_sees_prompt": True, "latent_source": "decoder", "chunk_size": 3, "max_chunks": 3},
+    {"decoder_sees_prompt": True, "latent_source": "none"},
     {"latent_dim": 5, "num_pooling_layers": 3},
 ]
 

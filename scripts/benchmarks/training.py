@@ -1,0 +1,162 @@
+"""Trained encoders beside each other: sources and targets, losses, and how well lengths are foreseen."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from eval_tasks import report
+from eval_tasks.one_step import one_step_records
+from eval_tasks.pictures import curves
+from eval_tasks.retrieval import nearest_rows, retrieval_ranks
+from eval_tasks.statistics import mean_with_interval
+from eval_tasks.text_metrics import rouge_l
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from trainers.data import DataArguments, load_examples, split_by_instruction
+from trainers.losses.candidates import flatten_proto_tokens
+from trainers.proto_bank import ProtoTokenBank
+
+from .shared import decoder_revision
+
+
+def add_commands(commands) -> None:
+    command = commands.add_parser("encoder", help="gather the runs of scripts/encoder_dolly.sh")
+    command.add_argument("--runs", default="runs/encoder_dolly")
+    command.add_argument("--result", default="runs/encoder_dolly.json")
+    command.set_defaults(run_command=encoder)
+    command = commands.add_parser("length", help="how well a trained model foresees lengths")
+    command.add_argument("--run", default="runs/length")
+    command.add_argument("--result", default="runs/length_calibration.json")
+    command.set_defaults(run_command=length)
+    command = commands.add_parser("losses", help="compare the models of scripts/loss_comparison.sh")
+    command.add_argument("--runs", default="runs/loss_comparison")
+    command.add_argument("--data", default="scripts/data/dolly_sample.jsonl")
+    command.add_argument("--validation-share", type=float, default=0.1)
+    command.add_argument("--result", default="runs/loss_comparison.json")
+    command.set_defaults(run_command=losses)
+
+
+def finished_runs(folder: str | Path, name: str) -> list[Path]:
+    runs = sorted(path.parent for path in Path(folder).glob(f"*/{name}"))
+    if not runs:
+        raise FileNotFoundError(f"no */{name} in {folder}: train first.")
+    return runs
+
+
+def encoder(arguments) -> None:
+    runs, figures, learning, data = finished_runs(arguments.runs, "answers.csv"), {}, {}, set()
+    for run in runs:
+        answers = pd.read_csv(run / "answers.csv")
+        metrics = json.loads((run / "metrics.json").read_text())
+        name = run.name.split("-")[0]
+        figures[f"agreement_{name}"] = mean_with_interval(answers["agreement"])
+        figures[f"accepted_length_{name}"] = mean_with_interval(answers["accepted_length"])
+        figures[f"steps_{name}"] = metrics["log"][-1]["step"]
+        log = [entry for entry in metrics["log"] if "eval_token_accuracy" in entry]
+        learning[run.name] = [([entry["step"]] * 3, [entry["eval_token_accuracy"]] * 3) for entry in log]
+        data.add(f"{len(answers)} instructions held out")
+    path = Path(arguments.result)
+    curves(learning, ("step", "agreement"), "Held-out instructions", path.with_suffix(".png"))
+    content = report.result(
+        command="bash scripts/encoder_dolly.sh",
+        model=", ".join(run.name for run in runs),
+        revision=decoder_revision("embedded:smollm2-135m"),
+        data=", ".join(sorted(data)),
+        seed=0,
+        figures=figures,
+    )
+    report.write_json(path, content)
+    print(f"\n{report.markdown_table(content)}\n\nwritten to {path}, with learning curves beside it")
+
+
+def length(arguments) -> None:
+    run = Path(arguments.run)
+    path = run / "calibration.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: train first.")
+    config = ProtoGenForConditionalGeneration.config_class.from_pretrained(run / "model")
+    content = report.result(
+        command=f"python scripts/benchmark.py length --run {arguments.run}",
+        model=f"{config.encoder_config.model_type} encoder of {arguments.run}",
+        revision=None,
+        data=f"half of the instructions held out in {arguments.run}; calibrated on the other half",
+        seed=0,
+        figures=json.loads(path.read_text())["figures"],
+    )
+    report.write_json(arguments.result, content)
+    print(f"\n{report.markdown_table(content)}\n\nwritten to {arguments.result}")
+
+
+def losses(arguments) -> None:
+    runs = finished_runs(arguments.runs, "metrics.json")
+    bank = ProtoTokenBank(Path(arguments.runs) / "bank")
+    examples = load_examples(DataArguments(data=arguments.data))
+    known, held_out = split_by_instruction(examples, arguments.validation_share)
+    known, held_out = ([example for example in part if example.id in bank] for part in (known, held_out))
+    figures = {}
+    for run in tqdm(runs, desc="losses", unit="model"):
+        model = ProtoGenForConditionalGeneration.from_pretrained(run / "model").eval()
+        processor = ProtoGenProcessor.from_pretrained(run / "model")
+        measured = compare_with_bank(model, processor, bank, known, held_out, metric_of(run.name))
+        figures |= {f"{run.name}_{name}": value for name, value in measured.items()}
+    content = report.result(
+        command="bash scripts/loss_comparison.sh",
+        model=f"MiniLM encoder, {bank.info.decoder}",
+        revision=decoder_revision(bank.info.decoder),
+        data=f"{len(known)} banked answers to learn from and {len(held_out)} held out, of {arguments.data}",
+        seed=0,
+        figures=figures,
+    )
+    report.write_json(arguments.result, content)
+    print(f"\n{report.markdown_table(content, list(measured))}\n\nwritten to {arguments.result}")
+
+
+def metric_of(loss: str) -> str:
+    """In what a loss brings a prediction near its text: regression alone keeps the vectors' lengths."""
+    return "euclidean" if loss == "mean_squared_error" else "cosine"
+
+
+def compare_with_bank(model, processor, bank, known, held_out, metric) -> dict[str, list[float]]:
+    """
+    Over held-out instructions, with intervals: how often the banked vectors of the own answer are the nearest among
+    those of all of them (`top_1`), the mean reciprocal rank, and agreement and ROUGE-L with the own answer of what the
+    decoder writes from the predicted vectors, and from the nearest of the training texts (`retrieved_...`).
+    """
+
+    def flat(entries):
+        e, m = (torch.stack([getattr(entry, name) for entry in entries]) for name in ("e", "m"))
+        return flatten_proto_tokens(e, m).numpy()
+
+    predicted = []
+    with torch.no_grad():
+        for first in range(0, len(held_out), 32):
+            part = held_out[first : first + 32]
+            inputs = processor([e.instruction for e in part], [e.context for e in part])
+            prediction = model.predict(**inputs)
+            predicted.append(flatten_proto_tokens(prediction.e, prediction.m))
+    predicted = torch.cat(predicted).numpy()
+    ranks = retrieval_ranks(predicted, flat([bank[example.id] for example in held_out]), metric)
+    nearest = nearest_rows(predicted, flat([bank[example.id] for example in known]), 1, metric)[0][:, 0]
+    targets = [bank.row(example.id)["token_ids"] for example in held_out]
+    # A training text's banked vectors write that text.
+    retrieved = [bank.row(known[row].id)["token_ids"] for row in nearest]
+    agree = [share_of_equal(found, target) for found, target in zip(retrieved, targets, strict=True)]
+    records = one_step_records(
+        model, processor, [e.instruction for e in held_out], [e.context for e in held_out], targets
+    )
+    references = processor.batch_decode(targets)
+    return {
+        "top_1": mean_with_interval(ranks == 1),
+        "reciprocal_rank": mean_with_interval(1 / ranks),
+        "agreement": mean_with_interval(records["agreement"]),
+        "rouge_l": mean_with_interval(rouge_l(records["answer"], references)),
+        "retrieved_agreement": mean_with_interval(agree),
+        "retrieved_rouge_l": mean_with_interval(rouge_l(processor.batch_decode(retrieved), references)),
+    }
+
+
+def share_of_equal(answer: list[int], target: list[int]) -> float:
+    """Share of the target's tokens that the answer has at their places."""
+    return sum(a == b for a, b in zip(answer, target, strict=False)) / len(target)
