@@ -14,7 +14,7 @@ from trainers.data import Example, ProtoGenCollator
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
 from trainers.losses import LOSSES
 from trainers.proto_bank import BankInfo, ProtoTokenBank, decoder_fingerprint
-from trainers.protogen_trainer import ProtoGenTrainer, last_complete_checkpoint
+from trainers.protogen_trainer import LengthGroupedEpochs, ProtoGenTrainer, last_complete_checkpoint
 from trainers.training_args import ProtoGenTrainingArguments
 
 EXAMPLES = [
@@ -118,6 +118,33 @@ def test_resuming_equals_an_uninterrupted_run(trainer_for, llama_dir, bank, tmp_
     assert weights_hash(resumed.model) == weights_hash(whole.model)
     assert weights_hash(resumed.losses) == weights_hash(whole.losses)
     assert weights_hash(resumed.model.decoder) == decoder
+
+
+def test_batches_have_like_lengths_in_an_order_that_seed_and_epoch_decide():
+    lengths = torch.randint(10, 500, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler = LengthGroupedEpochs(lengths, batch_size=8, seed=1)
+    first, again = list(sampler), LengthGroupedEpochs(lengths, batch_size=8, seed=1)
+    torch.manual_seed(99)
+    assert list(again) == first
+    assert sorted(first) == list(range(400))
+    spreads = [np.ptp([lengths[i] for i in first[at : at + 8]]) for at in range(0, 400, 8)]
+    assert np.mean(spreads) < 0.2 * np.ptp(lengths)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert second != first
+    again.set_epoch(1)
+    assert list(again) == second
+
+
+def test_resuming_in_a_later_epoch(trainer_for, llama_dir, tmp_path):
+    arguments = {"max_steps": 8, "save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 2}
+    whole = trainer_for(llama_dir, dropout=0.1, **(arguments | {"save_steps": 7}))
+    whole.train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-8")
+    resumed = trainer_for(llama_dir, dropout=0.1, **arguments)
+    resumed.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / "run"))
+    assert resumed.state.epoch > 1
+    assert weights_hash(resumed.model) == weights_hash(whole.model)
 
 
 def test_resuming_from_thin_checkpoints(trainer_for, llama_dir, tmp_path):

@@ -53,6 +53,11 @@ class Example:
     answer_ids: list[int] | None = None
 
     @property
+    def num_characters(self) -> int:
+        """Of instruction and context: what the time of an example depends on."""
+        return len(self.instruction) + len(self.context)
+
+    @property
     def target(self) -> str | list[int]:
         """The answer to learn, as text or as the teacher's tokens."""
         return self.answer if self.answer_ids is None else self.answer_ids

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_protogen.modeling_protogen import IGNORE_INDEX
@@ -39,6 +40,18 @@ class ProgressLines(ProgressCallback):
             hidden = ("epoch", "total_flos", "runtime", "per_second")
             shown = [f"{name} {value:.4g}" for name, value in logs.items() if not name.endswith(hidden)]
             self.training_bar.write(f"step {state.global_step}: {', '.join(shown)}")
+
+
+class LengthGroupedEpochs(LengthGroupedSampler):
+    """Examples of like lengths side by side, in an order that seed and epoch alone decide: resuming finds it again."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
 class ProtoGenTrainer(Trainer):
@@ -86,6 +99,13 @@ class ProtoGenTrainer(Trainer):
             self._components[model.training][name].append(sum_and_count)
             total = total + weight * component
         return (total, outputs) if return_outputs else total
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = [example.num_characters for example in train_dataset or self.train_dataset]
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedEpochs(lengths, batch_size, self.args.seed)
 
     def _soft_targets(self, model, outputs, inputs) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """What the teacher says of the labels and of the student's own answers, where a loss asks for it."""

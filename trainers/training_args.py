@@ -14,9 +14,9 @@ class ProtoGenTrainingArguments(TrainingArguments):
     """
     `transformers.TrainingArguments` with the weights of the losses and the encoder's own learning rate.
 
-    Other defaults than there: `remove_unused_columns=False` (the collator reads whole examples), `optim="adamw_torch"`,
-    `report_to="none"`, `save_total_limit=2`, `disable_tqdm=False` at any verbosity, and memory is pinned only where
-    there is an accelerator.
+    Other defaults than there: `train_sampling_strategy="group_by_length"`, `remove_unused_columns=False` (the collator
+    reads whole examples), `optim="adamw_torch"`, `report_to="none"`, `save_total_limit=2`, `disable_tqdm=False` at any
+    verbosity, and memory is pinned only where there is an accelerator.
 
     Raises:
         ValueError: if a loss is unknown or no weight is positive.
@@ -34,6 +34,14 @@ class ProtoGenTrainingArguments(TrainingArguments):
     teacher_top_k: int = field(
         default=32,
         metadata={"help": "Tokens of the teacher that soft_reconstruction and on_policy learn from; 1 = argmax."},
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "group_by_length puts examples of like lengths into a batch, so that little is padding; random "
+            "does not.",
+            "choices": ["group_by_length", "random", "sequential"],
+        },
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
     optim: str = field(default="adamw_torch", metadata={"help": "Optimiser, as in transformers."})
