@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import SequentialSampler
 from transformers import ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -106,6 +107,9 @@ class ProtoGenTrainer(Trainer):
         lengths = [example.num_characters for example in train_dataset or self.train_dataset]
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGroupedEpochs(lengths, batch_size, self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _soft_targets(self, model, outputs, inputs) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """What the teacher says of the labels and of the student's own answers, where a loss asks for it."""
