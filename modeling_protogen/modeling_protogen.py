@@ -238,7 +238,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         decoder = AutoModelForCausalLM.from_pretrained(
             decoder_name_or_path, revision=decoder_revision, dtype=decoder_dtype
         )
-        config_kwargs.setdefault("proto_token_std", decoder.get_input_embeddings().weight.float().std().item())
+        if "proto_token_std" not in config_kwargs:
+            config_kwargs["proto_token_std"] = decoder.get_input_embeddings().weight.float().std().item()
         config = cls.config_class(
             decoder_config=decoder.config.to_dict(),
             decoder_name_or_path=decoder_name_or_path,

@@ -10,7 +10,8 @@ import torch
 from arguments import ModelArguments, RunArguments, TargetArguments, bank_info, load_processor
 from embedded import resolve
 from studies import StudyArguments
-from transformers import set_seed
+from transformers import AutoModelForCausalLM, set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from eval_tasks.calibration import calibrate_length, calibrate_uncertainty, rank_correlations
 from eval_tasks.length_calibration import constant_baseline, length_figures, linear_baseline
@@ -59,6 +60,11 @@ def train(
         return
     if args.needs_bank:
         check_bank(run, model_args)
+    if args.deepspeed_plugin and args.use_cpu:
+        # Before a model is built, which ZeRO-3 spreads over the processes at once; by itself it would look for MPI.
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     set_seed(args.seed)
     train_examples, validation_examples = split_by_instruction(load_examples(data_args), data_args.validation_share)
     categories = None
@@ -99,6 +105,8 @@ def train(
         log = trainer.state.log_history
         before = next((entry for entry in log if "eval_loss" in entry and entry["step"] == 0), None)
         metrics = {"before": before, "after": trainer.evaluate(), "log": log}
+        if trainer.is_deepspeed_enabled:
+            model = whole_model(trainer, model_args, categories)
         if trainer.is_world_process_zero():
             if model_args.encoder_lora_rank:
                 merge_lora(model)
@@ -130,9 +138,35 @@ def build_model(model_args: ModelArguments, categories: list[str] | None) -> Pro
     dtype = getattr(torch, fields.pop("decoder_dtype"))
     for name in ("max_input_length", "max_prompt_length", "encoder_lora_rank"):
         fields.pop(name)
+    if is_deepspeed_zero3_enabled():
+        fields["proto_token_std"] = spread_embedding_std(decoder, model_args.decoder_revision)
     return ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(
         encoder, decoder, decoder_dtype=dtype, categories=categories, **fields
     )
+
+
+def spread_embedding_std(decoder: str, revision: str | None) -> float:
+    """Standard deviation of the decoder's input embeddings, which ZeRO-3 spreads over the processes."""
+    import deepspeed
+
+    weight = AutoModelForCausalLM.from_pretrained(decoder, revision=revision).get_input_embeddings().weight
+    with deepspeed.zero.GatheredParameters(weight):
+        return weight.float().std().item()
+
+
+def whole_model(
+    trainer: ProtoGenTrainer, model_args: ModelArguments, categories: list[str] | None
+) -> ProtoGenForConditionalGeneration | None:
+    """On the main process, all of the weights that DeepSpeed has spread over the processes."""
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    unset_hf_deepspeed_config()
+    if not trainer.is_world_process_zero():
+        return None
+    model = build_model(model_args, categories)
+    if model_args.encoder_lora_rank:
+        add_lora(model, model_args.encoder_lora_rank)
+    model.load_state_dict(weights)
+    return model
 
 
 def examples_to_learn(
