@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from eval_tasks.report import read_result
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from trainers.data import DataArguments, load_examples
+from trainers.data import DataArguments, load_examples, split_by_instruction
 from trainers.files import locked
 from trainers.fitting import FittingArguments, ProtoTokenFitter
 from trainers.proto_bank import ProtoTokenBank
@@ -158,6 +158,31 @@ def test_a_model_without_an_encoder_is_trained_and_calibrated(call, recipe, tmp_
     assert {"coverage_80", "mae_tokens", "mae_tokens_constant", "mae_tokens_linear"} <= set(content["figures"])
     out = call(generate, tmp_path / "run" / "model", "--json", stdin="who sat on the mat\n")
     assert 0 <= json.loads(out)["uncertainty"] <= 1
+
+
+def test_trained_models_are_compared(call, recipe, tmp_path):
+    runs = tmp_path / "runs"
+    fit = ["--stage", "fit", "--fit_num_texts", 12, "--fit_num_validation", 9, "--output_dir", runs]
+    call(train, "--config", recipe, *fit)
+    bank = ProtoTokenBank(runs / "bank")
+    _, held_out = split_by_instruction(load_examples(DataArguments(data=str(tmp_path / "data.jsonl"))), 0.3)
+    assert sum(example.id in bank for example in held_out) == min(9, len(held_out))
+    for loss in ("siglip", "mean_squared_error"):
+        losses = json.dumps({loss: 1.0, "length_nll": 0.1})
+        options = ["--output_dir", runs / loss, "--bank", runs / "bank", "--losses", losses]
+        assert "model in" in call(train, "--config", recipe, *options)
+    result = tmp_path / "result.json"
+    compare = ["--runs", runs, "--data", tmp_path / "data.jsonl", "--validation-share", 0.3, "--result", result]
+    assert "| mean_squared_error |" in call(benchmark, "losses", *compare)
+    figures = read_result(result)["figures"]
+    assert 0 <= figures["siglip_top_1"][0] <= 1
+    assert "siglip_retrieved_rouge_l" in figures
+    assert "learning curves" in call(benchmark, "encoder", "--runs", runs, "--result", result)
+    assert "agreement_siglip" in read_result(result)["figures"]
+    assert result.with_suffix(".png").is_file()
+    call(benchmark, "length", "--run", runs / "siglip", "--result", result)
+    assert {"coverage_80", "mae_tokens_linear"} <= set(read_result(result)["figures"])
+    assert "train first" in call(benchmark, "losses", "--runs", tmp_path / "nothing")
 
 
 def test_an_interrupted_fit_keeps_every_text_that_ended(call, recipe, tmp_path, monkeypatch):
