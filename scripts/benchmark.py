@@ -8,7 +8,8 @@ one-step answers against the same decoder's greedy `generate`, for the same numb
 against the paper's loop, one text at a time, on the same texts, and measures the memory it takes. `fit-kill` kills a
 fit again and again and looks whether anything is lost. `controlled-world` compares one-step answers with the
 decoder's own where each instruction has one right answer. `fit-settings`, `encoder` and `losses` gather the runs of
-scripts/fit_settings.sh, scripts/encoder_dolly.sh and scripts/loss_comparison.sh, `length` those of a trained model.
+scripts/fit_settings.sh, scripts/encoder_dolly.sh and scripts/loss_comparison.sh, `length` those of a trained model;
+`training-speed` times its training.
 """
 
 import argparse
@@ -23,9 +24,9 @@ def main(argv: list[str]) -> None:
     quickstart.add_commands(commands)
     # The others register our classes with transformers, and the quickstart is to load its model without.
     if argv[:1] != ["quickstart"]:
-        from benchmarks import controlled_world, fitting, training
+        from benchmarks import controlled_world, fitting, training, training_speed
 
-        for module in (controlled_world, fitting, training):
+        for module in (controlled_world, fitting, training, training_speed):
             module.add_commands(commands)
     arguments = parser.parse_args(argv)
     arguments.run_command(arguments)

@@ -183,6 +183,11 @@ def test_trained_models_are_compared(call, recipe, tmp_path):
     call(benchmark, "length", "--run", runs / "siglip", "--result", result)
     assert {"coverage_80", "mae_tokens_linear"} <= set(read_result(result)["figures"])
     assert "train first" in call(benchmark, "losses", "--runs", tmp_path / "nothing")
+    speed = ["--run", runs / "siglip", "--data", tmp_path / "data.jsonl", "--batch-size", 4, "--steps", 2]
+    call(benchmark, "training-speed", *speed, "--result", result)
+    figures = read_result(result)["figures"]
+    assert 0 < figures["share_of_time_outside_the_decoder"] < 1
+    assert figures["answer_tokens_per_second"] > 0
 
 
 def test_an_interrupted_fit_keeps_every_text_that_ended(call, recipe, tmp_path, monkeypatch):

@@ -1,0 +1,140 @@
+"""What a training step costs: tokens a second, use of the processor, and how much of the time is not the decoder's."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from eval_tasks import report
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from trainers.data import DataArguments, ProtoGenCollator, load_examples
+
+# Dense bfloat16 operations a second, from the makers' data sheets.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+
+
+def add_commands(commands) -> None:
+    command = commands.add_parser("training-speed", help="tokens a second of a training step, and where its time goes")
+    command.add_argument("--run", required=True, help="output_dir of a trained model, for its shape")
+    command.add_argument("--data", default="scripts/data/dolly_sample.jsonl")
+    command.add_argument("--batch-size", type=int, default=24)
+    command.add_argument("--steps", type=int, default=20)
+    command.add_argument("--result", default="runs/training_speed.json")
+    command.set_defaults(run_command=training_speed)
+
+
+def now() -> float:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+@contextmanager
+def decoder_clock(decoder) -> Iterator[dict[str, float]]:
+    """Adds up the seconds of the decoder's body and head, and of the way back from its logits to its inputs."""
+    body, head = decoder.base_model, decoder.get_output_embeddings()
+    clock, started = {"forward": 0.0, "backward": 0.0}, {}
+
+    def start(_, args, kwargs):
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is not None and embeds.requires_grad:
+            embeds.register_hook(leave)
+        started["forward"] = now()
+
+    def end(_, args, output):
+        clock["forward"] += now() - started["forward"]
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            output.register_hook(enter)
+
+    def enter(_):
+        started["backward"] = now()
+
+    def leave(_):
+        clock["backward"] += now() - started["backward"]
+
+    hooks = [module.register_forward_pre_hook(start, with_kwargs=True) for module in (body, head)]
+    hooks += [module.register_forward_hook(end) for module in (body, head)]
+    try:
+        yield clock
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def training_flops(model: ProtoGenForConditionalGeneration, batch: dict[str, torch.Tensor]) -> float:
+    """
+    Multiplications and additions of one step, two a weight and token and pass: the encoder forwards and back to its
+    weights and inputs, the decoder over the prompt forwards, over the answer forwards and back to its inputs. Attention
+    itself is left out.
+    """
+
+    def weights(module):
+        embeddings = module.get_input_embeddings().weight.numel()
+        return sum(p.numel() for p in module.parameters()) - embeddings
+
+    head = model.decoder.get_output_embeddings().weight.numel()
+    body = weights(model.decoder.base_model)
+    answer = (batch["labels"] != -100).sum().item()
+    flops = 4 * (body + head) * answer
+    if model.config.decoder_sees_prompt:
+        flops += 2 * body * batch["decoder_prompt_mask"].sum().item()
+    if model.encoder is not None:
+        flops += 6 * weights(model.encoder) * batch["attention_mask"].sum().item()
+    return flops
+
+
+def training_speed(arguments) -> None:
+    run = Path(arguments.run)
+    if not (run / "model").is_dir():
+        raise FileNotFoundError(f"there is no model in {run}; train one first.")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model = ProtoGenForConditionalGeneration.from_pretrained(run / "model").to(device)
+    model.decoder.to(torch.bfloat16)
+    model.train()
+    collate = ProtoGenCollator(ProtoGenProcessor.from_pretrained(run / "model"))
+    examples = [e for e in load_examples(DataArguments(data=arguments.data)) if collate.processor.fits(e.instruction)]
+    parts = [examples[at : at + arguments.batch_size] for at in range(0, len(examples), arguments.batch_size)]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    seconds, flops, tokens, prompt_tokens = [], 0, 0, 0
+    warm_up = 2
+    with decoder_clock(model.decoder) as clock:
+        for step, part in zip(tqdm(range(arguments.steps + warm_up), desc="steps"), cycle(parts), strict=False):
+            if step == warm_up:
+                clock.update(forward=0.0, backward=0.0)
+            began = now()
+            batch = {name: value.to(device) for name, value in collate(part).items()}
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step >= warm_up:
+                seconds.append(now() - began)
+                flops += training_flops(model, batch)
+                tokens += (batch["labels"] != -100).sum().item()
+                prompt_tokens += batch["decoder_prompt_mask"].sum().item()
+    total = sum(seconds)
+    figures = {
+        "answer_tokens_per_second": tokens / total,
+        "prompt_tokens_per_second": prompt_tokens / total if model.config.decoder_sees_prompt else 0.0,
+        "milliseconds_a_step": 1000 * float(np.median(seconds)),
+        "share_of_time_outside_the_decoder": 1 - sum(clock.values()) / total,
+        "teraflops_per_second": flops / total / 1e12,
+    }
+    if device.type == "cuda":
+        peak = next((value for name, value in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
+        if peak is not None:
+            figures["model_flops_utilisation"] = flops / total / peak
+    content = report.result(
+        command=f"python scripts/benchmark.py training-speed --run {arguments.run} --batch-size {arguments.batch_size}",
+        model=f"model of {arguments.run}, decoder {model.config.decoder_name_or_path} in bfloat16",
+        revision=model.config.decoder_revision,
+        data=f"{arguments.steps} batches of {arguments.batch_size} examples of {arguments.data}",
+        seed=0,
+        figures=figures,
+    )
+    report.write_json(arguments.result, content)
+    print(f"\n{report.markdown_table(content)}\n\nwritten to {arguments.result}")
