@@ -188,6 +188,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
     accepts_loss_kwargs = False
     _no_split_modules = ["ProtoTokenPredictor"]
     _supports_sdpa = True
+    # Of the encoder: the decoder, which is never in training mode, keeps the activations of the answer's positions.
+    supports_gradient_checkpointing = True
 
     def __init__(
         self,

@@ -18,8 +18,12 @@ import cli
 import torch
 from embedded import resolve
 
+from eval_tasks.retrieval import nearest_rows
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.data import category_id
+from trainers.fit_bank import check_same_vectors
+from trainers.losses.candidates import flatten_proto_tokens
+from trainers.proto_bank import ProtoTokenBank
 
 
 def read_prompts(arguments) -> list[dict[str, str]]:
@@ -48,6 +52,32 @@ def read_prompts(arguments) -> list[dict[str, str]]:
     return prompts
 
 
+class NearestBanked:
+    """For each input the banked `e` and `m` nearest to the predicted ones, by cosine, and their texts' lengths."""
+
+    def __init__(self, model: ProtoGenForConditionalGeneration, bank: ProtoTokenBank):
+        check_same_vectors(model.config, bank.info)
+        self.model = model
+        entries = [bank[id] for id in bank.ids]
+
+        def stacked(vectors):
+            missing = [model.config.max_chunks - len(v) for v in vectors]
+            return torch.stack(
+                [torch.cat([v, v.new_zeros(n, *v.shape[1:])]) for v, n in zip(vectors, missing, strict=True)]
+            )
+
+        self.e, self.m = stacked([entry.e for entry in entries]), stacked([entry.m for entry in entries])
+        self.lengths = torch.tensor([len(entry.token_ids) for entry in entries])
+
+    @torch.no_grad()
+    def __call__(self, inputs) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.LongTensor]:
+        prediction = self.model.predict(**inputs)
+        predicted = flatten_proto_tokens(prediction.e, prediction.m).cpu().numpy()
+        nearest = nearest_rows(predicted, flatten_proto_tokens(self.e, self.m).numpy())[0][:, 0]
+        vectors = self.e[nearest].to(prediction.e), self.m[nearest].to(prediction.m)
+        return vectors, self.lengths[nearest].to(prediction.e.device)
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub id of a ProtoGen model")
@@ -57,6 +87,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--category", help="category, for a model with one m for each")
     parser.add_argument("--length", type=int, help="tokens to write, instead of the predicted length")
     parser.add_argument("--num-length-sigmas", type=float, default=0.0, help="widen the predicted length by so many σ")
+    parser.add_argument("--retrieve", metavar="BANK", help="write the banked text whose proto-tokens are the nearest")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--decoder", help="load a thin checkpoint's decoder from here")
@@ -74,6 +105,7 @@ def main(argv: list[str]) -> None:
         decoder_name_or_path=arguments.decoder and resolve(arguments.decoder),
     ).to(device)
 
+    retrieve = NearestBanked(model, ProtoTokenBank(arguments.retrieve)) if arguments.retrieve else None
     for start in range(0, len(prompts), arguments.batch_size):
         batch = prompts[start : start + arguments.batch_size]
         began = time.perf_counter()
@@ -81,9 +113,13 @@ def main(argv: list[str]) -> None:
         if arguments.category is not None:
             index = category_id(arguments.category, model.config.categories or [])
             inputs["category_ids"] = torch.full((len(batch),), index, device=device)
+        proto_tokens, length = None, arguments.length
+        if retrieve is not None:
+            proto_tokens, length = retrieve(inputs)
         output = model.generate(
             **inputs,
-            length=arguments.length,
+            proto_tokens=proto_tokens,
+            length=length,
             num_length_sigmas=arguments.num_length_sigmas,
             return_dict_in_generate=True,
         )

@@ -183,6 +183,10 @@ def test_trained_models_are_compared(call, recipe, tmp_path):
     call(benchmark, "length", "--run", runs / "siglip", "--result", result)
     assert {"coverage_80", "mae_tokens_linear"} <= set(read_result(result)["figures"])
     assert "train first" in call(benchmark, "losses", "--runs", tmp_path / "nothing")
+    out = call(
+        generate, runs / "siglip" / "model", "who sat", "--json", "--retrieve", runs / "bank", "--dtype", "float32"
+    )
+    assert json.loads(out)["tokens"] <= max(len(bank.row(id)["token_ids"]) for id in bank.ids)
     speed = ["--run", runs / "siglip", "--data", tmp_path / "data.jsonl", "--batch-size", 4, "--steps", 2]
     call(benchmark, "training-speed", *speed, "--result", result)
     figures = read_result(result)["figures"]
@@ -274,7 +278,7 @@ def test_fitting_starts_from_a_trained_models_predictions(call, recipe, tmp_path
         torch.testing.assert_close(bank[id].e, predicted.e[0])
         torch.testing.assert_close(bank[id].m, predicted.m[0])
     message = call(train, *fit, "--bank", tmp_path / "other", "--arrangement", "e_m")
-    assert "a model with arrangement='e_mN' cannot start this fit" in message
+    assert "a model with arrangement='e_mN' does not go with this bank" in message
 
 
 def test_two_processes_fit_the_texts_that_one_fits(call, recipe, tmp_path):

@@ -120,6 +120,20 @@ def test_resuming_equals_an_uninterrupted_run(trainer_for, llama_dir, bank, tmp_
     assert weights_hash(resumed.model.decoder) == decoder
 
 
+def test_activation_checkpointing_changes_nothing_but_memory(trainer_for, llama_dir, tmp_path):
+    results = []
+    for checkpointing in (False, True):
+        folder = tmp_path / str(checkpointing)
+        trainer = trainer_for(llama_dir, dropout=0.1, activation_checkpointing=checkpointing, output_dir=folder)
+        passes = []
+        layer = trainer.model.encoder.encoder.layer[0].attention
+        layer.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        trainer.train()
+        results.append((losses_of(trainer), weights_hash(trainer.model), len(passes)))
+    assert results[0][:2] == results[1][:2]
+    assert results[1][2] == 2 * results[0][2], "the encoder's layers ran again on the way back"
+
+
 def test_batches_have_like_lengths_in_an_order_that_seed_and_epoch_decide():
     lengths = torch.randint(10, 500, (400,), generator=torch.Generator().manual_seed(0)).tolist()
     sampler = LengthGroupedEpochs(lengths, batch_size=8, seed=1)

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen import ProtoGenConfig, ProtoGenForConditionalGeneration, ProtoGenProcessor
 
 from .data import Example
 from .fitting import ProtoTokenFitter, Text
@@ -134,7 +134,24 @@ def with_predicted_starts(
     Raises:
         ValueError: if the model's proto-tokens mean something else than the bank's.
     """
-    config = model.config
+    check_same_vectors(model.config, info)
+    started = []
+    for first in tqdm(range(0, len(texts), batch_size), desc="predict starts", leave=False):
+        part = examples[first : first + batch_size]
+        inputs = processor([e.instruction for e in part], [e.context for e in part])
+        with torch.no_grad():
+            predicted = model.predict(inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device))
+        for text, text_e, text_m in zip(texts[first : first + batch_size], predicted.e, predicted.m, strict=True):
+            chunks = -(-len(text.token_ids) // info.chunk_size)
+            started.append(replace(text, start=(text_e[:chunks], text_m[:chunks])))
+    return started
+
+
+def check_same_vectors(config: ProtoGenConfig, info: BankInfo) -> None:
+    """
+    Raises:
+        ValueError: if a model's proto-tokens mean something else than a bank's.
+    """
     wanted = {
         "arrangement": info.arrangement,
         "chunk_size": info.chunk_size,
@@ -149,16 +166,6 @@ def with_predicted_starts(
     ]
     if differing:
         raise ValueError(
-            f"a model with {', '.join(differing)} cannot start this fit, which needs "
+            f"a model with {', '.join(differing)} does not go with this bank, which needs "
             f"{', '.join(f'{name}={value!r}' for name, value in wanted.items())}."
         )
-    started = []
-    for first in tqdm(range(0, len(texts), batch_size), desc="predict starts", leave=False):
-        part = examples[first : first + batch_size]
-        inputs = processor([e.instruction for e in part], [e.context for e in part])
-        with torch.no_grad():
-            predicted = model.predict(inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device))
-        for text, text_e, text_m in zip(texts[first : first + batch_size], predicted.e, predicted.m, strict=True):
-            chunks = -(-len(text.token_ids) // info.chunk_size)
-            started.append(replace(text, start=(text_e[:chunks], text_m[:chunks])))
-    return started

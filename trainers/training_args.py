@@ -14,9 +14,9 @@ class ProtoGenTrainingArguments(TrainingArguments):
     """
     `transformers.TrainingArguments` with the weights of the losses and the encoder's own learning rate.
 
-    Other defaults than there: `train_sampling_strategy="group_by_length"`, `remove_unused_columns=False` (the collator
-    reads whole examples), `optim="adamw_torch"`, `report_to="none"`, `save_total_limit=2`, `disable_tqdm=False` at any
-    verbosity, and memory is pinned only where there is an accelerator.
+    Other defaults than there: `train_sampling_strategy="group_by_length"`, `ddp_find_unused_parameters=True`,
+    `remove_unused_columns=False` (the collator reads whole examples), `optim="adamw_torch"`, `report_to="none"`,
+    `save_total_limit=2`, `disable_tqdm=False` at any verbosity, and memory pinned only where there is an accelerator.
 
     Raises:
         ValueError: if a loss is unknown or no weight is positive.
@@ -42,6 +42,10 @@ class ProtoGenTrainingArguments(TrainingArguments):
             "does not.",
             "choices": ["group_by_length", "random", "sequential"],
         },
+    )
+    # An encoder's pooler is not used. By itself, transformers stops looking for such under activation checkpointing.
+    ddp_find_unused_parameters: bool | None = field(
+        default=True, metadata={"help": "Let processes look for parameters without a gradient."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
     optim: str = field(default="adamw_torch", metadata={"help": "Optimiser, as in transformers."})
