@@ -7,9 +7,9 @@ Measurements, each one run with both sides in it, written to a result file.
 one-step answers against the same decoder's greedy `generate`, for the same number of tokens. `fit` times fitting
 against the paper's loop, one text at a time, on the same texts, and measures the memory it takes. `fit-kill` kills a
 fit again and again and looks whether anything is lost. `controlled-world` compares one-step answers with the
-decoder's own where each instruction has one right answer. `fit-settings`, `encoder` and `losses` gather the runs of
-scripts/fit_settings.sh, scripts/encoder_dolly.sh and scripts/loss_comparison.sh, `length` those of a trained model;
-`training-speed` times its training.
+decoder's own where each instruction has one right answer. `fit-settings`, `encoder`, `ablations` and
+`losses` gather the runs of scripts/fit_settings.sh, encoder_dolly.sh, ablations.sh and loss_comparison.sh, `length` the
+calibration of a trained model; `training-speed` times its training.
 """
 
 import argparse

@@ -180,6 +180,8 @@ def test_trained_models_are_compared(call, recipe, tmp_path):
     assert "learning curves" in call(benchmark, "encoder", "--runs", runs, "--result", result)
     assert "agreement_siglip" in read_result(result)["figures"]
     assert result.with_suffix(".png").is_file()
+    call(benchmark, "ablations", "--runs", runs, "--result", result)
+    assert "siglip_accepted_length" in read_result(result)["figures"]
     call(benchmark, "length", "--run", runs / "siglip", "--result", result)
     assert {"coverage_80", "mae_tokens_linear"} <= set(read_result(result)["figures"])
     assert "train first" in call(benchmark, "losses", "--runs", tmp_path / "nothing")

@@ -1,6 +1,7 @@
 """Trained encoders beside each other: sources and targets, losses, and how well lengths are foreseen."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -26,6 +27,10 @@ def add_commands(commands) -> None:
     command.add_argument("--runs", default="runs/encoder_dolly")
     command.add_argument("--result", default="runs/encoder_dolly.json")
     command.set_defaults(run_command=encoder)
+    command = commands.add_parser("ablations", help="gather the runs of scripts/ablations.sh")
+    command.add_argument("--runs", default="runs/ablations")
+    command.add_argument("--result", default="runs/ablations.json")
+    command.set_defaults(run_command=ablations)
     command = commands.add_parser("length", help="how well a trained model foresees lengths")
     command.add_argument("--run", default="runs/length")
     command.add_argument("--result", default="runs/length_calibration.json")
@@ -46,21 +51,30 @@ def finished_runs(folder: str | Path, name: str) -> list[Path]:
 
 
 def encoder(arguments) -> None:
+    """Runs are called by a letter and what it stands for; figures by the letter."""
+    gather(arguments, "bash scripts/encoder_dolly.sh", lambda run, figure: f"{figure}_{run.split('-')[0]}")
+
+
+def ablations(arguments) -> None:
+    gather(arguments, "bash scripts/ablations.sh", lambda run, figure: f"{run}_{figure}")
+
+
+def gather(arguments, command: str, called: Callable[[str, str], str]) -> None:
+    """Figures of all runs and their learning curves; `called` makes a figure's name of the run's and its own."""
     runs, figures, learning, data = finished_runs(arguments.runs, "answers.csv"), {}, {}, set()
     for run in runs:
         answers = pd.read_csv(run / "answers.csv")
         metrics = json.loads((run / "metrics.json").read_text())
-        name = run.name.split("-")[0]
-        figures[f"agreement_{name}"] = mean_with_interval(answers["agreement"])
-        figures[f"accepted_length_{name}"] = mean_with_interval(answers["accepted_length"])
-        figures[f"steps_{name}"] = metrics["log"][-1]["step"]
+        figures[called(run.name, "agreement")] = mean_with_interval(answers["agreement"])
+        figures[called(run.name, "accepted_length")] = mean_with_interval(answers["accepted_length"])
+        figures[called(run.name, "steps")] = metrics["log"][-1]["step"]
         log = [entry for entry in metrics["log"] if "eval_token_accuracy" in entry]
         learning[run.name] = [([entry["step"]] * 3, [entry["eval_token_accuracy"]] * 3) for entry in log]
         data.add(f"{len(answers)} instructions held out")
     path = Path(arguments.result)
     curves(learning, ("step", "agreement"), "Held-out instructions", path.with_suffix(".png"))
     content = report.result(
-        command="bash scripts/encoder_dolly.sh",
+        command=command,
         model=", ".join(run.name for run in runs),
         revision=decoder_revision("embedded:smollm2-135m"),
         data=", ".join(sorted(data)),
