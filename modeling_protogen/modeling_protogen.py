@@ -63,21 +63,26 @@ def reconstruction_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     """
     is_token = labels != IGNORE_INDEX
     weight = is_token / is_token.sum(-1, keepdim=True)
-    return (token_nll(logits, labels[is_token]) * weight[is_token]).sum() / len(labels)
+    log_p = log_probabilities(logits, labels[is_token][:, None])[:, 0]
+    return -(log_p * weight[is_token]).sum() / len(labels)
 
 
-def token_nll(logits: torch.Tensor, tokens: torch.LongTensor) -> torch.Tensor:
+def log_probabilities(logits: torch.Tensor, ids: torch.LongTensor) -> torch.Tensor:
     """
-    Cross-entropy of each token in float32, `(answer_tokens,)`, without a float32 copy of all logits
+    Log-probabilities in float32 of some tokens, `(answer_tokens, k)`, without a float32 copy of all logits
     `(answer_tokens, vocab)`: a few rows at a time, made again in the backward pass.
+
+    Args:
+        ids (`torch.LongTensor` of shape `(answer_tokens, k)`): the tokens at each position.
     """
 
-    def rows_nll(rows, targets):
-        return F.cross_entropy(rows.float(), targets, reduction="none")
+    def of_rows(rows, tokens):
+        rows = rows.float()
+        return rows.gather(1, tokens) - rows.logsumexp(-1, keepdim=True)
 
     size = max(1, MAX_FLOAT_LOGITS // logits.shape[-1])
-    parts = zip(logits.split(size), tokens.split(size), strict=True)
-    return torch.cat([checkpoint(rows_nll, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+    parts = zip(logits.split(size), ids.split(size), strict=True)
+    return torch.cat([checkpoint(of_rows, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
 def length_nll(mean: torch.Tensor, variance: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

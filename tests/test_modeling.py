@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS, save_encoder, weights_hash
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, RobertaModel
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor, modeling_protogen
@@ -152,6 +153,25 @@ def test_the_loss_in_small_slices_equals_the_loss_at_once(monkeypatch):
     (nll[:2].mean() / 2 + nll[2:].mean() / 2).backward()
     for grad in results:
         torch.testing.assert_close(grad, expected.grad)
+
+
+def test_no_float32_copy_of_all_logits(monkeypatch):
+    monkeypatch.setattr(modeling_protogen, "MAX_FLOAT_LOGITS", 8 * 1000)
+    logits = torch.randn(64, 1000).bfloat16().requires_grad_()
+    labels = torch.randint(1000, (4, 16))
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            if isinstance(output, torch.Tensor) and output.dtype == torch.float32:
+                sizes.append(output.numel())
+            return output
+
+    with Watch():
+        reconstruction_loss(logits, labels).backward()
+    assert logits.grad is not None
+    assert 8 * 1000 == max(sizes)
 
 
 def test_noise_is_added_in_training_only_and_at_its_scale(build, llama_dir):

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from modeling_protogen.modeling_protogen import IGNORE_INDEX, ProtoGenOutput
+from modeling_protogen.modeling_protogen import IGNORE_INDEX, ProtoGenOutput, log_probabilities
 
 
 class SoftTargetLoss(nn.Module):
@@ -30,7 +30,7 @@ class SoftTargetLoss(nn.Module):
 
     def forward(self, outputs: ProtoGenOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         ids, q = batch[self.targets]
-        log_p = outputs.logits.float().log_softmax(-1).gather(1, ids)
+        log_p = log_probabilities(outputs.logits, ids)
         lengths = (batch["labels"] != IGNORE_INDEX).sum(-1)
         weight = (1 / lengths).repeat_interleave(lengths) / len(lengths)
         return -((q * log_p).sum(-1) * weight).sum()
