@@ -1,5 +1,7 @@
 """From what a model says of its answers' length and uncertainty to what held-out answers show."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from scipy.stats import norm, spearmanr
@@ -26,12 +28,12 @@ def length_calibration(mean: np.ndarray, variance: np.ndarray, lengths: np.ndarr
     return shift, float(np.quantile(distance, LEVEL) / norm.ppf((1 + LEVEL) / 2))
 
 
-def rank_correlations(records: pd.DataFrame) -> dict[str, float]:
-    """Spearman's correlation of each of `UNCERTAINTY_SCORES` with the share of wrong tokens; 0 for a constant."""
+def rank_correlations(records: pd.DataFrame, names: Sequence[str] = UNCERTAINTY_SCORES) -> dict[str, float]:
+    """Spearman's correlation of each of the scores with the share of wrong tokens; 0 for a constant."""
     wrong = records["wrong_share"]
     return {
         name: 0.0 if min(records[name].nunique(), wrong.nunique()) < 2 else float(spearmanr(records[name], wrong)[0])
-        for name in UNCERTAINTY_SCORES
+        for name in names
     }
 
 

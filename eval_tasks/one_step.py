@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.modeling_protogen import IGNORE_INDEX
+from modeling_protogen.proto_tokens import flatten_proto_tokens
+
+from .retrieval import nearest_rows
 
 
 def one_step_records(
@@ -17,6 +21,7 @@ def one_step_records(
     contexts: list[str],
     targets: list[str | list[int]],
     category_ids: torch.LongTensor | None = None,
+    banked: np.ndarray | None = None,
     batch_size: int = 16,
 ) -> pd.DataFrame:
     """
@@ -26,6 +31,8 @@ def one_step_records(
         instructions, contexts (`list[str]`)
         targets (`list[str | list[int]]`): the answers to compare with, as text or tokens: people's or the teacher's.
         category_ids (`torch.LongTensor` of shape `(texts,)`, *optional*): as of the model.
+        banked (`np.ndarray` of shape `(bank, dim)`, *optional*): known texts' proto-tokens, as of
+            `flatten_proto_tokens`; adds `bank_distance`, the cosine distance of the predicted ones to the nearest.
 
     Returns:
         A row for each instruction: `answer` and `target` (texts), `agreement` and `accepted_length` with the target at
@@ -40,11 +47,11 @@ def one_step_records(
             inputs = processor(instructions[part], contexts[part], targets[part]).to(model.device)
             if category_ids is not None:
                 inputs["category_ids"] = category_ids[part].to(model.device)
-            rows += _rows(model, processor, inputs)
+            rows += _rows(model, processor, inputs, banked)
     return pd.DataFrame(rows)
 
 
-def _rows(model, processor, inputs) -> Iterator[dict]:
+def _rows(model, processor, inputs, banked) -> Iterator[dict]:
     labels, lengths = inputs.pop("labels"), inputs.pop("length_labels")
     forced = model(**inputs, labels=labels, return_loss=False)
     tokens = torch.full_like(labels, IGNORE_INDEX)
@@ -54,6 +61,9 @@ def _rows(model, processor, inputs) -> Iterator[dict]:
     output = model.generate(**inputs, return_dict_in_generate=True, output_uncertainty_scores=True)
     answers = processor.batch_decode(output.sequences)
     references = processor.batch_decode(labels.masked_fill(labels == IGNORE_INDEX, model.config.answer_pad_token_id))
+    distances = None
+    if banked is not None:
+        distances = nearest_rows(flatten_proto_tokens(forced.e, forced.m).cpu().numpy(), banked)[1][:, 0]
     for row, answer in enumerate(answers):
         written, target = output.sequences[row, : output.lengths[row]], labels[row, : num_tokens[row]]
         common = min(len(written), len(target))
@@ -67,4 +77,5 @@ def _rows(model, processor, inputs) -> Iterator[dict]:
             "log_length_mean": forced.log_length_mean[row].item(),
             "log_length_variance": forced.log_length_variance[row].item(),
             **{name: values[row].item() for name, values in output.uncertainty_scores.items()},
+            **({} if distances is None else {"bank_distance": float(distances[row])}),
         }

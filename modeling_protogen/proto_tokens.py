@@ -121,6 +121,11 @@ def fill_slots(layout: Layout, e: torch.Tensor, m: torch.Tensor, m_offsets: torc
     return slots
 
 
+def flatten_proto_tokens(e: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    """One vector a text, float32: `e` `(batch, chunks, num_e_tokens, dim)` and `m` `(batch, chunks, dim)` joined."""
+    return torch.cat([e.flatten(1), m.flatten(1)], dim=1).float()
+
+
 def position_ids(attention_mask: torch.Tensor) -> torch.LongTensor:
     """Positions counted over the real tokens only, so that left padding changes nothing; shape as the mask."""
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)

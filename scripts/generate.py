@@ -20,9 +20,9 @@ from embedded import resolve
 
 from eval_tasks.retrieval import nearest_rows
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen.proto_tokens import flatten_proto_tokens
 from trainers.data import category_id
 from trainers.fit_bank import check_same_vectors
-from trainers.losses.candidates import flatten_proto_tokens
 from trainers.proto_bank import ProtoTokenBank
 
 

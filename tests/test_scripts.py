@@ -171,6 +171,8 @@ def test_trained_models_are_compared(call, recipe, tmp_path):
         losses = json.dumps({loss: 1.0, "length_nll": 0.1})
         options = ["--output_dir", runs / loss, "--bank", runs / "bank", "--losses", losses]
         assert "model in" in call(train, "--config", recipe, *options)
+    content = json.loads((runs / "siglip" / "calibration.json").read_text())
+    assert -1 <= content["figures"]["rank_correlation_bank_distance"] <= 1
     result = tmp_path / "result.json"
     compare = ["--runs", runs, "--data", tmp_path / "data.jsonl", "--validation-share", 0.3, "--result", result]
     assert "| mean_squared_error |" in call(benchmark, "losses", *compare)

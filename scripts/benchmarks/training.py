@@ -15,8 +15,8 @@ from eval_tasks.retrieval import nearest_rows, retrieval_ranks
 from eval_tasks.statistics import mean_with_interval
 from eval_tasks.text_metrics import rouge_l
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen.proto_tokens import flatten_proto_tokens
 from trainers.data import DataArguments, load_examples, split_by_instruction
-from trainers.losses.candidates import flatten_proto_tokens
 from trainers.proto_bank import ProtoTokenBank
 
 from .shared import decoder_revision

@@ -20,6 +20,8 @@ from eval_tasks.report import write_csv, write_json
 from eval_tasks.sentence_encoder import sentence_embeddings
 from eval_tasks.text_metrics import one_step_metrics
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen.configuration_protogen import UNCERTAINTY_SCORES
+from modeling_protogen.proto_tokens import flatten_proto_tokens
 from trainers.data import (
     DataArguments,
     Example,
@@ -110,7 +112,7 @@ def train(
         if trainer.is_world_process_zero():
             if model_args.encoder_lora_rank:
                 merge_lora(model)
-            calibrate(model, processor, train_examples, validation_examples, output_dir)
+            calibrate(model, processor, train_examples, validation_examples, bank, output_dir)
             model.save_pretrained(output_dir / "model")
             processor.save_pretrained(output_dir / "model")
             held_out = [{"instruction": e.instruction, "context": e.context} for e in validation_examples]
@@ -211,19 +213,29 @@ def calibrate(
     processor: ProtoGenProcessor,
     train_examples: list[Example],
     validation_examples: list[Example],
+    bank: ProtoTokenBank | None,
     folder: Path,
 ) -> None:
-    """Calibrates the model on every other validation example and measures it on the rest; too few are left alone."""
+    """
+    Calibrates the model on every other validation example and measures it on the rest; too few are left alone. With a
+    bank, the distance to its nearest text is measured as an uncertainty too; a checkpoint alone cannot have it.
+    """
     calibration, test = validation_examples[::2], validation_examples[1::2]
     if len(test) < 2:
         print("too few validation examples to calibrate lengths and uncertainty on")
         return
 
+    banked = None
+    if bank is not None:
+        known = [bank[example.id] for example in train_examples]
+        e, m = (torch.stack([getattr(entry, name) for entry in known]) for name in ("e", "m"))
+        banked = flatten_proto_tokens(e, m).numpy()
+
     def records(examples):
         categories = model.config.categories
         category_ids = categories and torch.tensor([category_id(e.category, categories) for e in examples])
         texts = [e.instruction for e in examples], [e.context for e in examples], [e.target for e in examples]
-        return one_step_records(model, processor, *texts, category_ids)
+        return one_step_records(model, processor, *texts, category_ids, banked)
 
     calibrate_length(model.config, records(calibration))
     seen, found = records(calibration), records(test)
@@ -242,6 +254,7 @@ def calibrate(
         "linear": linear_baseline(train_prompts, train_lengths, prompts),
     }
     figures = length_figures(predictions, lengths)
-    figures |= {f"rank_correlation_{name}": value for name, value in rank_correlations(found).items()}
+    scores = UNCERTAINTY_SCORES if bank is None else (*UNCERTAINTY_SCORES, "bank_distance")
+    figures |= {f"rank_correlation_{name}": value for name, value in rank_correlations(found, scores).items()}
     write_json(folder / "calibration.json", {"uncertainty_score": model.config.uncertainty_score, "figures": figures})
     write_csv(folder / "answers.csv", pd.concat([seen, found]).to_dict("records"))

@@ -10,11 +10,6 @@ from torch.utils.checkpoint import checkpoint
 CHUNK = 1024
 
 
-def flatten_proto_tokens(e: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-    """One vector a text: `e` `(batch, chunks, num_e_tokens, dim)` and `m` `(batch, chunks, dim)` side by side."""
-    return torch.cat([e.flatten(1), m.flatten(1)], dim=1).float()
-
-
 def of_all_processes(vectors: torch.Tensor) -> tuple[torch.Tensor, int]:
     """
     The vectors `(batch, dim)` of all processes, one after the other, and the row at which one's own begin. They are

@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from modeling_protogen.modeling_protogen import ProtoGenOutput
+from modeling_protogen.proto_tokens import flatten_proto_tokens
 
-from .candidates import flatten_proto_tokens, over_candidates
+from .candidates import over_candidates
 
 
 class DistanceBasedLogisticLoss(nn.Module):

@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from modeling_protogen.modeling_protogen import ProtoGenOutput
-
-from .candidates import flatten_proto_tokens
+from modeling_protogen.proto_tokens import flatten_proto_tokens
 
 
 class MeanSquaredErrorLoss(nn.Module):
