@@ -63,10 +63,7 @@ def train(
     if args.needs_bank:
         check_bank(run, model_args)
     if args.deepspeed_plugin and args.use_cpu:
-        # Before a model is built, which ZeRO-3 spreads over the processes at once; by itself it would look for MPI.
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+        start_deepspeed_on_cpus()
     set_seed(args.seed)
     train_examples, validation_examples = split_by_instruction(load_examples(data_args), data_args.validation_share)
     categories = None
@@ -88,11 +85,7 @@ def train(
             raise ValueError(f"no training example is in the bank in {run.bank}; fit them first (--stage fit).")
     train_examples = train_examples[: data_args.max_train_examples]
     validation_examples = validation_examples[: data_args.max_validation_examples]
-    embeddings = None
-    if args.needs_embeddings:
-        texts = [answer_text(example, processor) for example in train_examples]
-        vectors = torch.from_numpy(sentence_embeddings(resolve(study_args.teacher), texts))
-        embeddings = {example.id: vector for example, vector in zip(train_examples, vectors, strict=True)}
+    embeddings = answer_embeddings(train_examples, processor, study_args.teacher) if args.needs_embeddings else None
     trainer = ProtoGenTrainer(
         model=model,
         args=args,
@@ -119,6 +112,13 @@ def train(
             write_json(output_dir / "validation.json", held_out)
             write_json(metrics_path, metrics)
             print(f"model in {output_dir / 'model'}, metrics in {metrics_path}")
+
+
+def start_deepspeed_on_cpus() -> None:
+    """Before a model is built, which ZeRO-3 spreads over the processes at once; by itself it would look for MPI."""
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
 def check_bank(run: RunArguments, model_args: ModelArguments) -> None:
@@ -204,8 +204,11 @@ def examples_to_learn(
     return train_examples, validation_examples
 
 
-def answer_text(example: Example, processor: ProtoGenProcessor) -> str:
-    return example.answer if example.answer_ids is None else processor.decode(example.answer_ids)
+def answer_embeddings(examples: list[Example], processor: ProtoGenProcessor, teacher: str) -> dict[str, torch.Tensor]:
+    """What the answers mean, by example id."""
+    texts = [e.answer if e.answer_ids is None else processor.decode(e.answer_ids) for e in examples]
+    vectors = torch.from_numpy(sentence_embeddings(resolve(teacher), texts))
+    return {example.id: vector for example, vector in zip(examples, vectors, strict=True)}
 
 
 def calibrate(
