@@ -7,6 +7,9 @@ from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
 from .configuration_protogen import UNCERTAINTY_SCORES
+from .verified_decoding import ProtoGenVerifiedOutput, verified_decoding
+
+MODES = ("one_step", "verified")
 
 
 @dataclass
@@ -75,34 +78,72 @@ class ProtoGenGenerationMixin(GenerationMixin):
         decoder_prompt_mask: torch.Tensor | None = None,
         category_ids: torch.LongTensor | None = None,
         *,
+        mode: str = "one_step",
+        max_new_tokens: int | None = None,
+        block_size: int | None = None,
         proto_tokens: tuple[torch.Tensor, torch.Tensor] | None = None,
         length: int | torch.LongTensor | None = None,
         num_length_sigmas: float = 0.0,
         return_dict_in_generate: bool = False,
         output_uncertainty_scores: bool = False,
-    ) -> torch.LongTensor | ProtoGenGenerateOutput:
+    ) -> torch.LongTensor | ProtoGenGenerateOutput | ProtoGenVerifiedOutput:
         """
-        Writes one answer for each instruction in a single pass of the decoder, and cuts it at EOS.
+        Writes one answer for each instruction, cut at EOS: in a single pass of the decoder (`one_step`), or in blocks
+        of which the decoder keeps what it would have written itself, token by token and greedily (`verified`).
 
         Args:
             input_ids, attention_mask, decoder_prompt_ids, decoder_prompt_mask, category_ids:
                 As in [`ProtoGenForConditionalGeneration.forward`]; the processor makes them.
-            proto_tokens (*optional*): `e` and `m`, shaped as the model's output has them, to write from instead of the
-                predicted ones: retrieved from a bank, or fitted.
+            mode (`str`): `one_step` or `verified`; arguments that are for one mode say so.
+            max_new_tokens (`int`, *optional*): verified: tokens at most; `config.max_answer_length` by default.
+            block_size (`int`, *optional*): verified: tokens of a draft at most; `config.chunk_size` by default.
+            proto_tokens (*optional*): one_step: `e` and `m`, shaped as the model's output has them, to write from
+                instead of the predicted ones: retrieved from a bank, or fitted.
             length (`int` or `torch.LongTensor` of shape `(batch,)`, *optional*):
-                Tokens to write, instead of the predicted length.
-            num_length_sigmas (`float`): writes `exp(mean + num_length_sigmas * sigma)` tokens of the predicted
-                log-normal length; EOS still cuts.
+                one_step: tokens to write, instead of the predicted length.
+            num_length_sigmas (`float`): one_step: writes `exp(mean + num_length_sigmas * sigma)` tokens of the
+                predicted log-normal length; EOS still cuts.
             return_dict_in_generate (`bool`): whether to return lengths, confidences and uncertainties as well.
-            output_uncertainty_scores (`bool`): whether that holds every score, not the configured one alone.
+            output_uncertainty_scores (`bool`): one_step: whether that holds every score, not the configured one alone.
 
         Returns:
-            `torch.LongTensor` of shape `(batch, length)`, or [`ProtoGenGenerateOutput`].
+            `torch.LongTensor` of shape `(batch, length)`, or [`ProtoGenGenerateOutput`] or [`ProtoGenVerifiedOutput`].
 
         Raises:
-            ValueError: if `length` is below 1 or above `config.max_answer_length`.
+            ValueError: if `length` is below 1 or above `config.max_answer_length`, the mode is unknown or given what is
+                for another one, or verified decoding has no prompt or a block that is longer than an answer.
         """
         config = self.config
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r} is not one of {', '.join(MODES)}.")
+        foreign = {
+            "one_step": {"max_new_tokens": max_new_tokens, "block_size": block_size},
+            "verified": {
+                "length": length,
+                "proto_tokens": proto_tokens,
+                "num_length_sigmas": num_length_sigmas or None,
+            },
+        }
+        for name, value in foreign[mode].items():
+            if value is not None:
+                raise ValueError(f"{name} is not for mode={mode}.")
+        if mode == "verified":
+            self._check_prompt(decoder_prompt_ids, mode)
+            block_size = config.chunk_size if block_size is None else block_size
+            if not 1 <= block_size <= config.chunk_size * config.max_chunks:
+                raise ValueError(
+                    f"block_size must lie in 1..{config.chunk_size * config.max_chunks} tokens; got {block_size}."
+                )
+            output = verified_decoding(
+                self,
+                *self.encode(input_ids, attention_mask),
+                decoder_prompt_ids,
+                decoder_prompt_mask,
+                category_ids,
+                config.max_answer_length if max_new_tokens is None else max_new_tokens,
+                block_size,
+            )
+            return output if return_dict_in_generate else output.sequences
         prompt = decoder_prompt_ids, decoder_prompt_mask
         prediction = self.predict(input_ids, attention_mask, *prompt, category_ids)
         if proto_tokens is not None:

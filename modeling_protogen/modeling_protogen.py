@@ -371,29 +371,37 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         Raises:
             ValueError: if the inputs that the configuration asks for are missing.
         """
-        states, cache, decoder_states = None, None, None
-        if self.encoder is not None:
-            if input_ids is None:
-                raise ValueError(
-                    f"latent_source={self.config.latent_source} needs input_ids; the processor makes them."
-                )
-            if attention_mask is None:
-                attention_mask = torch.ones_like(input_ids)
-            states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        cache, decoder_states = None, None
+        states, mask = self.encode(input_ids, attention_mask)
         if self.config.latent_source != "encoder":
             self._check_prompt(decoder_prompt_ids)
         if self.config.reads_decoder_states:
             cache, decoder_states = read_prefix(self.decoder, decoder_prompt_ids, decoder_prompt_mask)
-        mask = None if states is None else attention_mask
         prediction = self.proto_predictor(states, mask, decoder_states, decoder_prompt_mask, category_ids)
         prediction.prompt_cache = cache
         return prediction
 
-    def _check_prompt(self, decoder_prompt_ids: torch.LongTensor | None):
+    def encode(
+        self, input_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The encoder's states `(batch, source, encoder_dim)` and their mask; None for a model without an encoder."""
+        if self.encoder is None:
+            return None, None
+        if input_ids is None:
+            raise ValueError(f"latent_source={self.config.latent_source} needs input_ids; the processor makes them.")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return states, attention_mask
+
+    def _check_prompt(self, decoder_prompt_ids: torch.LongTensor | None, mode: str = "one_step"):
         if self.decoder is None:
             raise RuntimeError("no decoder is attached; load with from_pretrained, or call attach_decoder.")
-        if self.config.decoder_sees_prompt and decoder_prompt_ids is None:
-            raise ValueError("decoder_sees_prompt=True needs decoder_prompt_ids; the processor makes them.")
+        if decoder_prompt_ids is None and (self.config.decoder_sees_prompt or mode != "one_step"):
+            raise ValueError(
+                f"decoder_sees_prompt={self.config.decoder_sees_prompt}, mode={mode} needs decoder_prompt_ids; the "
+                "processor makes them."
+            )
 
     def decode(
         self,

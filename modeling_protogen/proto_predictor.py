@@ -187,13 +187,14 @@ class ProtoTokenPredictor(nn.Module):
             encoder_states (`torch.Tensor` of shape `(batch, source, encoder_dim)`), encoder_mask (`torch.Tensor` of
                 shape `(batch, source)`): None without an encoder.
             decoder_states (`torch.Tensor` of shape `(batch, prompt, decoder_dim)`), decoder_mask (`torch.Tensor` of
-                shape `(batch, prompt)`): of the prompt, padded on the left; states that are not read are None.
+                shape `(batch, prompt)`): of the prompt, wherever its padding is; states that are not read are None.
             category_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): needed by `m_scope="per_category"`.
         """
         config, states, mask, start = self.config, encoder_states, encoder_mask, None
         if self.decoder_reading is not None:
             read = self.decoder_reading(decoder_states.to(self.pooling.queries.dtype))
-            start = read[:, -1]
+            last = (decoder_mask * torch.arange(read.shape[1], device=read.device)).argmax(-1)
+            start = read[torch.arange(len(read), device=read.device), last]
             states = read if states is None else torch.cat([states, read], dim=1)
             mask = decoder_mask if mask is None else torch.cat([mask, decoder_mask], dim=1)
         if states is None:

@@ -97,8 +97,12 @@ def test_impossible_lengths_are_refused(build, llama_dir, length):
 
 def test_options_of_other_decoders_are_not_swallowed(build, llama_dir):
     model, processor = build(llama_dir)
-    with pytest.raises(TypeError, match="max_new_tokens"):
+    with pytest.raises(TypeError, match="num_beams"):
+        model.generate(**processor(INSTRUCTIONS), num_beams=5)
+    with pytest.raises(ValueError, match="max_new_tokens is not for mode=one_step"):
         model.generate(**processor(INSTRUCTIONS), max_new_tokens=5)
+    with pytest.raises(ValueError, match="length is not for mode=verified"):
+        model.generate(**processor(INSTRUCTIONS), mode="verified", length=5)
 
 
 def test_long_answers_take_the_confidence_path_in_blocks(build, llama_dir):

@@ -1,0 +1,147 @@
+"""Verified decoding against transformers' own greedy `generate`."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CONTEXTS, INSTRUCTIONS
+
+from modeling_protogen import ProtoGenForConditionalGeneration
+from modeling_protogen.verified_decoding import TextSoFar
+
+MORE = [*INSTRUCTIONS, "tell me about paris", "what is the capital of france and who sat under the tree"]
+MORE_CONTEXTS = [*CONTEXTS, None, "long context about the cat"]
+TOKENS = 24
+FIELDS = [
+    {},
+    {"decoder_sees_prompt": True, "latent_source": "decoder"},
+    {"decoder_sees_prompt": True, "latent_source": "both", "arrangement": "e_m", "chunk_size": 3, "max_chunks": 2},
+    {"decoder_sees_prompt": True, "latent_source": "none", "m_position_offsets": True},
+]
+
+
+def greedy(model, processor, instruction, context):
+    inputs = processor(instruction, context)
+    written = model.decoder.generate(
+        input_ids=inputs["decoder_prompt_ids"],
+        attention_mask=inputs["decoder_prompt_mask"],
+        do_sample=False,
+        max_new_tokens=TOKENS,
+        pad_token_id=0,
+    )
+    return written[0, inputs["decoder_prompt_ids"].shape[1] :].tolist()
+
+
+def verified(model, processor, batch_size, **options):
+    answers, outputs = [], []
+    for first in range(0, len(MORE), batch_size):
+        part = slice(first, first + batch_size)
+        inputs = processor(MORE[part], MORE_CONTEXTS[part])
+        output = model.generate(
+            **inputs, mode="verified", max_new_tokens=TOKENS, return_dict_in_generate=True, **options
+        )
+        answers += [row[:n].tolist() for row, n in zip(output.sequences, output.lengths, strict=True)]
+        outputs.append(output)
+    return answers, outputs
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+@pytest.mark.parametrize("ends", [True, False], ids=["eos", "no eos"])
+def test_the_answer_is_the_greedy_one(build, decoder_dir, fields, ends):
+    model, processor = build(decoder_dir, **fields)
+    if not ends:
+        model.config.decoder_config.eos_token_id = None
+        model.decoder.generation_config.eos_token_id = None
+    expected = [greedy(model, processor, *pair) for pair in zip(MORE, MORE_CONTEXTS, strict=True)]
+    assert ends or all(len(answer) == TOKENS for answer in expected)
+    for batch_size in (1, 2, 5):
+        assert verified(model, processor, batch_size)[0] == expected
+
+
+def test_right_drafts_are_kept_and_save_passes(build, llama_dir, monkeypatch):
+    """A decoder that says the same token whatever it reads is drafted without error."""
+    model, processor = build(llama_dir, decoder_sees_prompt=True)
+    model.config.decoder_config.eos_token_id = None
+    table = model.decoder.get_input_embeddings().weight
+    with torch.no_grad():
+        for layer in model.decoder.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        # Tied and of length 1: each token is the likeliest after itself.
+        table.copy_(torch.nn.functional.normalize(table))
+    forward = model.proto_predictor.forward
+    monkeypatch.setattr(
+        model.proto_predictor, "forward", lambda *args: replace(forward(*args), m=table[7].expand(1, 1, -1))
+    )
+    inputs = processor("who sat")
+    inputs["decoder_prompt_ids"][:, -1] = 7
+    output = model.generate(
+        **inputs, mode="verified", max_new_tokens=TOKENS, block_size=8, return_dict_in_generate=True
+    )
+    assert output.sequences.tolist() == [[7] * TOKENS]
+    # 24 tokens: the first with the prompt, then 9 for each two passes: the certain one, 7 drafts, and one more.
+    assert output.accepted_lengths.item() >= 5
+    assert output.num_passes == 1 + 2 * 3
+
+
+def test_texts_of_a_batch_grow_at_different_paces(build, decoder_dir, monkeypatch):
+    """Drafts that are right up to a random place, another for each text: what was wrong leaves no trace."""
+    model, processor = build(decoder_dir, decoder_sees_prompt=True, latent_source="decoder")
+    model.config.decoder_config.eos_token_id = None
+    model.decoder.generation_config.eos_token_id = None
+    expected = [greedy(model, processor, *pair) for pair in zip(MORE, MORE_CONTEXTS, strict=True)]
+    inputs = processor(MORE, MORE_CONTEXTS)
+    prompts = inputs["decoder_prompt_mask"].sum(1)
+    random, read = torch.Generator().manual_seed(0), TextSoFar.read
+
+    def partly_right(self, embeds, mask, predicts):
+        is_draft = self.cache is not None and not predicts.all()
+        done = self.mask.sum(1) - prompts
+        logits = read(self, embeds, mask, predicts)
+        if is_draft:
+            table = logits.view(len(MORE), -1, logits.shape[-1])
+            for row, answer in enumerate(expected):
+                right = torch.randint(0, table.shape[1], (1,), generator=random).item()
+                for slot in range(1, table.shape[1]):
+                    at = done[row].item() + slot
+                    token = answer[at] if at < TOKENS else 0
+                    table[row, slot, token] = 1e4 if slot <= right else -1e4
+        return logits
+
+    monkeypatch.setattr(TextSoFar, "read", partly_right)
+    output = model.generate(
+        **inputs, mode="verified", max_new_tokens=TOKENS, block_size=6, return_dict_in_generate=True
+    )
+    assert output.sequences.tolist() == expected
+    assert output.num_passes < TOKENS
+    assert 0.5 < output.accepted_lengths.mean() < 5
+    assert output.accepted_lengths.unique().numel() > 1
+
+
+def test_wrong_drafts_cost_little(build, decoder_dir):
+    """And never more passes than tokens and one probe for each doubling of the pause."""
+    model, processor = build(decoder_dir, decoder_sees_prompt=True)
+    model.config.decoder_config.eos_token_id = None
+    model.decoder.generation_config.eos_token_id = None
+    answers, outputs = verified(model, processor, 1, block_size=8)
+    for answer, output in zip(answers, outputs, strict=True):
+        assert output.num_passes <= len(answer) + 1
+        assert output.num_drafts >= 1
+
+
+def test_a_loaded_checkpoint_decodes_the_same(build, llama_dir, tmp_path):
+    model, processor = build(llama_dir, decoder_sees_prompt=True, latent_source="decoder", thin=True)
+    model.save_pretrained(tmp_path)
+    loaded = ProtoGenForConditionalGeneration.from_pretrained(tmp_path)
+    assert verified(loaded, processor, 5)[0] == verified(model, processor, 5)[0]
+
+
+def test_bad_requests_are_named(build, llama_dir):
+    model, processor = build(llama_dir)
+    inputs = processor(INSTRUCTIONS)
+    with pytest.raises(ValueError, match="mode='fast' is not one of one_step, verified"):
+        model.generate(**inputs, mode="fast")
+    with pytest.raises(ValueError, match=r"block_size must lie in 1\.\.8 tokens; got 9"):
+        model.generate(**inputs, mode="verified", block_size=9)
+    with pytest.raises(ValueError, match="mode=verified needs decoder_prompt_ids"):
+        model.generate(input_ids=inputs["input_ids"], mode="verified")
