@@ -152,6 +152,7 @@ def test_batches_have_like_lengths_in_an_order_that_seed_and_epoch_decide():
 
 def test_resuming_in_a_later_epoch(trainer_for, llama_dir, tmp_path):
     arguments = {"max_steps": 8, "save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 2}
+    arguments["train_sampling_strategy"] = "group_by_length"
     whole = trainer_for(llama_dir, dropout=0.1, **(arguments | {"save_steps": 7}))
     whole.train()
     shutil.rmtree(tmp_path / "run" / "checkpoint-8")
