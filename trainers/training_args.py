@@ -14,9 +14,9 @@ class ProtoGenTrainingArguments(TrainingArguments):
     """
     `transformers.TrainingArguments` with the weights of the losses and the encoder's own learning rate.
 
-    Other defaults than there: `ddp_find_unused_parameters=True`, `remove_unused_columns=False` (the collator reads whole
-    examples), `optim="adamw_torch"`, `report_to="none"`, `save_total_limit=2`, `disable_tqdm=False` at any verbosity, and
-    memory pinned only where there is an accelerator.
+    Other defaults than there: `ddp_find_unused_parameters=True`, `remove_unused_columns=False` (the collator reads
+    whole examples), `optim="adamw_torch"`, `report_to="none"`, `save_total_limit=2`, `disable_tqdm=False` at any
+    verbosity, and memory pinned only where there is an accelerator.
 
     Raises:
         ValueError: if a loss is unknown or no weight is positive.
