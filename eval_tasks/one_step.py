@@ -8,10 +8,11 @@ import torch
 from tqdm import tqdm
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from modeling_protogen.modeling_protogen import IGNORE_INDEX
+from modeling_protogen.modeling_protogen import IGNORE_INDEX, likeliest_tokens
 from modeling_protogen.proto_tokens import flatten_proto_tokens
 
 from .retrieval import nearest_rows
+from .text_metrics import share_of_equal
 
 
 def one_step_records(
@@ -54,25 +55,23 @@ def one_step_records(
 def _rows(model, processor, inputs, banked) -> Iterator[dict]:
     labels, lengths = inputs.pop("labels"), inputs.pop("length_labels")
     forced = model(**inputs, labels=labels, return_loss=False)
-    tokens = torch.full_like(labels, IGNORE_INDEX)
-    tokens[labels != IGNORE_INDEX] = forced.logits.max(-1).indices
-    agree = (tokens == labels) & (labels != IGNORE_INDEX)
-    num_tokens = (labels != IGNORE_INDEX).sum(-1)
+    is_token = labels != IGNORE_INDEX
+    agree = (likeliest_tokens(forced.logits, labels) == labels) & is_token
+    num_tokens = is_token.sum(-1)
     output = model.generate(**inputs, return_dict_in_generate=True, output_uncertainty_scores=True)
     answers = processor.batch_decode(output.sequences)
-    references = processor.batch_decode(labels.masked_fill(labels == IGNORE_INDEX, model.config.answer_pad_token_id))
+    references = processor.batch_decode(labels.masked_fill(~is_token, model.config.answer_pad_token_id))
     distances = None
     if banked is not None:
         distances = nearest_rows(flatten_proto_tokens(forced.e, forced.m).cpu().numpy(), banked)[1][:, 0]
     for row, answer in enumerate(answers):
         written, target = output.sequences[row, : output.lengths[row]], labels[row, : num_tokens[row]]
-        common = min(len(written), len(target))
         yield {
             "answer": answer,
             "target": references[row],
             "agreement": (agree[row].sum() / num_tokens[row]).item(),
             "accepted_length": agree[row].int().cumprod(-1).sum().item(),
-            "wrong_share": 1 - (written[:common] == target[:common]).sum().item() / len(target),
+            "wrong_share": 1 - share_of_equal(written.tolist(), target.tolist()),
             "length": lengths[row].item(),
             "log_length_mean": forced.log_length_mean[row].item(),
             "log_length_variance": forced.log_length_variance[row].item(),

@@ -27,6 +27,11 @@ def accepted_length(predictions: np.ndarray, labels: np.ndarray) -> float:
     return float(np.cumprod(agree, axis=1).sum(1).mean())
 
 
+def share_of_equal(answer: list[int], target: list[int]) -> float:
+    """Share of the target's tokens that the answer has at their places."""
+    return sum(a == b for a, b in zip(answer, target, strict=False)) / len(target)
+
+
 def exact_match(answers: list[str], references: list[str]) -> float:
     """Share of answers equal to their reference, outer white space aside."""
     return float(np.mean([a.strip() == r.strip() for a, r in zip(answers, references, strict=True)]))

@@ -9,7 +9,7 @@ from datasets import load_dataset, load_from_disk
 
 from modeling_protogen.processing_protogen import ProtoGenProcessor
 
-from .proto_bank import ProtoTokenBank
+from .proto_bank import ProtoTokenBank, stack_entries
 
 
 @dataclass
@@ -191,9 +191,7 @@ class ProtoGenCollator:
         if self.categories:
             batch["category_ids"] = torch.tensor([category_id(e.category, self.categories) for e in examples])
         if self.bank is not None and all(example.id in self.bank for example in examples):
-            entries = [self.bank[example.id] for example in examples]
-            batch["bank_e"] = torch.stack([entry.e for entry in entries])
-            batch["bank_m"] = torch.stack([entry.m for entry in entries])
+            batch["bank_e"], batch["bank_m"] = stack_entries([self.bank[example.id] for example in examples])
         if self.embeddings is not None and all(example.id in self.embeddings for example in examples):
             batch["teacher_embeddings"] = torch.stack([self.embeddings[example.id] for example in examples])
         return batch

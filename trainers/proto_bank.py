@@ -90,6 +90,11 @@ def decoder_fingerprint(decoder: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def stack_entries(entries: list[BankEntry]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`e` `(texts, chunks, num_e_tokens, dim)` and `m` `(texts, chunks, dim)` of texts with one number of chunks."""
+    return torch.stack([entry.e for entry in entries]), torch.stack([entry.m for entry in entries])
+
+
 class ProtoTokenBank:
     """
     Reads entries by id without loading the bank, and appends shards.

@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from modeling_protogen.modeling_protogen import IGNORE_INDEX
+from modeling_protogen.modeling_protogen import IGNORE_INDEX, likeliest_tokens
 
 from .distillation import teacher_top_k
 from .files import write_atomically
@@ -117,9 +117,7 @@ class ProtoGenTrainer(Trainer):
         if "soft_reconstruction" in self.args.losses:
             wanted["label_targets"] = labels
         if "on_policy" in self.args.losses:
-            written = labels.clone()
-            written[labels != IGNORE_INDEX] = outputs.logits.detach().max(-1).indices
-            wanted["on_policy_targets"] = written
+            wanted["on_policy_targets"] = likeliest_tokens(outputs.logits, labels)
         decoder, prompt = self.accelerator.unwrap_model(model).decoder, ("decoder_prompt_ids", "decoder_prompt_mask")
         return {
             name: teacher_top_k(decoder, *(inputs[key] for key in prompt), answers, self.args.teacher_top_k)
@@ -184,8 +182,7 @@ class ProtoGenTrainer(Trainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
             if prediction_loss_only:
                 return loss, None, None
-            tokens = labels.clone()
-            tokens[labels != IGNORE_INDEX] = outputs.logits.max(-1).indices
+            tokens = likeliest_tokens(outputs.logits, labels)
             prompt = {
                 name: value for name, value in inputs.items() if name not in (*LOSS_INPUTS, "labels", "length_labels")
             }

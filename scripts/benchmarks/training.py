@@ -13,11 +13,11 @@ from eval_tasks.one_step import one_step_records
 from eval_tasks.pictures import curves
 from eval_tasks.retrieval import nearest_rows, retrieval_ranks
 from eval_tasks.statistics import mean_with_interval
-from eval_tasks.text_metrics import rouge_l
+from eval_tasks.text_metrics import rouge_l, share_of_equal
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.proto_tokens import flatten_proto_tokens
 from trainers.data import DataArguments, load_examples, split_by_instruction
-from trainers.proto_bank import ProtoTokenBank
+from trainers.proto_bank import ProtoTokenBank, stack_entries
 
 from .shared import decoder_revision
 
@@ -139,9 +139,8 @@ def compare_with_bank(model, processor, bank, known, held_out, metric) -> dict[s
     decoder writes from the predicted vectors, and from the nearest of the training texts (`retrieved_...`).
     """
 
-    def flat(entries):
-        e, m = (torch.stack([getattr(entry, name) for entry in entries]) for name in ("e", "m"))
-        return flatten_proto_tokens(e, m).numpy()
+    def banked(examples):
+        return flatten_proto_tokens(*stack_entries([bank[example.id] for example in examples])).numpy()
 
     predicted = []
     with torch.no_grad():
@@ -151,8 +150,8 @@ def compare_with_bank(model, processor, bank, known, held_out, metric) -> dict[s
             prediction = model.predict(**inputs)
             predicted.append(flatten_proto_tokens(prediction.e, prediction.m))
     predicted = torch.cat(predicted).numpy()
-    ranks = retrieval_ranks(predicted, flat([bank[example.id] for example in held_out]), metric)
-    nearest = nearest_rows(predicted, flat([bank[example.id] for example in known]), 1, metric)[0][:, 0]
+    ranks = retrieval_ranks(predicted, banked(held_out), metric)
+    nearest = nearest_rows(predicted, banked(known), 1, metric)[0][:, 0]
     targets = [bank.row(example.id)["token_ids"] for example in held_out]
     # A training text's banked vectors write that text.
     retrieved = [bank.row(known[row].id)["token_ids"] for row in nearest]
@@ -169,8 +168,3 @@ def compare_with_bank(model, processor, bank, known, held_out, metric) -> dict[s
         "retrieved_agreement": mean_with_interval(agree),
         "retrieved_rouge_l": mean_with_interval(rouge_l(processor.batch_decode(retrieved), references)),
     }
-
-
-def share_of_equal(answer: list[int], target: list[int]) -> float:
-    """Share of the target's tokens that the answer has at their places."""
-    return sum(a == b for a, b in zip(answer, target, strict=False)) / len(target)

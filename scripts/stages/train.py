@@ -33,7 +33,7 @@ from trainers.data import (
 )
 from trainers.files import locked
 from trainers.lora import add_lora, merge_lora
-from trainers.proto_bank import ProtoTokenBank
+from trainers.proto_bank import ProtoTokenBank, stack_entries
 from trainers.protogen_trainer import ProtoGenTrainer, last_complete_checkpoint
 from trainers.synthetic_instructions import normalized, synthetic_examples
 from trainers.teacher import read_teacher_answers
@@ -230,9 +230,7 @@ def calibrate(
 
     banked = None
     if bank is not None:
-        known = [bank[example.id] for example in train_examples]
-        e, m = (torch.stack([getattr(entry, name) for entry in known]) for name in ("e", "m"))
-        banked = flatten_proto_tokens(e, m).numpy()
+        banked = flatten_proto_tokens(*stack_entries([bank[example.id] for example in train_examples])).numpy()
 
     def records(examples):
         categories = model.config.categories
@@ -244,19 +242,17 @@ def calibrate(
     seen, found = records(calibration), records(test)
     calibrate_uncertainty(model.config, seen)
 
-    def sizes(examples):
-        prompts = [processor.decoder_prompt_length(e.instruction, e.context) for e in examples]
-        return np.array(prompts), processor.encode_answers([e.target for e in examples])["length_labels"].numpy()
+    def prompt_lengths(examples):
+        return np.array([processor.decoder_prompt_length(e.instruction, e.context) for e in examples])
 
-    train_prompts, train_lengths = sizes(train_examples)
-    prompts, lengths = sizes(test)
+    train_lengths = processor.encode_answers([e.target for e in train_examples])["length_labels"].numpy()
     own = found["log_length_mean"].to_numpy(), found["log_length_variance"].to_numpy()
     predictions = {
         "": own,
         "constant": constant_baseline(train_lengths, len(test)),
-        "linear": linear_baseline(train_prompts, train_lengths, prompts),
+        "linear": linear_baseline(prompt_lengths(train_examples), train_lengths, prompt_lengths(test)),
     }
-    figures = length_figures(predictions, lengths)
+    figures = length_figures(predictions, found["length"].to_numpy())
     scores = UNCERTAINTY_SCORES if bank is None else (*UNCERTAINTY_SCORES, "bank_distance")
     figures |= {f"rank_correlation_{name}": value for name, value in rank_correlations(found, scores).items()}
     write_json(folder / "calibration.json", {"uncertainty_score": model.config.uncertainty_score, "figures": figures})

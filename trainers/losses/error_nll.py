@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modeling_protogen.modeling_protogen import IGNORE_INDEX, ProtoGenOutput
+from modeling_protogen.modeling_protogen import IGNORE_INDEX, ProtoGenOutput, likeliest_tokens
 
 
 class ErrorNLLLoss(nn.Module):
@@ -28,8 +28,7 @@ class ErrorNLLLoss(nn.Module):
     """
 
     def forward(self, outputs: ProtoGenOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        is_token = batch["labels"] != IGNORE_INDEX
-        wrong = torch.zeros_like(is_token, dtype=torch.float32)
-        wrong[is_token] = (outputs.logits.detach().max(-1).indices != batch["labels"][is_token]).float()
-        share = wrong.sum(-1) / is_token.sum(-1)
+        labels = batch["labels"]
+        wrong = likeliest_tokens(outputs.logits, labels) != labels
+        share = wrong.sum(-1) / (labels != IGNORE_INDEX).sum(-1)
         return F.gaussian_nll_loss(outputs.error_mean, share, outputs.error_variance)
