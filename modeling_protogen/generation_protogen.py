@@ -1,4 +1,4 @@
-"""One-step decoding: the whole answer in one pass of the frozen decoder, with its confidence."""
+"""Decoding: `generate` in all its modes, and what it returns."""
 
 from dataclasses import dataclass
 
@@ -6,10 +6,23 @@ import torch
 from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
+from .adaptive_decoding import adaptive_decoding
+from .autoregressive import TextSoFar
+from .block_decoding import Answers, Instruction
 from .configuration_protogen import UNCERTAINTY_SCORES
-from .verified_decoding import ProtoGenVerifiedOutput, verified_decoding
+from .one_step_decoding import as_rows, candidates, cut_at_eos, likeliest_candidates, refine, token_mask
+from .sampling import Sampling, log_probability, token_entropy
+from .verified_decoding import verified_decoding
 
-MODES = ("one_step", "verified")
+# The options of each mode, besides those of all.
+BLOCK_OPTIONS = {"max_new_tokens", "block_size", "streamer"}
+LENGTH_OPTIONS = {"length", "num_length_sigmas", "proto_tokens", "output_uncertainty_scores"}
+MODES = {
+    "one_step": LENGTH_OPTIONS | {"num_candidates", "candidate_noise"},
+    "refine": LENGTH_OPTIONS | {"num_refinements", "confidence_threshold"},
+    "adaptive": BLOCK_OPTIONS | {"confidence_threshold"},
+    "verified": BLOCK_OPTIONS,
+}
 
 
 @dataclass
@@ -21,39 +34,35 @@ class ProtoGenGenerateOutput(ModelOutput):
         sequences (`torch.LongTensor` of shape `(batch, length)`):
             Answers in the decoder's vocabulary, up to and including EOS, then padding.
         lengths (`torch.LongTensor` of shape `(batch,)`): tokens in each answer, EOS included.
-        predicted_lengths (`torch.FloatTensor` of shape `(batch,)`): median of the predicted length, in tokens.
-        length_sigmas (`torch.FloatTensor` of shape `(batch,)`):
-            Standard deviation of the length in tokens, to first order: `predicted_length` times that of the log length.
         token_confidences (`torch.FloatTensor` of shape `(batch, length)`): probability of each token; 0 at padding.
+            The decoder's own where it verified the token, otherwise that of the draft.
         confidences (`torch.FloatTensor` of shape `(batch,)`): geometric mean of an answer's token probabilities.
-        uncertainties (`torch.FloatTensor` of shape `(batch,)`):
+        predicted_lengths (`torch.FloatTensor` of shape `(batch,)`, one_step and refine): median of the predicted
+            length, in tokens.
+        length_sigmas (`torch.FloatTensor` of shape `(batch,)`, one_step and refine):
+            Standard deviation of the length in tokens, to first order: `predicted_length` times that of the log length.
+        uncertainties (`torch.FloatTensor` of shape `(batch,)`, one_step and refine):
             `config.uncertainty_score` of each answer; where it is calibrated, the expected share of wrong tokens.
-        uncertainty_scores (`dict[str, torch.FloatTensor]`, *optional*):
+        uncertainty_scores (`dict[str, torch.FloatTensor]`, one_step and refine):
             All of `UNCERTAINTY_SCORES`, each `(batch,)`, as they are; with `output_uncertainty_scores`.
+        accepted_lengths (`torch.FloatTensor` of shape `(batch,)`, adaptive and verified): drafted tokens that were
+            kept, on average a draft.
+        num_drafts (`torch.LongTensor` of shape `(batch,)`, adaptive and verified): drafts for each answer.
+        num_passes (`int`, adaptive and verified): passes of the decoder, the prompt's included; greedy decoding takes
+            one a token.
     """
 
     sequences: torch.LongTensor | None = None
     lengths: torch.LongTensor | None = None
-    predicted_lengths: torch.FloatTensor | None = None
-    length_sigmas: torch.FloatTensor | None = None
     token_confidences: torch.FloatTensor | None = None
     confidences: torch.FloatTensor | None = None
+    predicted_lengths: torch.FloatTensor | None = None
+    length_sigmas: torch.FloatTensor | None = None
     uncertainties: torch.FloatTensor | None = None
     uncertainty_scores: dict[str, torch.FloatTensor] | None = None
-
-
-def log_normalizer(logits: torch.Tensor, rows: int = 128) -> torch.Tensor:
-    """`logsumexp` over the vocabulary in float32, a few rows at a time: `(tokens, vocab)` in, `(tokens,)` out."""
-    return torch.cat([block.float().logsumexp(-1) for block in logits.split(rows)])
-
-
-def token_entropy(logits: torch.Tensor, log_normalizers: torch.Tensor, rows: int = 128) -> torch.Tensor:
-    """Entropy in nats of each row's distribution, `(tokens,)`; arguments as of and from [`log_normalizer`]."""
-    entropies = []
-    for block, normalizer in zip(logits.split(rows), log_normalizers.split(rows), strict=True):
-        log_p = block.float() - normalizer[:, None]
-        entropies.append(-(log_p.exp() * log_p).sum(-1))
-    return torch.cat(entropies)
+    accepted_lengths: torch.FloatTensor | None = None
+    num_drafts: torch.LongTensor | None = None
+    num_passes: int | None = None
 
 
 def interpolate(x: torch.Tensor, points: list[list[float]]) -> torch.Tensor:
@@ -66,8 +75,14 @@ def interpolate(x: torch.Tensor, points: list[list[float]]) -> torch.Tensor:
     return value[right - 1] + share * (value[right] - value[right - 1])
 
 
+def check_at_least_one(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1; got {number}.")
+
+
 class ProtoGenGenerationMixin(GenerationMixin):
-    """Replaces `GenerationMixin.generate`: nothing here is written token by token."""
+    """Replaces `GenerationMixin.generate`."""
 
     @torch.no_grad()
     def generate(
@@ -79,112 +94,146 @@ class ProtoGenGenerationMixin(GenerationMixin):
         category_ids: torch.LongTensor | None = None,
         *,
         mode: str = "one_step",
-        max_new_tokens: int | None = None,
-        block_size: int | None = None,
-        proto_tokens: tuple[torch.Tensor, torch.Tensor] | None = None,
-        length: int | torch.LongTensor | None = None,
-        num_length_sigmas: float = 0.0,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
         return_dict_in_generate: bool = False,
-        output_uncertainty_scores: bool = False,
-    ) -> torch.LongTensor | ProtoGenGenerateOutput | ProtoGenVerifiedOutput:
+        **options,
+    ) -> torch.LongTensor | ProtoGenGenerateOutput:
         """
-        Writes one answer for each instruction, cut at EOS: in a single pass of the decoder (`one_step`), or in blocks
-        of which the decoder keeps what it would have written itself, token by token and greedily (`verified`).
+        Writes one answer for each instruction, cut at EOS. Modes:
+
+        - `one_step`: the whole answer in a single pass of the decoder.
+        - `refine`: then the decoder reads it, and predicts anew what is less sure than a threshold.
+        - `adaptive`: block after block, each as far as it is sure.
+        - `verified`: block after block, each as far as the decoder would have written it itself, token by token. The
+          answer is the decoder's greedy one; with a temperature it has the decoder's distribution. In bfloat16 two
+          tokens of nearly equal probability may change places, as passes of different lengths round differently.
 
         Args:
             input_ids, attention_mask, decoder_prompt_ids, decoder_prompt_mask, category_ids:
-                As in [`ProtoGenForConditionalGeneration.forward`]; the processor makes them.
-            mode (`str`): `one_step` or `verified`; arguments that are for one mode say so.
-            max_new_tokens (`int`, *optional*): verified: tokens at most; `config.max_answer_length` by default.
-            block_size (`int`, *optional*): verified: tokens of a draft at most; `config.chunk_size` by default.
-            proto_tokens (*optional*): one_step: `e` and `m`, shaped as the model's output has them, to write from
+                As in [`ProtoGenForConditionalGeneration.forward`]; the processor makes them. All that reads drafts with
+                the decoder needs the prompt: every mode but `one_step`, and candidates.
+            mode (`str`): one of `MODES`.
+            temperature (`float`): 0 takes the likeliest token everywhere; above, tokens are drawn. In one step they are
+                drawn independently of one another.
+            top_p (`float`): draws among the likeliest tokens only, which together have this probability.
+            return_dict_in_generate (`bool`): whether to return lengths, confidences and all else as well.
+            length (`int` or `torch.LongTensor` of shape `(batch,)`, one_step and refine):
+                Tokens to write, instead of the predicted length.
+            num_length_sigmas (`float`, one_step and refine): writes `exp(mean + num_length_sigmas * sigma)` tokens of
+                the predicted log-normal length; EOS still cuts.
+            proto_tokens (one_step and refine): `e` and `m`, shaped as the model's output has them, to write from
                 instead of the predicted ones: retrieved from a bank, or fitted.
-            length (`int` or `torch.LongTensor` of shape `(batch,)`, *optional*):
-                one_step: tokens to write, instead of the predicted length.
-            num_length_sigmas (`float`): one_step: writes `exp(mean + num_length_sigmas * sigma)` tokens of the
-                predicted log-normal length; EOS still cuts.
-            return_dict_in_generate (`bool`): whether to return lengths, confidences and uncertainties as well.
-            output_uncertainty_scores (`bool`): one_step: whether that holds every score, not the configured one alone.
+            output_uncertainty_scores (`bool`, one_step and refine): whether to return every score, not the configured
+                one alone.
+            num_candidates (`int`, one_step): writes so many answers in one pass and returns the one that the decoder,
+                reading them all in a second pass, finds likeliest a token: one as predicted, the others of lengths at
+                quantiles of the predicted distribution and
+            candidate_noise (`float`, one_step): with Gaussian noise on `e` and `m`, its standard deviation in units of
+                `config.proto_token_std`; 0.5 by default.
+            num_refinements (`int`, refine): passes over the draft; 1 by default.
+            confidence_threshold (`float`, refine and adaptive): probability from which on a token is sure; 0.9 by
+                default.
+            max_new_tokens (`int`, adaptive and verified): tokens at most; `config.max_answer_length` by default.
+            block_size (`int`, adaptive and verified): tokens of a draft at most; `config.chunk_size` by default.
+            streamer (`BaseStreamer`, adaptive and verified): gets the prompt, then the tokens as they are written; for
+                one instruction at a time.
 
         Returns:
-            `torch.LongTensor` of shape `(batch, length)`, or [`ProtoGenGenerateOutput`] or [`ProtoGenVerifiedOutput`].
+            `torch.LongTensor` of shape `(batch, length)`, or [`ProtoGenGenerateOutput`].
 
         Raises:
-            ValueError: if `length` is below 1 or above `config.max_answer_length`, the mode is unknown or given what is
-                for another one, or verified decoding has no prompt or a block that is longer than an answer.
+            ValueError: if an option is not of this mode or has an impossible value, or a mode has no prompt that needs
+                one.
         """
-        config = self.config
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is not one of {', '.join(MODES)}.")
-        foreign = {
-            "one_step": {"max_new_tokens": max_new_tokens, "block_size": block_size},
-            "verified": {
-                "length": length,
-                "proto_tokens": proto_tokens,
-                "num_length_sigmas": num_length_sigmas or None,
-            },
-        }
-        for name, value in foreign[mode].items():
-            if value is not None:
-                raise ValueError(f"{name} is not for mode={mode}.")
-        if mode == "verified":
-            self._check_prompt(decoder_prompt_ids, mode)
-            block_size = config.chunk_size if block_size is None else block_size
-            if not 1 <= block_size <= config.chunk_size * config.max_chunks:
-                raise ValueError(
-                    f"block_size must lie in 1..{config.chunk_size * config.max_chunks} tokens; got {block_size}."
-                )
-            output = verified_decoding(
-                self,
-                *self.encode(input_ids, attention_mask),
-                decoder_prompt_ids,
-                decoder_prompt_mask,
-                category_ids,
-                config.max_answer_length if max_new_tokens is None else max_new_tokens,
-                block_size,
+        foreign = sorted(options.keys() - MODES[mode])
+        if foreign:
+            raise ValueError(
+                f"{', '.join(foreign)} is not for mode={mode}, which takes {', '.join(sorted(MODES[mode]))}."
             )
-            return output if return_dict_in_generate else output.sequences
-        prompt = decoder_prompt_ids, decoder_prompt_mask
-        prediction = self.predict(input_ids, attention_mask, *prompt, category_ids)
+        needs_prompt = mode != "one_step" or options.get("num_candidates", 1) > 1
+        self._check_prompt(decoder_prompt_ids, needs_prompt)
+        write = self._write_blocks if "block_size" in MODES[mode] else self._write_at_once
+        return write(
+            (input_ids, attention_mask),
+            (decoder_prompt_ids, decoder_prompt_mask),
+            category_ids,
+            mode,
+            Sampling(temperature, top_p),
+            return_dict_in_generate,
+            **options,
+        )
+
+    def _write_at_once(
+        self,
+        instruction,
+        prompt,
+        category_ids,
+        mode,
+        sampling,
+        returns_all,
+        length=None,
+        num_length_sigmas=0.0,
+        proto_tokens=None,
+        output_uncertainty_scores=False,
+        num_candidates=1,
+        candidate_noise=0.5,
+        num_refinements=1,
+        confidence_threshold=0.9,
+    ):
+        config = self.config
+        check_at_least_one(num_candidates=num_candidates, num_refinements=num_refinements)
+        prediction = self.predict(*instruction, *prompt, category_ids)
         if proto_tokens is not None:
             prediction.e, prediction.m = proto_tokens
+        quantiles = 0.0
+        if num_candidates > 1:
+            prediction, quantiles = candidates(prediction, num_candidates, candidate_noise * config.proto_token_std)
+            prompt = tuple(part.repeat_interleave(num_candidates, dim=0) for part in prompt)
         mean, sigma = prediction.log_length_mean, prediction.log_length_variance.sqrt()
+        error = prediction.error_mean
         if length is None:
-            budget = self.clamp_lengths((mean + num_length_sigmas * sigma).exp())
+            lengths = self.clamp_lengths((mean + (num_length_sigmas + quantiles) * sigma).exp())
         else:
-            budget = torch.as_tensor(length, device=mean.device).expand(len(mean))
-            if budget.min() < 1 or budget.max() > config.max_answer_length:
+            lengths = torch.as_tensor(length, device=mean.device)
+            if lengths.min() < 1 or lengths.max() > config.max_answer_length:
                 raise ValueError(
                     f"length must lie in 1..{config.max_answer_length} tokens (config.max_answer_length); got {length}."
                 )
-        logits = self.decode(prediction, budget, *prompt)
-        # `argmax` over bfloat16 is several times slower than `max` on CPUs.
-        best, tokens = logits.max(-1)
-
-        written = torch.arange(budget.max(), device=budget.device) < budget[:, None]
-        sequences = torch.full(written.shape, config.answer_pad_token_id, device=budget.device)
-        sequences[written] = tokens.to(budget.device)
-        is_eos = torch.isin(sequences, torch.tensor(config.eos_token_ids, device=budget.device)) & written
-        lengths = torch.where(is_eos.any(-1), is_eos.int().argmax(-1) + 1, budget)
-        kept = torch.arange(lengths.max(), device=budget.device) < lengths[:, None]
+            lengths = lengths.expand(len(mean) // num_candidates).repeat_interleave(num_candidates)
+        logits = self.decode(prediction, lengths, *prompt)
+        tokens = sampling.pick(logits)
+        if mode == "refine":
+            logits, tokens = refine(
+                self.decoder, prompt, logits, tokens, lengths, num_refinements, confidence_threshold, sampling
+            )
+        sequences = as_rows(tokens, lengths, config.answer_pad_token_id)
+        written, lengths = lengths, cut_at_eos(sequences, lengths, config.eos_token_ids)
+        if num_candidates > 1:
+            best = likeliest_candidates(self.decoder, prompt, sequences, lengths, num_candidates)
+            is_best = torch.isin(torch.arange(len(written), device=best.device).repeat_interleave(written), best)
+            logits, tokens = logits[is_best], tokens[is_best]
+            mean, sigma, error, written, lengths, sequences = (
+                part[best] for part in (mean, sigma, error, written, lengths, sequences)
+            )
+        kept = token_mask(lengths)
         sequences = sequences[:, : kept.shape[1]].masked_fill(~kept, config.answer_pad_token_id)
-        if not return_dict_in_generate:
+        if not returns_all:
             return sequences
 
         def by_answer(values):
-            table = torch.zeros(written.shape, device=budget.device)
-            table[written] = values.to(budget.device)
-            return table[:, : kept.shape[1]] * kept
+            return as_rows(values, written, 0.0)[:, : kept.shape[1]] * kept
 
-        log_normalizers = log_normalizer(logits)
-        log_confidence = by_answer(best.float() - log_normalizers)
+        log_confidence = by_answer(log_probability(logits, tokens))
         confidences = (log_confidence.sum(-1) / lengths).exp()
         compute_score = {
             "confidence": lambda: 1 - confidences,
             "least_confidence": lambda: 1 - log_confidence.min(-1).values.exp(),
-            "entropy": lambda: by_answer(token_entropy(logits, log_normalizers)).sum(-1) / lengths,
+            "entropy": lambda: by_answer(token_entropy(logits)).sum(-1) / lengths,
             "length_sigma": lambda: sigma,
-            "predicted_error": lambda: prediction.error_mean,
+            "predicted_error": lambda: error,
         }
         names = UNCERTAINTY_SCORES if output_uncertainty_scores else (config.uncertainty_score,)
         scores = {name: compute_score[name]() for name in names}
@@ -194,10 +243,55 @@ class ProtoGenGenerationMixin(GenerationMixin):
         return ProtoGenGenerateOutput(
             sequences=sequences,
             lengths=lengths,
-            predicted_lengths=mean.exp(),
-            length_sigmas=mean.exp() * sigma,
             token_confidences=log_confidence.exp() * kept,
             confidences=confidences,
+            predicted_lengths=mean.exp(),
+            length_sigmas=mean.exp() * sigma,
             uncertainties=uncertainties,
             uncertainty_scores=scores if output_uncertainty_scores else None,
+        )
+
+    def _write_blocks(
+        self,
+        instruction,
+        prompt,
+        category_ids,
+        mode,
+        sampling,
+        returns_all,
+        max_new_tokens=None,
+        block_size=None,
+        streamer=None,
+        confidence_threshold=0.9,
+    ):
+        config = self.config
+        longest_block = config.chunk_size * config.max_chunks
+        block_size = config.chunk_size if block_size is None else block_size
+        if not 1 <= block_size <= longest_block:
+            raise ValueError(f"block_size must lie in 1..{longest_block} tokens; got {block_size}.")
+        max_new_tokens = config.max_answer_length if max_new_tokens is None else max_new_tokens
+        check_at_least_one(max_new_tokens=max_new_tokens)
+        if streamer is not None:
+            streamer.put(prompt[0])
+        answers = Answers(len(prompt[0]), max_new_tokens, config.eos_token_ids, streamer)
+        source = Instruction(*self.encode(*instruction), category_ids)
+        text = TextSoFar(self.decoder, *prompt, config.reads_decoder_states)
+        if mode == "adaptive":
+            adaptive_decoding(self, answers, source, text, block_size, confidence_threshold, sampling)
+        else:
+            verified_decoding(self, answers, source, text, block_size, sampling)
+        if streamer is not None:
+            streamer.end()
+        sequences, log_confidence, lengths = answers.tables(config.answer_pad_token_id, text.mask.device)
+        if not returns_all:
+            return sequences
+        num_drafts = torch.tensor(answers.num_drafts, device=lengths.device)
+        return ProtoGenGenerateOutput(
+            sequences=sequences,
+            lengths=lengths,
+            token_confidences=log_confidence.exp() * token_mask(lengths),
+            confidences=(log_confidence.sum(-1) / lengths).exp(),
+            accepted_lengths=torch.tensor(answers.num_kept, device=lengths.device) / num_drafts.clamp_min(1),
+            num_drafts=num_drafts,
+            num_passes=text.num_passes,
         )

@@ -384,8 +384,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         """
         cache, decoder_states = None, None
         states, mask = self.encode(input_ids, attention_mask)
-        if self.config.latent_source != "encoder":
-            self._check_prompt(decoder_prompt_ids)
+        self._check_prompt(decoder_prompt_ids, self.config.latent_source != "encoder")
         if self.config.reads_decoder_states:
             cache, decoder_states = read_prefix(self.decoder, decoder_prompt_ids, decoder_prompt_mask)
         prediction = self.proto_predictor(states, mask, decoder_states, decoder_prompt_mask, category_ids)
@@ -405,14 +404,11 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return states, attention_mask
 
-    def _check_prompt(self, decoder_prompt_ids: torch.LongTensor | None, mode: str = "one_step"):
+    def _check_prompt(self, decoder_prompt_ids: torch.LongTensor | None, is_needed: bool):
         if self.decoder is None:
             raise RuntimeError("no decoder is attached; load with from_pretrained, or call attach_decoder.")
-        if decoder_prompt_ids is None and (self.config.decoder_sees_prompt or mode != "one_step"):
-            raise ValueError(
-                f"decoder_sees_prompt={self.config.decoder_sees_prompt}, mode={mode} needs decoder_prompt_ids; the "
-                "processor makes them."
-            )
+        if is_needed and decoder_prompt_ids is None:
+            raise ValueError("the decoder has to read the prompt: give decoder_prompt_ids; the processor makes them.")
 
     def decode(
         self,
@@ -430,7 +426,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             RuntimeError: if no decoder is attached.
         """
         config, e, m = self.config, prediction.e, prediction.m
-        self._check_prompt(decoder_prompt_ids)
+        self._check_prompt(decoder_prompt_ids, config.decoder_sees_prompt)
         layout = build_layout(lengths, config.arrangement, config.chunk_size, config.max_chunks, config.num_e_tokens)
         if self.training and config.proto_token_noise:
             scale = config.proto_token_noise * config.proto_token_std

@@ -1,170 +1,104 @@
-"""Verified decoding: blocks drafted from proto-tokens, kept as far as the decoder's own greedy decoding agrees."""
-
-from dataclasses import dataclass
+"""
+Verified decoding: drafts are kept as far as the decoder would have written them itself, token by token: greedily, or,
+by speculative sampling (Leviathan et al., 2023, https://arxiv.org/abs/2211.17192), with its own probabilities.
+"""
 
 import torch
-from transformers import Cache
-from transformers.utils import ModelOutput
+import torch.nn.functional as F
 
-from .proto_tokens import build_layout, fill_slots, position_ids
+from .autoregressive import TextSoFar
+from .block_decoding import Answers, Instruction, read_and_draft
+from .sampling import Sampling, log_probability
 
-# Passes without a draft after a draft failed; doubled with each further failure, up to the second number.
-FIRST_PAUSE, LONGEST_PAUSE = 1, 32
+# A draft and its verification are two passes over some more positions than the two passes without: they have to be
+# worth this many kept tokens.
+BREAK_EVEN = 0.4
+# The running mean of kept tokens starts here; the latest draft counts this much in it.
+EXPECTED, LATEST = 2.0, 0.5
+# Tokens written without a draft once drafts do not pay; doubled each time they still do not, up to the second number.
+FIRST_PAUSE, LONGEST_PAUSE = 4, 64
 
 
-@dataclass
-class ProtoGenVerifiedOutput(ModelOutput):
+def accept(
+    drafts: torch.LongTensor, draft_logits: torch.Tensor, own_logits: torch.Tensor, sampling: Sampling
+) -> tuple[torch.LongTensor, torch.LongTensor]:
     """
-    Output of `generate(mode="verified", return_dict_in_generate=True)`.
+    Algorithm 1 of Leviathan et al.: what is kept of a draft and the token after that have the decoder's distribution.
 
     Args:
-        sequences (`torch.LongTensor` of shape `(batch, length)`):
-            The decoder's own greedy answers, up to and including EOS, then padding.
-        lengths (`torch.LongTensor` of shape `(batch,)`): tokens in each answer, EOS included.
-        accepted_lengths (`torch.FloatTensor` of shape `(batch,)`): drafted tokens that were kept, on average a draft.
-        num_drafts (`int`): drafts that were made.
-        num_passes (`int`): passes of the decoder, the prompt's included; greedy decoding takes one a token.
+        drafts (`torch.LongTensor` of shape `(batch, size)`), draft_logits (`torch.Tensor` of shape `(batch, size,
+            vocab)`): drafted tokens, and what they were drawn from.
+        own_logits (`torch.Tensor` of shape `(batch, size + 1, vocab)`): the decoder's own, before and after each.
+
+    Returns:
+        Drafted tokens that are kept, and the decoder's token after them, each `(batch,)`.
     """
-
-    sequences: torch.LongTensor | None = None
-    lengths: torch.LongTensor | None = None
-    accepted_lengths: torch.FloatTensor | None = None
-    num_drafts: int | None = None
-    num_passes: int | None = None
-
-
-class TextSoFar:
-    """
-    A batch of texts that the decoder has read: its keys and values, its last states `(batch, read, dim)`, and which of
-    the positions count `(batch, read)`. What was read and turned out wrong is masked, so texts of a batch may grow at
-    different paces.
-    """
-
-    def __init__(self, decoder, ids: torch.LongTensor, mask: torch.Tensor):
-        self.decoder = decoder
-        self.num_passes = 0
-        self.cache: Cache | None = None
-        self.mask = mask[:, :0].long()
-        self.states = None
-        embeds = decoder.get_input_embeddings()(ids)
-        last = torch.zeros_like(mask, dtype=torch.bool)
-        last[:, -1] = True
-        self.next_logits = self.read(embeds, mask.long(), last)
-
-    def read(self, embeds: torch.Tensor, mask: torch.LongTensor, predicts: torch.BoolTensor) -> torch.Tensor:
-        """Reads on, `(batch, new, dim)`; returns logits `(positions, vocab)` where `predicts` `(batch, new)`."""
-        whole = torch.cat([self.mask, mask], dim=1)
-        output = self.decoder(
-            inputs_embeds=embeds,
-            attention_mask=whole,
-            position_ids=position_ids(whole)[:, self.mask.shape[1] :],
-            past_key_values=self.cache,
-            use_cache=True,
-            output_hidden_states=True,
-            logits_to_keep=predicts,
-        )
-        self.num_passes += 1
-        self.cache, self.mask = output.past_key_values, whole
-        new = output.hidden_states[-1]
-        self.states = new if self.states is None else torch.cat([self.states, new], dim=1)
-        return output.logits
-
-    def keep(self, length: int) -> None:
-        """Forgets all that was read after the first `length` positions."""
-        if length < self.mask.shape[1]:
-            self.cache.crop(length - self.mask.shape[1])
-        self.mask, self.states = self.mask[:, :length], self.states[:, :length]
+    if sampling.is_greedy:
+        own = sampling.pick(own_logits)
+        kept = (drafts == own[:, :-1]).long().cumprod(1).sum(1)
+        return kept, own.gather(1, kept[:, None])[:, 0]
+    p, q = sampling.probabilities(own_logits), sampling.probabilities(draft_logits)
+    p_drafted, q_drafted = (table.gather(2, drafts[..., None])[..., 0] for table in (p[:, :-1], q))
+    ratio = p_drafted / q_drafted
+    kept = (torch.rand_like(ratio) < ratio).long().cumprod(1).sum(1)
+    rows = torch.arange(len(drafts), device=drafts.device)
+    # Nothing was drafted after the last: there the decoder's own distribution is left whole.
+    left = (p[rows, kept] - F.pad(q, (0, 0, 0, 1))[rows, kept]).clamp_min(0)
+    return kept, torch.multinomial(left, 1)[:, 0]
 
 
-@torch.no_grad()
 def verified_decoding(
     model,
-    encoder_states: torch.Tensor | None,
-    encoder_mask: torch.Tensor | None,
-    prompt_ids: torch.LongTensor,
-    prompt_mask: torch.Tensor,
-    category_ids: torch.LongTensor | None,
-    max_new_tokens: int,
+    answers: Answers,
+    instruction: Instruction,
+    text: TextSoFar,
     block_size: int,
-) -> ProtoGenVerifiedOutput:
+    sampling: Sampling,
+) -> None:
     """
-    Each round reads the last token and a block of proto-tokens after it in one pass, which gives the next token for
-    certain and drafts those that follow; a second pass verifies the drafts. Where all are wrong that is two passes for
-    two tokens, as in greedy decoding, and drafts are made more and more rarely.
+    Each round reads the last token and proto-tokens after it in one pass, which gives the next token for certain and
+    drafts those that follow; a second pass verifies the drafts. Where all are wrong that is two passes for two tokens,
+    as without drafts. A draft is about twice as long as what was kept of the last ones, and there is none for a while
+    where that does not pay.
 
     Args:
         model (`ProtoGenForConditionalGeneration`)
-        encoder_states, encoder_mask: as of `ProtoTokenPredictor`.
-        prompt_ids, prompt_mask (`torch.LongTensor` of shape `(batch, prompt)`): padded on the left.
-        max_new_tokens (`int`): longest answer in tokens.
+        answers (`Answers`): empty; they are complete when this returns.
+        text (`TextSoFar`): the prompts.
         block_size (`int`): tokens of a draft at most, the certain one included.
     """
-    config, decoder = model.config, model.decoder
-    embed = decoder.get_input_embeddings()
-    batch, device = len(prompt_ids), prompt_ids.device
-    text = TextSoFar(decoder, prompt_ids, prompt_mask)
-    last = text.next_logits.max(-1).indices
-    answers = [[token] for token in last.tolist()]
-    kept, drafts_of, num_drafts = [0] * batch, [0] * batch, 0
-    pause, waiting = FIRST_PAUSE, 0
-
-    def is_done(answer):
-        return len(answer) >= max_new_tokens or answer[-1] in config.eos_token_ids
-
-    one = torch.ones(batch, 1, dtype=torch.long, device=device)
-    while not all(map(is_done, answers)):
-        room = max_new_tokens - min(len(answer) for answer in answers if not is_done(answer))
-        size = 0 if waiting else min(block_size, room)
+    usually_kept, pause, waiting = EXPECTED, FIRST_PAUSE, 0
+    last = sampling.pick(text.next_logits)
+    one = torch.ones_like(last)
+    answers.extend(last, log_probability(text.next_logits, last), one[:, 0])
+    while answers.unfinished:
+        size = 1 if waiting else min(block_size, answers.room - 1, 2 + round(2 * usually_kept))
+        waiting = max(0, waiting - 1)
+        start = text.mask.shape[1]
+        logits = read_and_draft(model, text, last, one, max(size, 1), instruction)
+        block = sampling.pick(logits)
+        next_log_p = log_probability(logits[:, :1], block[:, :1])
         if size < 2:
-            waiting = max(0, waiting - 1)
-            last = text.read(embed(last[:, None]), one, one.bool()).max(-1).indices
-            for answer, token in zip(answers, last.tolist(), strict=True):
-                if not is_done(answer):
-                    answer.append(token)
+            last = block
+            answers.extend(last, next_log_p, one[:, 0])
             continue
 
-        prediction = model.proto_predictor(encoder_states, encoder_mask, text.states, text.mask, category_ids)
-        lengths = torch.full((batch,), size, device=device)
-        layout = build_layout(lengths, config.arrangement, config.chunk_size, config.max_chunks, config.num_e_tokens)
-        slots = fill_slots(layout, prediction.e, prediction.m, prediction.m_offsets)
-        start = text.mask.shape[1]
-        logits = text.read(
-            torch.cat([embed(last[:, None]), slots.to(decoder.dtype)], dim=1),
-            torch.cat([one, layout.mask.long()], dim=1),
-            torch.cat([one.bool(), layout.predicts], dim=1),
-        )
-        text.keep(start + 1)
-        # At the last token the certain next one; at the slots drafts of it and of those that follow.
-        drafts = logits.max(-1).indices.view(batch, 1 + size)
-        block = torch.cat([drafts[:, :1], drafts[:, 2:]], dim=1)
-        verified = text.read(embed(block), one.expand(-1, size), one.expand(-1, size).bool())
-        verified = verified.max(-1).indices.view(batch, size)
-        right = (block[:, 1:] == verified[:, :-1]).long().cumprod(1)
-        accepted = right.sum(1)
-        num_drafts += 1
-        longest = accepted.max().item()
+        whole = one.expand(-1, size)
+        own = text.read(model.decoder.get_input_embeddings()(block), whole, whole.bool()).view(logits.shape)
+        kept, last = accept(block[:, 1:], logits[:, 1:], own, sampling)
+        is_kept = torch.arange(size - 1, device=kept.device) < kept[:, None]
+        written = torch.cat([block, last[:, None]], dim=1).scatter(1, 1 + kept[:, None], last[:, None])
+        log_p = log_probability(own, written[:, 1:])
+        usually_kept += LATEST * (kept[answers.unfinished].float().mean().item() - usually_kept)
+        answers.note_draft(kept)
+        answers.extend(written, torch.cat([next_log_p, log_p], dim=1), kept + 2)
+        # Past the last token, one of the block is for certain.
+        longest = kept.max().item()
         text.keep(start + 2 + longest)
-        text.mask[:, start + 2 :] = right[:, :longest]
-        last = verified.gather(1, accepted[:, None])[:, 0]
-        for row, count in enumerate(accepted.tolist()):
-            if not is_done(answers[row]):
-                kept[row], drafts_of[row] = kept[row] + count, drafts_of[row] + 1
-            for token in (*block[row, : 1 + count].tolist(), last[row].item()):
-                if not is_done(answers[row]):
-                    answers[row].append(token)
-        if longest == 0:
-            waiting, pause = pause, min(2 * pause, LONGEST_PAUSE)
-        else:
-            pause = FIRST_PAUSE
+        text.mask[:, start + 2 :] = is_kept[:, :longest]
+        last = last[:, None]
 
-    lengths = torch.tensor([len(answer) for answer in answers], device=device)
-    sequences = torch.full((batch, lengths.max().item()), config.answer_pad_token_id, device=device)
-    for row, answer in enumerate(answers):
-        sequences[row, : len(answer)] = torch.tensor(answer, device=device)
-    return ProtoGenVerifiedOutput(
-        sequences=sequences,
-        lengths=lengths,
-        accepted_lengths=torch.tensor(kept, device=device) / torch.tensor(drafts_of, device=device).clamp_min(1),
-        num_drafts=num_drafts,
-        num_passes=text.num_passes,
-    )
+        if usually_kept >= BREAK_EVEN:
+            pause = FIRST_PAUSE
+        else:
+            waiting, pause = pause, min(2 * pause, LONGEST_PAUSE)

@@ -1,9 +1,10 @@
 """
-Answers instructions in one decoder pass each batch.
+Answers instructions, each batch in one pass of the decoder, or in another mode.
 
     python scripts/generate.py runs/embedded/model "Name three birds that cannot fly."
     python scripts/generate.py org/protogen-pythia-1b --file prompts.jsonl --json > answers.jsonl
     cat prompts.txt | python scripts/generate.py runs/embedded/model
+    python scripts/generate.py runs/embedded/model "Name three birds." --mode verified --max-new-tokens 128 --stream
 
 A `.jsonl` file has `instruction` and, if any, `context`; any other file and standard input have one instruction a line.
 """
@@ -12,14 +13,17 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import cli
 import torch
 from embedded import resolve
+from transformers import TextStreamer
 
 from eval_tasks.retrieval import nearest_rows
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen.generation_protogen import MODES, ProtoGenGenerateOutput
 from modeling_protogen.proto_tokens import flatten_proto_tokens
 from trainers.data import category_id
 from trainers.fit_bank import check_same_vectors
@@ -78,6 +82,14 @@ class NearestBanked:
         return vectors, self.lengths[nearest].to(prediction.e.device)
 
 
+def figures_of(output: ProtoGenGenerateOutput, row: int) -> dict[str, float]:
+    """What `generate` says of one answer, besides its text."""
+    figures = {"tokens": output.lengths, "predicted_length": output.predicted_lengths}
+    figures |= {"length_sigma": output.length_sigmas, "confidence": output.confidences}
+    figures |= {"uncertainty": output.uncertainties, "accepted_length": output.accepted_lengths}
+    return {name: round(values[row].item(), 4) for name, values in figures.items() if values is not None}
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub id of a ProtoGen model")
@@ -85,9 +97,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--context", help="text that the instruction speaks of")
     parser.add_argument("--file", help="file of prompts")
     parser.add_argument("--category", help="category, for a model with one m for each")
-    parser.add_argument("--length", type=int, help="tokens to write, instead of the predicted length")
-    parser.add_argument("--num-length-sigmas", type=float, default=0.0, help="widen the predicted length by so many σ")
     parser.add_argument("--retrieve", metavar="BANK", help="write the banked text whose proto-tokens are the nearest")
+    parser.add_argument("--mode", default="one_step", choices=list(MODES))
+    parser.add_argument("--stream", action="store_true", help="adaptive, verified: print blocks as they are written")
+    # What is not given is left to the model, and so is what does not go with the mode.
+    option = partial(parser.add_argument, default=argparse.SUPPRESS)
+    option("--temperature", type=float, help="draw tokens with logits divided by this; 0 takes the likeliest")
+    option("--top-p", type=float, help="draw among the likeliest tokens that have this probability together")
+    option("--length", type=int, help="one_step, refine: tokens to write, instead of the predicted length")
+    option("--num-length-sigmas", type=float, help="one_step, refine: widen the predicted length by so many σ")
+    option("--num-candidates", type=int, help="one_step: answers of which the decoder chooses")
+    option("--num-refinements", type=int, help="refine: passes over the draft")
+    option("--confidence-threshold", type=float, help="refine, adaptive: probability of a sure token")
+    option("--max-new-tokens", type=int, help="adaptive, verified: tokens at most")
+    option("--block-size", type=int, help="adaptive, verified: tokens of a draft at most")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--decoder", help="load a thin checkpoint's decoder from here")
@@ -105,48 +128,36 @@ def main(argv: list[str]) -> None:
         decoder_name_or_path=arguments.decoder and resolve(arguments.decoder),
     ).to(device)
 
+    names = ("temperature", "top_p", *set().union(*MODES.values()))
+    options = {name: value for name, value in vars(arguments).items() if name in names}
     retrieve = NearestBanked(model, ProtoTokenBank(arguments.retrieve)) if arguments.retrieve else None
-    for start in range(0, len(prompts), arguments.batch_size):
-        batch = prompts[start : start + arguments.batch_size]
+    batch_size = arguments.batch_size
+    if arguments.stream:
+        batch_size, options["streamer"] = 1, TextStreamer(processor.decoder_tokenizer, skip_prompt=True)
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
         began = time.perf_counter()
         inputs = processor([p["instruction"] for p in batch], [p.get("context") for p in batch]).to(device)
         if arguments.category is not None:
             index = category_id(arguments.category, model.config.categories or [])
             inputs["category_ids"] = torch.full((len(batch),), index, device=device)
-        proto_tokens, length = None, arguments.length
         if retrieve is not None:
-            proto_tokens, length = retrieve(inputs)
-        output = model.generate(
-            **inputs,
-            proto_tokens=proto_tokens,
-            length=length,
-            num_length_sigmas=arguments.num_length_sigmas,
-            return_dict_in_generate=True,
-        )
+            options["proto_tokens"], options["length"] = retrieve(inputs)
+        output = model.generate(**inputs, mode=arguments.mode, return_dict_in_generate=True, **options)
         answers = processor.batch_decode(output.sequences)
         milliseconds = 1000 * (time.perf_counter() - began) / len(batch)
         for row, (prompt, answer) in enumerate(zip(batch, answers, strict=True)):
-            report = {
-                "instruction": prompt["instruction"],
-                "answer": answer,
-                "tokens": output.lengths[row].item(),
-                "predicted_length": round(output.predicted_lengths[row].item(), 1),
-                "length_sigma": round(output.length_sigmas[row].item(), 1),
-                "confidence": round(output.confidences[row].item(), 4),
-                "uncertainty": round(output.uncertainties[row].item(), 4),
-                "milliseconds": round(milliseconds, 1),
-            }
+            figures = figures_of(output, row) | {"milliseconds": round(milliseconds, 1)}
             if arguments.json:
+                report = {"instruction": prompt["instruction"], "answer": answer, **figures}
                 print(json.dumps(report, ensure_ascii=False))
             else:
                 if len(prompts) > 1:
                     print(f"> {prompt['instruction']}")
-                print(
-                    f"{answer}\n[{report['tokens']} tokens; predicted length {report['predicted_length']} ± "
-                    f"{report['length_sigma']}; confidence {report['confidence']:.2f}, "
-                    f"uncertainty {report['uncertainty']:.2f}; "
-                    f"{report['milliseconds']} ms an answer]\n"
-                )
+                if not arguments.stream:
+                    print(answer)
+                words = [f"{name.replace('_', ' ')} {value:g}" for name, value in figures.items()]
+                print(f"[{', '.join(words)}]\n")
 
 
 if __name__ == "__main__":

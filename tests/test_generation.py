@@ -97,16 +97,16 @@ def test_impossible_lengths_are_refused(build, llama_dir, length):
 
 def test_options_of_other_decoders_are_not_swallowed(build, llama_dir):
     model, processor = build(llama_dir)
-    with pytest.raises(TypeError, match="num_beams"):
+    with pytest.raises(ValueError, match="num_beams"):
         model.generate(**processor(INSTRUCTIONS), num_beams=5)
     with pytest.raises(ValueError, match="max_new_tokens is not for mode=one_step"):
         model.generate(**processor(INSTRUCTIONS), max_new_tokens=5)
-    with pytest.raises(ValueError, match="length is not for mode=verified"):
+    with pytest.raises(ValueError, match="length is not for mode=verified, which takes block_size"):
         model.generate(**processor(INSTRUCTIONS), mode="verified", length=5)
 
 
 def test_long_answers_take_the_confidence_path_in_blocks(build, llama_dir):
-    from modeling_protogen.generation_protogen import log_normalizer
+    from modeling_protogen.sampling import log_normalizer
 
     logits = torch.randn(300, 11, dtype=torch.bfloat16) * 5
     torch.testing.assert_close(log_normalizer(logits, rows=128), logits.float().logsumexp(-1))

@@ -111,6 +111,9 @@ def test_fit_train_generate_and_measure(call, recipe, tmp_path, llama_dir, monke
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"instruction": "who", "context": "the cat"}\n{"instruction": "what"}\n')
     assert call(generate, model, "--file", prompts, "--batch-size", 1).count("predicted length") == 2
+    verified = call(generate, model, "--file", prompts, "--mode", "verified", "--max-new-tokens", 4, "--stream")
+    assert verified.count("accepted length") == 2
+    assert "length is not for mode=verified" in call(generate, model, "who", "--mode", "verified", "--length", 3)
 
     # Beside the run: the committed result is what the README quotes, and measuring again must not change it.
     result = tmp_path / "run" / "quickstart.json"

@@ -7,7 +7,7 @@ import torch
 from conftest import CONTEXTS, INSTRUCTIONS
 
 from modeling_protogen import ProtoGenForConditionalGeneration
-from modeling_protogen.verified_decoding import TextSoFar
+from modeling_protogen.autoregressive import TextSoFar
 
 MORE = [*INSTRUCTIONS, "tell me about paris", "what is the capital of france and who sat under the tree"]
 MORE_CONTEXTS = [*CONTEXTS, None, "long context about the cat"]
@@ -18,6 +18,12 @@ FIELDS = [
     {"decoder_sees_prompt": True, "latent_source": "both", "arrangement": "e_m", "chunk_size": 3, "max_chunks": 2},
     {"decoder_sees_prompt": True, "latent_source": "none", "m_position_offsets": True},
 ]
+
+
+def without_eos(model):
+    """No token ends an answer."""
+    model.config.decoder_config.eos_token_id = None
+    model.decoder.generation_config.eos_token_id = None
 
 
 def greedy(model, processor, instruction, context):
@@ -50,8 +56,7 @@ def verified(model, processor, batch_size, **options):
 def test_the_answer_is_the_greedy_one(build, decoder_dir, fields, ends):
     model, processor = build(decoder_dir, **fields)
     if not ends:
-        model.config.decoder_config.eos_token_id = None
-        model.decoder.generation_config.eos_token_id = None
+        without_eos(model)
     expected = [greedy(model, processor, *pair) for pair in zip(MORE, MORE_CONTEXTS, strict=True)]
     assert ends or all(len(answer) == TOKENS for answer in expected)
     for batch_size in (1, 2, 5):
@@ -79,36 +84,45 @@ def test_right_drafts_are_kept_and_save_passes(build, llama_dir, monkeypatch):
         **inputs, mode="verified", max_new_tokens=TOKENS, block_size=8, return_dict_in_generate=True
     )
     assert output.sequences.tolist() == [[7] * TOKENS]
-    # 24 tokens: the first with the prompt, then 9 for each two passes: the certain one, 7 drafts, and one more.
-    assert output.accepted_lengths.item() >= 5
+    # The first with the prompt; then drafts of 5 tokens, 7, and what is left, each between two of the decoder's own.
+    assert output.accepted_lengths.item() == pytest.approx((5 + 7 + 5) / 3)
     assert output.num_passes == 1 + 2 * 3
+
+
+def plan_drafts(monkeypatch, expected, prompt_lengths, num_right):
+    """Drafts that are right in the first `num_right(size)` places after the certain token, and wrong after that."""
+    read = TextSoFar.read
+
+    def planned(self, embeds, mask, predicts):
+        is_draft = self.cache is not None and not predicts.all()
+        done = self.mask.sum(1) - prompt_lengths
+        logits = read(self, embeds, mask, predicts)
+        if is_draft:
+            table = logits.view(len(expected), -1, logits.shape[-1])
+            for row, answer in enumerate(expected):
+                right = num_right(table.shape[1] - 1)
+                for slot in range(1, table.shape[1]):
+                    at = done[row].item() + slot + 1
+                    token = answer[at] if at < TOKENS else 0
+                    table[row, slot, (token + (slot > right)) % table.shape[2]] = 1e4
+        return logits
+
+    monkeypatch.setattr(TextSoFar, "read", planned)
 
 
 def test_texts_of_a_batch_grow_at_different_paces(build, decoder_dir, monkeypatch):
     """Drafts that are right up to a random place, another for each text: what was wrong leaves no trace."""
     model, processor = build(decoder_dir, decoder_sees_prompt=True, latent_source="decoder")
-    model.config.decoder_config.eos_token_id = None
-    model.decoder.generation_config.eos_token_id = None
+    without_eos(model)
     expected = [greedy(model, processor, *pair) for pair in zip(MORE, MORE_CONTEXTS, strict=True)]
     inputs = processor(MORE, MORE_CONTEXTS)
-    prompts = inputs["decoder_prompt_mask"].sum(1)
-    random, read = torch.Generator().manual_seed(0), TextSoFar.read
-
-    def partly_right(self, embeds, mask, predicts):
-        is_draft = self.cache is not None and not predicts.all()
-        done = self.mask.sum(1) - prompts
-        logits = read(self, embeds, mask, predicts)
-        if is_draft:
-            table = logits.view(len(MORE), -1, logits.shape[-1])
-            for row, answer in enumerate(expected):
-                right = torch.randint(0, table.shape[1], (1,), generator=random).item()
-                for slot in range(1, table.shape[1]):
-                    at = done[row].item() + slot
-                    token = answer[at] if at < TOKENS else 0
-                    table[row, slot, token] = 1e4 if slot <= right else -1e4
-        return logits
-
-    monkeypatch.setattr(TextSoFar, "read", partly_right)
+    random = torch.Generator().manual_seed(0)
+    plan_drafts(
+        monkeypatch,
+        expected,
+        inputs["decoder_prompt_mask"].sum(1),
+        lambda size: torch.randint(0, size + 1, (1,), generator=random).item(),
+    )
     output = model.generate(
         **inputs, mode="verified", max_new_tokens=TOKENS, block_size=6, return_dict_in_generate=True
     )
@@ -118,15 +132,21 @@ def test_texts_of_a_batch_grow_at_different_paces(build, decoder_dir, monkeypatc
     assert output.accepted_lengths.unique().numel() > 1
 
 
-def test_wrong_drafts_cost_little(build, decoder_dir):
-    """And never more passes than tokens and one probe for each doubling of the pause."""
+@pytest.mark.parametrize("rows", [1, 5])
+def test_wrong_drafts_cost_little(build, decoder_dir, monkeypatch, rows):
+    """A draft and its verification write two tokens in two passes even then, and there are few of them."""
     model, processor = build(decoder_dir, decoder_sees_prompt=True)
-    model.config.decoder_config.eos_token_id = None
-    model.decoder.generation_config.eos_token_id = None
-    answers, outputs = verified(model, processor, 1, block_size=8)
-    for answer, output in zip(answers, outputs, strict=True):
-        assert output.num_passes <= len(answer) + 1
-        assert output.num_drafts >= 1
+    without_eos(model)
+    expected = [greedy(model, processor, *pair) for pair in zip(MORE[:rows], MORE_CONTEXTS[:rows], strict=True)]
+    inputs = processor(MORE[:rows], MORE_CONTEXTS[:rows])
+    plan_drafts(monkeypatch, expected, inputs["decoder_prompt_mask"].sum(1), lambda size: 0)
+    output = model.generate(
+        **inputs, mode="verified", max_new_tokens=TOKENS, block_size=8, return_dict_in_generate=True
+    )
+    assert output.sequences.tolist() == expected
+    assert output.accepted_lengths.tolist() == [0] * rows
+    assert output.num_passes == TOKENS
+    assert output.num_drafts.tolist() == [5] * rows
 
 
 def test_a_loaded_checkpoint_decodes_the_same(build, llama_dir, tmp_path):
@@ -139,9 +159,9 @@ def test_a_loaded_checkpoint_decodes_the_same(build, llama_dir, tmp_path):
 def test_bad_requests_are_named(build, llama_dir):
     model, processor = build(llama_dir)
     inputs = processor(INSTRUCTIONS)
-    with pytest.raises(ValueError, match="mode='fast' is not one of one_step, verified"):
+    with pytest.raises(ValueError, match="mode='fast' is not one of one_step, refine, adaptive, verified"):
         model.generate(**inputs, mode="fast")
     with pytest.raises(ValueError, match=r"block_size must lie in 1\.\.8 tokens; got 9"):
         model.generate(**inputs, mode="verified", block_size=9)
-    with pytest.raises(ValueError, match="mode=verified needs decoder_prompt_ids"):
+    with pytest.raises(ValueError, match="give decoder_prompt_ids"):
         model.generate(input_ids=inputs["input_ids"], mode="verified")

@@ -3,8 +3,8 @@
 import torch
 from transformers import PreTrainedModel
 
+from modeling_protogen.autoregressive import own_logits
 from modeling_protogen.modeling_protogen import IGNORE_INDEX
-from modeling_protogen.proto_tokens import position_ids
 
 
 def teacher_top_k(
@@ -25,17 +25,6 @@ def teacher_top_k(
         Token ids and probabilities (float32, of these tokens alone, adding up to 1), each `(answer_tokens, top_k)`,
         answer after answer.
     """
-    is_token = answers != IGNORE_INDEX
-    mask = torch.cat([prompt_mask.long(), is_token[:, :-1].long()], dim=1)
-    # The prompt's last position predicts the first token, each token the next.
-    predicts = torch.cat([torch.zeros_like(prompt_mask[:, :-1], dtype=torch.bool), is_token], dim=1)
-    with torch.no_grad():
-        logits = decoder(
-            input_ids=torch.cat([prompt_ids, answers[:, :-1].clamp_min(0)], dim=1),
-            attention_mask=mask,
-            position_ids=position_ids(mask),
-            use_cache=False,
-            logits_to_keep=predicts,
-        ).logits
+    logits = own_logits(decoder, prompt_ids, prompt_mask, answers.clamp_min(0), answers != IGNORE_INDEX)
     values, ids = logits.topk(top_k)
     return ids, values.float().softmax(-1)

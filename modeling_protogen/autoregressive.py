@@ -1,0 +1,85 @@
+"""The decoder as it is, reading texts token after token: what it says of given answers, and texts that grow."""
+
+import torch
+from transformers import Cache, PreTrainedModel
+
+from .proto_tokens import position_ids
+
+
+@torch.no_grad()
+def own_logits(
+    decoder: PreTrainedModel,
+    prompt_ids: torch.LongTensor,
+    prompt_mask: torch.Tensor,
+    answers: torch.LongTensor,
+    is_token: torch.BoolTensor,
+) -> torch.Tensor:
+    """
+    What the decoder says itself at each position of given answers, after the prompt and the answer's tokens before it.
+
+    Args:
+        prompt_ids, prompt_mask (`torch.Tensor` of shape `(batch, prompt)`): padded on the left.
+        answers (`torch.LongTensor` of shape `(batch, length)`): any valid ids after the end.
+        is_token (`torch.BoolTensor` of shape `(batch, length)`): where the answers are.
+
+    Returns:
+        `torch.Tensor` of shape `(answer_tokens, vocab)`, answer after answer.
+    """
+    mask = torch.cat([prompt_mask.long(), is_token[:, :-1].long()], dim=1)
+    # The prompt's last position predicts the first token, each token the next.
+    predicts = torch.cat([torch.zeros_like(prompt_mask[:, :-1], dtype=torch.bool), is_token], dim=1)
+    return decoder(
+        input_ids=torch.cat([prompt_ids, answers[:, :-1]], dim=1),
+        attention_mask=mask,
+        position_ids=position_ids(mask),
+        use_cache=False,
+        logits_to_keep=predicts,
+    ).logits
+
+
+class TextSoFar:
+    """
+    A batch of texts that the decoder has read: its keys and values, its last states `(batch, read, dim)` where they are
+    wanted, and which of the positions count `(batch, read)`. What was read and turned out wrong is masked, so texts of
+    a batch may grow at different paces.
+    """
+
+    def __init__(self, decoder: PreTrainedModel, ids: torch.LongTensor, mask: torch.Tensor, wants_states: bool):
+        self.decoder = decoder
+        self.wants_states = wants_states
+        self.num_passes = 0
+        self.cache: Cache | None = None
+        self.mask = mask[:, :0].long()
+        self.states = None
+        embeds = decoder.get_input_embeddings()(ids)
+        last = torch.zeros_like(mask, dtype=torch.bool)
+        last[:, -1] = True
+        # Of the next token, `(batch, 1, vocab)`.
+        self.next_logits = self.read(embeds, mask.long(), last)[:, None]
+
+    def read(self, embeds: torch.Tensor, mask: torch.LongTensor, predicts: torch.BoolTensor) -> torch.Tensor:
+        """Reads on, `(batch, new, dim)`; returns logits `(positions, vocab)` where `predicts` `(batch, new)`."""
+        whole = torch.cat([self.mask, mask], dim=1)
+        output = self.decoder(
+            inputs_embeds=embeds,
+            attention_mask=whole,
+            position_ids=position_ids(whole)[:, self.mask.shape[1] :],
+            past_key_values=self.cache,
+            use_cache=True,
+            output_hidden_states=self.wants_states,
+            logits_to_keep=predicts,
+        )
+        self.num_passes += 1
+        self.cache, self.mask = output.past_key_values, whole
+        if self.wants_states:
+            new = output.hidden_states[-1]
+            self.states = new if self.states is None else torch.cat([self.states, new], dim=1)
+        return output.logits
+
+    def keep(self, length: int) -> None:
+        """Forgets all that was read after the first `length` positions."""
+        if length < self.mask.shape[1]:
+            self.cache.crop(length - self.mask.shape[1])
+            self.mask = self.mask[:, :length]
+            if self.wants_states:
+                self.states = self.states[:, :length]

@@ -1,0 +1,68 @@
+"""Tokens from logits, the likeliest ones or by chance, and how probable they are."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+
+@dataclass
+class Sampling:
+    """
+    Args:
+        temperature (`float`): 0 takes the likeliest token; above, tokens are drawn with logits divided by it.
+        top_p (`float`): draws among the likeliest tokens only, which together have this probability
+            (Holtzman et al., 2020, https://arxiv.org/abs/1904.09751).
+
+    Raises:
+        ValueError: if the temperature is negative, or `top_p` is outside of (0, 1] or has nothing to draw.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative; got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1]; got {self.top_p}.")
+        if self.is_greedy and self.top_p < 1:
+            raise ValueError("top_p needs a temperature above 0: at 0 the likeliest token is taken.")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """What is drawn from, `(..., vocab)` in float32; not for a temperature of 0."""
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)])
+        if self.top_p < 1:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        return warpers(None, logits.flatten(end_dim=-2).float()).softmax(-1).view(logits.shape)
+
+    def pick(self, logits: torch.Tensor) -> torch.LongTensor:
+        """A token from each `(..., vocab)`: `(...)`."""
+        if self.is_greedy:
+            # `argmax` over bfloat16 is several times slower than `max` on CPUs.
+            return logits.max(-1).indices
+        return torch.multinomial(self.probabilities(logits).flatten(end_dim=-2), 1).view(logits.shape[:-1])
+
+
+def log_normalizer(logits: torch.Tensor, rows: int = 128) -> torch.Tensor:
+    """`logsumexp` over the vocabulary in float32, a few rows at a time: `(tokens, vocab)` in, `(tokens,)` out."""
+    return torch.cat([block.float().logsumexp(-1) for block in logits.split(rows)])
+
+
+def log_probability(logits: torch.Tensor, tokens: torch.LongTensor) -> torch.Tensor:
+    """Of tokens `(...)` at temperature 1, in float32: `(...)`; logits are `(..., vocab)`."""
+    normalizer = log_normalizer(logits.flatten(end_dim=-2)).view(tokens.shape)
+    return logits.gather(-1, tokens[..., None])[..., 0].float() - normalizer
+
+
+def token_entropy(logits: torch.Tensor, rows: int = 128) -> torch.Tensor:
+    """Entropy in nats of each row's distribution: `(tokens, vocab)` in, `(tokens,)` out."""
+    entropies = []
+    for block in logits.split(rows):
+        log_p = block.float().log_softmax(-1)
+        entropies.append(-(log_p.exp() * log_p).sum(-1))
+    return torch.cat(entropies)

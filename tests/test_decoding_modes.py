@@ -1,0 +1,259 @@
+"""Adaptive, refined, drawn and ranked answers against slow formulas and transformers' own `generate`."""
+
+import pytest
+import torch
+from conftest import CONTEXTS, INSTRUCTIONS
+from scipy.stats import chisquare
+from test_verified_decoding import FIELDS, MORE, MORE_CONTEXTS, TOKENS, greedy, without_eos
+from transformers import TextStreamer
+
+from modeling_protogen.one_step_decoding import candidates
+from modeling_protogen.proto_tokens import build_layout, fill_slots
+from modeling_protogen.sampling import Sampling
+from modeling_protogen.verified_decoding import accept
+
+
+def answers_of(output):
+    return [row[:n].tolist() for row, n in zip(output.sequences, output.lengths, strict=True)]
+
+
+def slow_adaptive(model, processor, instruction, context, block_size, threshold):
+    """One text, everything read anew for each block."""
+    config, inputs = model.config, processor(instruction, context)
+    prompt = inputs["decoder_prompt_ids"][inputs["decoder_prompt_mask"].bool()][None]
+    embed, states = model.decoder.get_input_embeddings(), model.encode(inputs.get("input_ids"))
+    answer = [model.decoder(prompt).logits[0, -1].argmax().item()]
+    new = 1
+    while len(answer) < TOKENS:
+        text = torch.cat([prompt, torch.tensor([answer])], dim=1)
+        known = model.decoder(text[:, :-new], output_hidden_states=True).hidden_states[-1]
+        size = min(block_size, TOKENS - len(answer))
+        prediction = model.proto_predictor(*states, known, torch.ones(known.shape[:2], dtype=torch.long))
+        layout = build_layout(
+            torch.tensor([size]), config.arrangement, config.chunk_size, config.max_chunks, config.num_e_tokens
+        )
+        slots = fill_slots(layout, prediction.e, prediction.m, prediction.m_offsets)
+        logits = model.decoder(inputs_embeds=torch.cat([embed(text), slots], dim=1)).logits[0, text.shape[1] - 1 :]
+        drafts = logits[1:][layout.predicts[0]][1:]
+        p = torch.cat([logits[:1], drafts]).softmax(-1)
+        new = 1
+        while new < size and p[new].max() >= threshold:
+            new += 1
+        answer += p[:new].argmax(-1).tolist()
+    return answer
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+@torch.no_grad()
+def test_adaptive_decoding_is_the_slow_loop(build, decoder_dir, fields):
+    model, processor = build(decoder_dir, **fields)
+    without_eos(model)
+    inputs = processor(MORE, MORE_CONTEXTS)
+    # About the middle of what these models' probabilities are, so that blocks have all lengths.
+    options = {"mode": "adaptive", "max_new_tokens": TOKENS, "block_size": 5, "return_dict_in_generate": True}
+    threshold = model.generate(**inputs, **options, confidence_threshold=0).token_confidences.median().item()
+    output = model.generate(**inputs, **options, confidence_threshold=threshold)
+    expected = [
+        slow_adaptive(model, processor, *pair, block_size=5, threshold=threshold)
+        for pair in zip(MORE, MORE_CONTEXTS, strict=True)
+    ]
+    assert answers_of(output) == expected
+    assert 0 < output.accepted_lengths.mean() < 4
+
+
+def test_adaptive_decoding_that_is_never_sure_is_greedy(build, decoder_dir):
+    model, processor = build(decoder_dir, decoder_sees_prompt=True)
+    inputs = processor(MORE, MORE_CONTEXTS)
+    output = model.generate(
+        **inputs, mode="adaptive", max_new_tokens=TOKENS, confidence_threshold=1.1, return_dict_in_generate=True
+    )
+    assert answers_of(output) == [greedy(model, processor, *pair) for pair in zip(MORE, MORE_CONTEXTS, strict=True)]
+    assert (output.accepted_lengths == 0).all()
+
+
+def test_refining_all_of_it_ends_at_the_greedy_answer(build, decoder_dir):
+    model, processor = build(decoder_dir, decoder_sees_prompt=True)
+    without_eos(model)
+    inputs = processor(INSTRUCTIONS, CONTEXTS)
+    expected = [greedy(model, processor, *pair)[:8] for pair in zip(INSTRUCTIONS, CONTEXTS, strict=True)]
+    options = {"mode": "refine", "length": 8, "confidence_threshold": 1.1}
+    refined = [model.generate(**inputs, **options, num_refinements=n).tolist() for n in (1, 8)]
+    assert refined[1] == expected
+    # Each pass sets at least one more token right for good.
+    assert [row[0] for row in refined[0]] == [row[0] for row in expected]
+
+
+@torch.no_grad()
+def test_refining_changes_what_is_unsure_alone(build, decoder_dir):
+    model, processor = build(decoder_dir)
+    without_eos(model)
+    inputs = processor(INSTRUCTIONS, CONTEXTS)
+    lengths = torch.tensor([8, 3, 5])
+    draft = model.generate(**inputs, length=lengths, return_dict_in_generate=True)
+    threshold = draft.token_confidences[draft.token_confidences > 0].median().item()
+    output = model.generate(
+        **inputs, mode="refine", length=lengths, confidence_threshold=threshold, return_dict_in_generate=True
+    )
+    changes = 0
+    for row, n in enumerate(lengths):
+        prompt = processor(INSTRUCTIONS[row], CONTEXTS[row])["decoder_prompt_ids"]
+        tokens = draft.sequences[row, :n]
+        own = model.decoder(torch.cat([prompt, tokens[None]], dim=1)).logits[0, prompt.shape[1] - 1 : -1].softmax(-1)
+        unsure = draft.token_confidences[row, :n] < threshold
+        assert output.sequences[row, :n].tolist() == torch.where(unsure, own.argmax(-1), tokens).tolist()
+        torch.testing.assert_close(
+            output.token_confidences[row, :n],
+            torch.where(unsure, own.max(-1).values, draft.token_confidences[row, :n]),
+        )
+        changes += unsure.sum().item()
+    assert 0 < changes < lengths.sum()
+
+
+@pytest.mark.parametrize("fields", [{}, {"decoder_sees_prompt": True, "latent_source": "decoder"}], ids=str)
+@torch.no_grad()
+def test_the_candidate_that_the_decoder_likes_best_is_returned(build, decoder_dir, fields):
+    model, processor = build(decoder_dir, **fields)
+    inputs = processor(INSTRUCTIONS, CONTEXTS)
+
+    def liking(instruction, context, answer):
+        prompt = processor(instruction, context)["decoder_prompt_ids"]
+        ids = torch.cat([prompt, torch.tensor([answer])], dim=1)
+        log_p = model.decoder(ids).logits[0, prompt.shape[1] - 1 : -1].log_softmax(-1)
+        return log_p[range(len(answer)), answer].mean().item()
+
+    torch.manual_seed(3)
+    prediction = model.predict(**inputs)
+    many, quantiles = candidates(prediction, 4, 0.5 * model.config.proto_token_std)
+    torch.testing.assert_close(many.e[::4], prediction.e)
+    assert not torch.equal(many.e[1::4], prediction.e)
+    assert quantiles[:4].tolist() == pytest.approx([0, -0.6745, 0, 0.6745], abs=1e-4)
+    lengths = model.clamp_lengths((many.log_length_mean + quantiles * many.log_length_variance.sqrt()).exp())
+    torch.manual_seed(3)
+    output = model.generate(**inputs, num_candidates=4, return_dict_in_generate=True)
+    for row, answer in enumerate(answers_of(output)):
+        found = []
+        for candidate in range(4 * row, 4 * row + 4):
+            one = {"proto_tokens": (many.e[candidate, None], many.m[candidate, None]), "length": lengths[candidate]}
+            found.append(model.generate(**processor(INSTRUCTIONS[row], CONTEXTS[row]), **one)[0].tolist())
+        likings = [liking(INSTRUCTIONS[row], CONTEXTS[row], tokens) for tokens in found]
+        assert answer == found[likings.index(max(likings))]
+    assert output.predicted_lengths.tolist() == pytest.approx(prediction.log_length_mean.exp().tolist())
+
+
+def test_the_same_candidates_are_the_one_step_answer(build, llama_dir):
+    model, processor = build(llama_dir)
+    inputs = processor(INSTRUCTIONS, CONTEXTS)
+    lengths = torch.tensor([3, 8, 5])
+    ranked = model.generate(**inputs, num_candidates=3, candidate_noise=0, length=lengths)
+    assert torch.equal(ranked, model.generate(**inputs, length=lengths))
+
+
+def same_distribution(counts, probabilities):
+    """Whether a chi-square test finds no difference; rare tokens are one kind."""
+    if counts[probabilities == 0].any():
+        return False
+    expected = probabilities * counts.sum()
+    common = expected >= 5
+    pairs = [torch.cat([x[common], x[~common].sum()[None]]) for x in (counts.double(), expected.double())]
+    observed, expected = (pair[pairs[1] > 0] for pair in pairs)
+    return chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.6, top_p=0.8)], ids=str)
+def test_kept_drafts_have_the_decoders_distribution(sampling):
+    """Leviathan et al., 2023, theorem 1: whatever is drafted, what is written is distributed as without drafts."""
+    torch.manual_seed(0)
+    rows, vocab = 40_000, 12
+    own = torch.randn(3, vocab)
+    draft_logits = (own[:2] + 0.5 * torch.randn(2, vocab)).expand(rows, -1, -1)
+    drafts = sampling.pick(draft_logits)
+    kept, following = accept(drafts, draft_logits, own.expand(rows, -1, -1), sampling)
+    written = torch.cat([drafts, drafts[:, :1]], dim=1).scatter(1, kept[:, None], following[:, None])
+    assert 0.1 < (kept == 2).float().mean() < 0.9
+    p = sampling.probabilities(own)
+    for place in range(3):
+        counts = written[kept >= place, place].bincount(minlength=vocab)
+        assert same_distribution(counts, p[place])
+    # The drafts themselves are distributed otherwise.
+    assert not same_distribution(drafts[:, 0].bincount(minlength=vocab), p[0])
+
+
+@torch.no_grad()
+def test_verified_samples_have_the_decoders_distribution(build, decoder_dir):
+    model, processor = build(decoder_dir, decoder_sees_prompt=True, latent_source="decoder")
+    without_eos(model)
+    torch.manual_seed(0)
+    rows, sampling = 4000, Sampling(0.5, 0.9)
+    inputs = {name: tensor.expand(rows, -1) for name, tensor in processor("who sat").items()}
+    output = model.generate(
+        **inputs, mode="verified", max_new_tokens=4, temperature=0.5, top_p=0.9, return_dict_in_generate=True
+    )
+    assert output.accepted_lengths.unique().numel() > 1
+
+    # The exact distribution of the third token, over all beginnings.
+    prompt = processor("who sat")["decoder_prompt_ids"]
+    vocab = model.decoder.config.vocab_size
+    pairs = torch.cartesian_prod(torch.arange(vocab), torch.arange(vocab))
+    logits = model.decoder(torch.cat([prompt.expand(len(pairs), -1), pairs], dim=1)).logits
+    p = sampling.probabilities(logits[:, -3:])
+    chance = p[:, 0].gather(1, pairs[:, :1])[:, 0] * p[:, 1].gather(1, pairs[:, 1:])[:, 0]
+    third = (chance[:, None] * p[:, 2]).sum(0)
+    assert third.sum().item() == pytest.approx(1, abs=1e-5)
+    assert same_distribution(output.sequences[:, 2].bincount(minlength=vocab), third)
+
+
+@torch.no_grad()
+def test_one_step_samples_are_drawn_from_each_position(build, llama_dir):
+    model, processor = build(llama_dir)
+    without_eos(model)
+    torch.manual_seed(0)
+    inputs = processor("who sat")
+    labels = torch.tensor([[5, 5]])
+    p = Sampling(0.7, 0.95).probabilities(model(**inputs, labels=labels).logits)
+    many = {name: tensor.expand(4000, -1) for name, tensor in inputs.items()}
+    written = model.generate(**many, length=2, temperature=0.7, top_p=0.95)
+    for place in range(2):
+        assert same_distribution(written[:, place].bincount(minlength=p.shape[1]), p[place])
+
+
+@pytest.mark.parametrize("mode", ["adaptive", "verified"])
+def test_tokens_stream_as_they_are_written(build, llama_dir, mode):
+    model, processor = build(llama_dir, decoder_sees_prompt=True)
+
+    class Recorder(TextStreamer):
+        text = ""
+
+        def on_finalized_text(self, text, stream_end=False):
+            self.text += text
+
+    recorder = Recorder(processor.decoder_tokenizer, skip_prompt=True)
+    written = model.generate(**processor("who sat"), mode=mode, max_new_tokens=12, streamer=recorder)
+    assert recorder.text == processor.decoder_tokenizer.decode(written[0])
+    with pytest.raises(ValueError, match="only supports batch size 1"):
+        model.generate(**processor(INSTRUCTIONS), mode=mode, streamer=recorder)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"temperature": -1.0}, "temperature must not be negative"),
+        ({"temperature": 1.0, "top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
+        ({"top_p": 0.5}, "top_p needs a temperature above 0"),
+        ({"mode": "adaptive", "block_size": 9}, r"block_size must lie in 1\.\.8 tokens; got 9"),
+        ({"mode": "verified", "max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"num_candidates": 0}, "num_candidates must be at least 1"),
+        ({"mode": "refine", "num_refinements": 0}, "num_refinements must be at least 1"),
+    ],
+)
+def test_impossible_options_are_named(build, llama_dir, options, problem):
+    model, processor = build(llama_dir)
+    with pytest.raises(ValueError, match=problem):
+        model.generate(**processor(INSTRUCTIONS), **options)
+
+
+def test_reading_drafts_needs_the_prompt(build, llama_dir):
+    model, processor = build(llama_dir)
+    inputs = processor(INSTRUCTIONS)
+    for options in ({"mode": "refine"}, {"mode": "adaptive"}, {"num_candidates": 2}):
+        with pytest.raises(ValueError, match="give decoder_prompt_ids"):
+            model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **options)
