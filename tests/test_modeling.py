@@ -265,7 +265,7 @@ def test_the_decoder_stays_frozen_and_in_eval_mode(build, llama_dir):
 def test_missing_inputs_are_named(build, llama_dir):
     model, processor = build(llama_dir, decoder_sees_prompt=True)
     batch = processor(INSTRUCTIONS)
-    with pytest.raises(ValueError, match="needs decoder_prompt_ids"):
+    with pytest.raises(ValueError, match="give decoder_prompt_ids"):
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     model, processor = build(llama_dir, m_scope="per_category", categories=["open"])
     with pytest.raises(ValueError, match="per_category needs category_ids"):
