@@ -1,0 +1,18 @@
+"""A model with an encoder that is trained for instructions and writes token by token, as FLAN-T5."""
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .writing import Writer, generated
+
+
+def encoder_decoder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_input_length: int = 512, **options
+) -> Writer:
+    """Greedy by default; `options` are those of transformers' `generate`."""
+
+    def write(instructions, contexts, max_new_tokens, exactly=False):
+        texts = [f"{i}\n\n{c}" if c else i for i, c in zip(instructions, contexts, strict=True)]
+        inputs = tokenizer(texts, padding=True, truncation=True, max_length=max_input_length, return_tensors="pt")
+        return generated(model, tokenizer, inputs.to(model.device), max_new_tokens, exactly, **options)
+
+    return write

@@ -1,0 +1,30 @@
+"""ProtoGen in each of its modes; also multi-token prediction, which is a model of `latent_source="none"`."""
+
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+
+from .writing import Writer, Written
+
+
+def protogen(
+    model: ProtoGenForConditionalGeneration, processor: ProtoGenProcessor, mode: str = "one_step", **options
+) -> Writer:
+    """
+    Args:
+        mode (`str`), options: as of `generate`. Without a length, `one_step` and `refine` write the predicted one, and
+            `exactly` is for these two alone.
+    """
+
+    def write(instructions, contexts, max_new_tokens, exactly=False):
+        inputs = processor(instructions, contexts).to(model.device)
+        if mode in ("adaptive", "verified"):
+            length = {"max_new_tokens": max_new_tokens}
+        else:
+            length = {"length": max_new_tokens} if exactly else {}
+        output = model.generate(**inputs, mode=mode, return_dict_in_generate=not exactly, **length, **options)
+        if exactly:
+            return Written(processor.batch_decode(output), output.tolist())
+        token_ids = [row[:n] for row, n in zip(output.sequences.tolist(), output.lengths.tolist(), strict=True)]
+        token_ids = [ids[:max_new_tokens] for ids in token_ids]
+        return Written(processor.batch_decode(token_ids), token_ids)
+
+    return write
