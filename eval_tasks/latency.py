@@ -1,9 +1,11 @@
-"""How time is measured: rounds of all methods in turn, so that the machine's drift hits all alike."""
+"""How time and memory are measured: rounds of all methods in turn, so that the machine's drift hits all alike."""
 
+import threading
 import time
 from collections.abc import Callable
 
 import numpy as np
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -41,12 +43,40 @@ def synchronize() -> None:
         torch.accelerator.synchronize()
 
 
-def ratio_with_interval(numerator: np.ndarray, denominator: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+def ratio_with_interval(
+    numerator: np.ndarray, denominator: np.ndarray, summary: Callable = np.median, seed: int = 0
+) -> list[float]:
     """
-    Ratio of the medians, and its 95 % bootstrap interval over rounds (pairs of calls of one round are drawn together).
+    Ratio of the medians over rounds, or of another summary, and its 95 % bootstrap interval `[ratio, low, high]`; pairs
+    of calls of one round are drawn together.
     """
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, len(numerator), size=(2000, len(numerator)))
-    ratios = np.median(numerator[rows], axis=1) / np.median(denominator[rows], axis=1)
+    ratios = summary(numerator[rows], axis=1) / summary(denominator[rows], axis=1)
     low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(np.median(numerator) / np.median(denominator)), float(low), float(high)
+    return [float(summary(numerator) / summary(denominator)), float(low), float(high)]
+
+
+def peak_gigabytes(call) -> float:
+    """The most memory that a call takes on top of what there is: of the accelerator, or else of this process."""
+    if torch.accelerator.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 1e9
+    process, stop = psutil.Process(), threading.Event()
+    before = peak = process.memory_info().rss
+
+    def watch():
+        nonlocal peak
+        while not stop.wait(0.002):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        call()
+    finally:
+        stop.set()
+        watcher.join()
+    return (peak - before) / 1e9

@@ -24,6 +24,7 @@ def lines(
     dotted: str | None = None,
     threshold: float | None = None,
     log2: bool = False,
+    log_y: bool = False,
     labels: tuple[str, str] | None = None,
 ) -> None:
     """
@@ -35,7 +36,7 @@ def lines(
         line, panel (`str`, *optional*): columns whose values get a colour and a panel of their own.
         dotted (`str`, *optional*): column of booleans; true lines are dotted, in the colour of the line they belong to.
         threshold (`float`, *optional*): drawn as a line.
-        log2 (`bool`): scale of `x`.
+        log2, log_y (`bool`): scales of `x` and `y`.
         labels (`tuple[str, str]`, *optional*): of the axes; the columns' names by default.
     """
     panels = list(rows.groupby(panel, sort=False)) if panel else [(None, rows)]
@@ -58,6 +59,8 @@ def lines(
             ticks = sorted(rows[x].unique())
             axis.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45)
             axis.minorticks_off()
+        if log_y:
+            axis.set_yscale("log")
         axis.grid(alpha=0.3)
         axis.set_title(name)
         axis.set_xlabel(labels[0] if labels else x.replace("_", " "))

@@ -44,7 +44,7 @@ def test_ratio_of_medians_lies_in_its_interval():
     value, low, high = ratio_with_interval(20 * drift, drift)
     assert low <= value <= high
     assert value == pytest.approx(20)
-    assert ratio_with_interval(np.array([4.0]), np.array([2.0])) == (2.0, 2.0, 2.0)
+    assert ratio_with_interval(np.array([4.0]), np.array([2.0])) == [2.0, 2.0, 2.0]
 
 
 @pytest.fixture

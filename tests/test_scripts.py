@@ -536,3 +536,29 @@ def test_embedded_names_resolve_to_working_folders():
     assert decoder.num_parameters() == 134_515_008
     assert embedded.resolve("embedded:smollm2-135m") == folder
     assert embedded.resolve("org/model") == "org/model"
+
+
+def test_decoding_is_timed_and_verified(call, recipe, tmp_path, llama_dir, encoder_dir):
+    data, result = tmp_path / "data.jsonl", tmp_path / "decode.json"
+    measure = ["decode", "--encoder", encoder_dir, "--decoder", llama_dir, "--dtype", "float32", "--data", data]
+    measure += ["--lengths", 4, 8, "--batch-sizes", 1, 2, "--batch-tokens", 4, "--rounds", 2, "--soak-calls", 60]
+    out = call(benchmark, *measure, "--result", result)
+    assert "one step speedup 8 |" in out
+    figures = read_result(result)["figures"]
+    assert {"one_step_share_of_bare_forward_4", "one_step_tokens_per_second_4_batch_2"} <= set(figures)
+    assert figures["late_over_early_time_60_calls"] > 0
+    assert (tmp_path / "decode_latency.png").is_file()
+    assert (tmp_path / "decode_throughput.png").is_file()
+
+    call(train, "--config", recipe, "--max_steps", 1, "--decoder_sees_prompt", "true")
+    verify = ["verified", "--model", tmp_path / "run" / "model", "--assistant", f"{llama_dir}@first:1", "--dolly", data]
+    verify += ["--prompts", 5, "--tokens", 8, "--timed-prompts", 2, "--timed-tokens", 8, "--block-size", 4]
+    call(benchmark, *verify, "--run", tmp_path / "verified")
+    figures = read_result(tmp_path / "verified" / "verified.json")["figures"]
+    assert (figures["prompts"], figures["mismatches"]) == (5, 0)
+    assert figures["speedup_dolly"][0] > 0
+    # What was compared is not written again.
+    compared = (tmp_path / "verified" / "compared.jsonl").read_text()
+    assert len(compared.splitlines()) == 5 * (1 + 3 * 3)
+    call(benchmark, *verify, "--run", tmp_path / "verified")
+    assert (tmp_path / "verified" / "compared.jsonl").read_text() == compared

@@ -5,18 +5,17 @@ import json
 import random
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
 from eval_tasks import report
 from eval_tasks.baselines.one_text_fit import fit_one_text
+from eval_tasks.latency import peak_gigabytes
 from trainers.data import DataArguments, fitting_targets, load_examples
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
 from trainers.proto_bank import BankInfo, ProtoTokenBank
@@ -142,31 +141,6 @@ def fit_memory(arguments) -> None:
     ids = torch.randint(decoder.config.vocab_size, (arguments.slots, arguments.tokens), generator=generator).tolist()
     texts = [Text(str(number), row) for number, row in enumerate(ids)]
     print(peak_gigabytes(lambda: list(fitter.fit(texts))))
-
-
-def peak_gigabytes(call) -> float:
-    """The most memory that a call takes on top of what there is: of the accelerator, or else of this process."""
-    if torch.accelerator.is_available():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 1e9
-    process, stop = psutil.Process(), threading.Event()
-    before = peak = process.memory_info().rss
-
-    def watch():
-        nonlocal peak
-        while not stop.wait(0.002):
-            peak = max(peak, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        call()
-    finally:
-        stop.set()
-        watcher.join()
-    return (peak - before) / 1e9
 
 
 def fit_kill(arguments) -> None:

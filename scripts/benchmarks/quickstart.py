@@ -85,7 +85,7 @@ def quickstart(arguments) -> None:
             "validation_rouge_l_after": after["eval_rouge_l"],
             f"one_step_milliseconds_{arguments.tokens}": 1000 * float(np.median(seconds["one_step"])),
             f"greedy_milliseconds_{arguments.tokens}": 1000 * float(np.median(seconds["greedy"])),
-            f"one_step_speedup_{arguments.tokens}": list(ratio_with_interval(seconds["greedy"], seconds["one_step"])),
+            f"one_step_speedup_{arguments.tokens}": ratio_with_interval(seconds["greedy"], seconds["one_step"]),
         },
     )
     path = arguments.result or run / "quickstart.json"

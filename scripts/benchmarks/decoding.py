@@ -1,0 +1,328 @@
+"""Decoding: one pass against token by token in time and memory, and whether verified answers are the greedy ones."""
+
+import importlib
+import random
+import time
+from functools import partial
+from itertools import chain, cycle, islice
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+from decoders import load_decoder
+from embedded import resolve
+from tqdm import tqdm
+
+from eval_tasks import report
+from eval_tasks.baselines.autoregressive import assisted, autoregressive, prompt_lookup
+from eval_tasks.baselines.one_pass import protogen
+from eval_tasks.baselines.writing import Writer
+from eval_tasks.latency import interleaved_seconds, peak_gigabytes, ratio_with_interval
+from eval_tasks.pictures import lines
+from eval_tasks.statistics import mean_with_interval
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from trainers.data import DataArguments, load_examples
+from trainers.files import append_lines, read_lines
+
+from .shared import decoder_revision
+
+verified_decoding = importlib.import_module("modeling_protogen.verified_decoding")
+WRONG = "always_wrong"
+
+
+def add_commands(commands) -> None:
+    command = commands.add_parser("decode", help="latency and throughput of one pass, against token by token")
+    command.add_argument("--encoder", default="embedded:minilm-l6")
+    command.add_argument("--decoder", default="embedded:smollm2-135m")
+    command.add_argument("--dtype", default="bfloat16")
+    command.add_argument("--data", default="scripts/data/dolly_sample.jsonl")
+    command.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 128, 256, 512], help="at batch size 1")
+    command.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 64], help="at --batch-tokens")
+    command.add_argument("--batch-tokens", type=int, default=64)
+    command.add_argument("--rounds", type=int, default=9)
+    command.add_argument("--soak-calls", type=int, default=1000)
+    command.add_argument("--result", default="runs/benchmark_decode.json", help="pictures and a .csv stand beside it")
+    command.set_defaults(run_command=decode)
+    command = commands.add_parser("verified", help="verified answers against greedy ones: equal tokens, and time")
+    command.add_argument("--model", required=True, help="folder or Hub id of a trained model")
+    command.add_argument("--assistant", default="embedded:smollm2-135m@first:10", help="of assisted decoding")
+    command.add_argument("--dolly", default="scripts/data/dolly_sample.jsonl")
+    command.add_argument("--gsm8k", help=".jsonl file of its test split")
+    command.add_argument("--prompts", type=int, default=500, help="compared token by token, in float32")
+    command.add_argument("--tokens", type=int, default=32, help="of the answers that are compared")
+    command.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
+    command.add_argument("--timed-prompts", type=int, default=20, help="of each data set, in bfloat16")
+    command.add_argument("--timed-tokens", type=int, default=64)
+    command.add_argument("--block-size", type=int, default=16)
+    command.add_argument("--run", default="runs/verified", help="folder; an interrupted run goes on from it")
+    command.set_defaults(run_command=verified)
+
+
+def decode(arguments) -> None:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    names = resolve(arguments.encoder), resolve(arguments.decoder)
+    longest, dtype = max(*arguments.lengths, arguments.batch_tokens), getattr(torch, arguments.dtype)
+    processor = ProtoGenProcessor.from_encoder_decoder_pretrained(*names, max_answer_length=longest)
+    # Heads are fresh: how long a pass takes does not depend on what they have learned.
+    model, sees_prompt = (
+        ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(
+            *names, encoder_dtype=dtype, decoder_dtype=dtype, chunk_size=longest, decoder_sees_prompt=sees
+        )
+        .to(device)
+        .eval()
+        for sees in (False, True)
+    )
+    prompts = [e.instruction for e in load_examples(DataArguments(data=arguments.data)) if not e.context]
+    static = {"cache_implementation": "static"} if device.type == "cuda" else {}
+    greedy = autoregressive(model.decoder, processor, **static)
+    one_step, with_prompt = protogen(model, processor), protogen(sees_prompt, processor)
+
+    @torch.no_grad()
+    def bare_forward(instructions, contexts, tokens, exactly, reads_prompt=False):
+        """The decoder alone over random tokens, with logits where answers would be."""
+        ids = torch.zeros(len(instructions), tokens, dtype=torch.long, device=device)
+        prompt = processor(instructions, contexts)["decoder_prompt_ids"].to(device) if reads_prompt else ids[:, :0]
+        is_answer = torch.arange(prompt.shape[1] + tokens, device=device).expand(len(ids), -1) >= prompt.shape[1]
+        model.decoder(torch.cat([prompt, ids], dim=1), use_cache=False, logits_to_keep=is_answer)
+
+    writers = {
+        "one_step": one_step,
+        "one_step_with_prompt": with_prompt,
+        "greedy": greedy,
+        "bare_forward": bare_forward,
+        "bare_forward_with_prompt": lambda *args, **kwargs: bare_forward(*args, **kwargs, reads_prompt=True),
+    }
+
+    rows, seconds = [], {}
+    cells = [(1, length) for length in arguments.lengths]
+    cells += [(size, arguments.batch_tokens) for size in arguments.batch_sizes]
+    for batch, length in dict.fromkeys(cells):
+        print(f"{batch} at a time, {length} tokens")
+        seconds[batch, length] = cell_seconds(writers, prompts, batch, length, arguments.rounds)
+        for name, values in seconds[batch, length].items():
+            for value in values:
+                rows.append({"method": name, "batch": batch, "tokens": length, "milliseconds": 1000 * value})
+
+    figures = {}
+    for (batch, length), found in seconds.items():
+        suffix = f"{length}" if batch == 1 else f"{length}_batch_{batch}"
+        figures[f"one_step_speedup_{suffix}"] = ratio_with_interval(found["greedy"], found["one_step"])
+        figures[f"one_step_with_prompt_speedup_{suffix}"] = ratio_with_interval(
+            found["greedy"], found["one_step_with_prompt"]
+        )
+        share = ratio_with_interval(found["bare_forward_with_prompt"], found["one_step_with_prompt"])
+        figures[f"one_step_share_of_bare_forward_{suffix}"] = share
+        figures[f"bare_forward_speedup_{suffix}"] = ratio_with_interval(found["greedy"], found["bare_forward"])
+        for name, values in found.items():
+            for quantile in (50, 90):
+                figures[f"{name}_milliseconds_p{quantile}_{suffix}"] = 1000 * float(np.percentile(values, quantile))
+            figures[f"{name}_tokens_per_second_{suffix}"] = batch * length / float(np.median(values))
+    largest = [prompts[at % len(prompts)] for at in range(max(arguments.batch_sizes))]
+    for name in ("one_step", "one_step_with_prompt", "greedy"):
+        figures[f"{name}_peak_memory_gb_{arguments.batch_tokens}_batch_{len(largest)}"] = peak_gigabytes(
+            lambda write=writers[name]: write(largest, [None] * len(largest), arguments.batch_tokens, exactly=True)
+        )
+    if arguments.soak_calls:
+        modes = {mode: protogen(sees_prompt, processor, mode) for mode in ("one_step", "adaptive", "verified")}
+        figures |= soak(
+            modes | {"one_step_without_prompt": one_step}, prompts, min(arguments.lengths), arguments.soak_calls
+        )
+
+    content = report.result(
+        command=f"python scripts/benchmark.py decode --rounds {arguments.rounds}",
+        model=f"{arguments.encoder}, {arguments.decoder}, {arguments.dtype}; heads untrained",
+        revision=decoder_revision(arguments.decoder),
+        data=f"instructions of {arguments.data} without context",
+        seed=0,
+        figures=figures,
+    )
+    report.write_json(arguments.result, content)
+    path = Path(arguments.result)
+    report.write_csv(path.with_suffix(".csv"), rows)
+    pictures(pd.DataFrame(rows), arguments.batch_tokens, content, path)
+    print(f"\n{report.markdown_table(content)}\n\nwritten to {arguments.result}, .csv and pictures beside it")
+
+
+def cell_seconds(
+    writers: dict[str, Writer], prompts: list[str], batch: int, length: int, rounds: int
+) -> dict[str, np.ndarray]:
+    """Seconds of each way to write so many answers of so many tokens, `(rounds,)`."""
+
+    def call(write, number):
+        texts = list(islice(cycle(prompts), number * batch, (number + 1) * batch))
+        return write(texts, [None] * batch, length, exactly=True)
+
+    return interleaved_seconds({name: partial(call, write) for name, write in writers.items()}, rounds=rounds)
+
+
+def soak(writers: dict[str, Writer], prompts: list[str], longest: int, calls: int) -> dict[str, float]:
+    """Mixed calls in a row: growth of the process's memory, and the time of late calls over that of early ones."""
+    rng, process, rows = random.Random(0), psutil.Process(), []
+    for call in tqdm(range(calls), desc="soak", unit="call"):
+        if call == calls // 5:
+            settled = process.memory_info().rss
+        name, length = rng.choice(list(writers)), rng.choice((longest, max(1, longest // 4)))
+        batch = rng.sample(prompts, rng.choice((1, 2)))
+        start = time.perf_counter()
+        writers[name](batch, [None] * len(batch), length, exactly="one_step" in name)
+        rows.append((name, length, len(batch), call >= calls // 2, time.perf_counter() - start))
+    table = pd.DataFrame(rows, columns=["method", "length", "batch", "late", "seconds"])
+    medians = table.groupby(["method", "length", "batch", "late"])["seconds"].median().unstack("late").dropna()
+    return {
+        f"memory_growth_megabytes_{calls}_calls": (process.memory_info().rss - settled) / 1e6,
+        f"late_over_early_time_{calls}_calls": float((medians[True] / medians[False]).median()),
+    }
+
+
+def pictures(rows: pd.DataFrame, batch_tokens: int, content: dict, path: Path) -> None:
+    """Latency against length at batch size 1, throughput against batch size."""
+    axes = {"line": "method", "log2": True}
+    alone = rows[rows["batch"] == 1]
+    lines(
+        alone.assign(seconds=alone["milliseconds"] / 1000),
+        "tokens",
+        "seconds",
+        f"{content['model']}\nprompt in, text out",
+        path.with_name(f"{path.stem}_latency.png"),
+        log_y=True,
+        **axes,
+    )
+    together = rows[rows["tokens"] == batch_tokens]
+    rate = 1000 * together["batch"] * together["tokens"] / together["milliseconds"]
+    lines(
+        together.assign(tokens_per_second=rate),
+        "batch",
+        "tokens_per_second",
+        f"{content['model']}\n{batch_tokens} tokens an answer",
+        path.with_name(f"{path.stem}_throughput.png"),
+        log_y=True,
+        **axes,
+    )
+
+
+def verified(arguments) -> None:
+    run = Path(arguments.run)
+    sources = {"dolly": load_examples(DataArguments(data=arguments.dolly))}
+    if arguments.gsm8k:
+        fields = {"instruction_field": "question", "context_field": None, "answer_field": "answer"}
+        sources["gsm8k"] = load_examples(DataArguments(data=arguments.gsm8k, **fields))
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    torch.manual_seed(0)
+    trained = ProtoGenForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32).to(device)
+    # The same model with fresh heads.
+    random = ProtoGenForConditionalGeneration._from_config(
+        trained.config, encoder=trained.encoder, decoder=trained.decoder
+    )
+    models = {"random": random.to(device).eval(), "trained": trained}
+    processor = ProtoGenProcessor.from_pretrained(arguments.model)
+    figures = compare_with_greedy(arguments, models, processor, sources)
+    figures |= time_verified(arguments, models, processor, sources)
+    content = report.result(
+        command=f"python scripts/benchmark.py verified --prompts {arguments.prompts} --tokens {arguments.tokens}"
+        f" --timed-prompts {arguments.timed_prompts} --timed-tokens {arguments.timed_tokens}"
+        f" --block-size {arguments.block_size} --model {arguments.model}",
+        model=f"{trained.config.decoder_name_or_path}, compared in float32, timed in bfloat16; drafts of "
+        f"{arguments.model}; {arguments.assistant} assists",
+        revision=trained.config.decoder_revision,
+        data=", ".join(filter(None, (arguments.dolly, arguments.gsm8k))),
+        seed=0,
+        figures=figures,
+    )
+    report.write_json(run / "verified.json", content)
+    print(f"\n{report.markdown_table(content)}\n\nwritten to {run / 'verified.json'}")
+
+
+def drafting_wrongly(write: Writer) -> Writer:
+    """Verified answers whose drafts are all of the unknown token, which the decoder does not write."""
+    read_and_draft = verified_decoding.read_and_draft
+
+    def wrong(*args):
+        logits = read_and_draft(*args)
+        logits[:, 1:, 0] = torch.inf
+        return logits
+
+    def write_from_wrong(*args):
+        with mock.patch.object(verified_decoding, "read_and_draft", wrong):
+            return write(*args)
+
+    return write_from_wrong
+
+
+def verified_writers(models: dict, processor: ProtoGenProcessor, block_size: int) -> dict[str, Writer]:
+    writers = {name: protogen(model, processor, "verified", block_size=block_size) for name, model in models.items()}
+    return writers | {WRONG: drafting_wrongly(writers["random"])}
+
+
+def compare_with_greedy(arguments, models: dict, processor: ProtoGenProcessor, sources: dict) -> dict[str, int]:
+    """Verified answers that are not the greedy ones, in float32; what was compared is kept in the run's folder."""
+    path = Path(arguments.run) / "compared.jsonl"
+    done = {(row["method"], row["batch"], row["id"]): row["token_ids"] for row in read_lines(path)}
+    mixed = chain.from_iterable(zip(*sources.values(), strict=False))
+    chosen = list(islice((e for e in mixed if processor.fits(e.instruction)), arguments.prompts))
+    # Of like lengths together; the order is the same in every run.
+    chosen.sort(key=lambda example: example.num_characters)
+    writers = {("greedy", 1): autoregressive(models["random"].decoder, processor)}
+    for name, write in verified_writers(models, processor, arguments.block_size).items():
+        writers |= {(name, batch): write for batch in arguments.batch_sizes}
+    for (name, batch), write in writers.items():
+        parts = [chosen[at : at + batch] for at in range(0, len(chosen), batch)]
+        parts = [part for part in parts if any((name, batch, e.id) not in done for e in part)]
+        for part in tqdm(parts, desc=f"{name}, {batch} at a time"):
+            written = write([e.instruction for e in part], [e.context for e in part], arguments.tokens)
+            rows = [
+                {"method": name, "batch": batch, "id": e.id, "token_ids": ids}
+                for e, ids in zip(part, written.token_ids, strict=True)
+            ]
+            append_lines(path, rows)
+            done |= {(name, batch, row["id"]): row["token_ids"] for row in rows}
+    mismatches = {
+        f"mismatches_{name}_batch_{batch}": sum(done[name, batch, e.id] != done["greedy", 1, e.id] for e in chosen)
+        for name, batch in writers
+        if name != "greedy"
+    }
+    return {"prompts": len(chosen), "mismatches": sum(mismatches.values()), **mismatches}
+
+
+def time_verified(
+    arguments, models: dict, processor: ProtoGenProcessor, sources: dict
+) -> dict[str, float | list[float]]:
+    """Time of greedy answers over that of verified ones, in bfloat16, one prompt at a time, all methods in turn."""
+    for model in models.values():
+        model.to(torch.bfloat16)
+    trained, figures = models["trained"], {}
+    _, assistant = load_decoder(arguments.assistant, None, "bfloat16", trained.device)
+    writers = {
+        "greedy": autoregressive(trained.decoder, processor),
+        **verified_writers(models, processor, arguments.block_size),
+        "prompt_lookup": prompt_lookup(trained.decoder, processor),
+        "assisted": assisted(trained.decoder, processor, assistant),
+    }
+    for source, examples in sources.items():
+        # The last ones: encoders are trained on the first.
+        chosen = [e for e in examples if processor.fits(e.instruction)][-arguments.timed_prompts :]
+
+        def call(write, number, chosen=chosen):
+            example = chosen[number % len(chosen)]
+            return write([example.instruction], [example.context], arguments.timed_tokens)
+
+        calls = {name: partial(call, write) for name, write in writers.items()}
+        seconds = interleaved_seconds(calls, rounds=len(chosen))
+        for name in calls.keys() - {"greedy"}:
+            figures[f"speedup_{name}_{source}"] = ratio_with_interval(seconds["greedy"], seconds[name], np.sum)
+        figures[f"speedup_{source}"] = figures.pop(f"speedup_trained_{source}")
+        accepted = [
+            trained.generate(
+                **processor(e.instruction, e.context).to(trained.device),
+                mode="verified",
+                max_new_tokens=arguments.timed_tokens,
+                block_size=arguments.block_size,
+                return_dict_in_generate=True,
+            ).accepted_lengths.item()
+            for e in chosen
+        ]
+        figures[f"accepted_length_{source}"] = mean_with_interval(accepted)
+    figures["speedup_all_wrong"] = figures[f"speedup_{WRONG}_dolly"]
+    return figures
