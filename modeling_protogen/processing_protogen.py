@@ -78,6 +78,7 @@ class ProtoGenProcessor(ProcessorMixin):
         instruction: str | list[str],
         context: str | list[str | None] | None = None,
         answer: str | list[str | list[int]] | None = None,
+        answer_start: list[list[int]] | None = None,
         **kwargs,
     ) -> BatchFeature:
         """
@@ -86,6 +87,8 @@ class ProtoGenProcessor(ProcessorMixin):
             context (`str` or `list[str | None]`, *optional*): text that the instruction speaks of.
             answer (`str` or `list[str | list[int]]`, *optional*): becomes `labels` and `length_labels`; a list of ids
                 is taken as it is.
+            answer_start (`list[list[int]]`, *optional*): tokens of each answer that stand already: the decoder's prompt
+                ends with them, and is longer by them than `max_prompt_length` may say.
 
         Returns:
             `BatchFeature` of PyTorch tensors: `input_ids` and `attention_mask` `(batch, source)` for the encoder,
@@ -111,6 +114,8 @@ class ProtoGenProcessor(ProcessorMixin):
             encoded = [self._encode(*pair) for pair in zip(instructions, contexts, strict=True)]
             batch = dict(self.tokenizer.pad({"input_ids": encoded}, padding_side="right", return_tensors="pt"))
         prompts = [self._encode_prompt(*pair) for pair in zip(instructions, contexts, strict=True)]
+        if answer_start is not None:
+            prompts = [prompt + start for prompt, start in zip(prompts, answer_start, strict=True)]
         batch["decoder_prompt_ids"], batch["decoder_prompt_mask"] = pad_left(prompts)
         if answer is not None:
             answers = [answer] if isinstance(answer, str) else list(answer)

@@ -70,8 +70,14 @@ class TargetArguments:
     )
     teacher_max_length: int = field(default=64, metadata={"help": "Tokens at which the teacher's answers are cut."})
     teacher_batch_size: int = field(default=32, metadata={"help": "Instructions that the teacher answers at once."})
+    continuations: int = field(
+        default=0,
+        metadata={"help": "Training examples more for each teacher answer, that go on from random places in it."},
+    )
 
     def __post_init__(self):
+        if self.continuations and self.targets == "human":
+            raise ValueError("continuations are of the teacher's answers: set targets to teacher or both.")
         if self.instructions != "data" and self.targets == "human":
             raise ValueError(
                 "nobody has answered synthetic instructions but the teacher: set targets to teacher or both."

@@ -5,7 +5,15 @@ import torch
 from conftest import ANSWERS, INSTRUCTIONS
 
 from modeling_protogen import ProtoGenProcessor
-from trainers.data import DataArguments, Example, ProtoGenCollator, category_id, load_examples, split_by_instruction
+from trainers.data import (
+    DataArguments,
+    Example,
+    ProtoGenCollator,
+    category_id,
+    load_examples,
+    split_by_instruction,
+    with_continuations,
+)
 
 ROWS = [
     {"instruction": f"name {i % 7}", "context": "", "response": f" answer {i} ", "category": "open"} for i in range(30)
@@ -86,3 +94,28 @@ def test_the_collator_makes_the_models_inputs(encoder_dir, llama_dir):
 def test_an_unknown_category_is_refused():
     with pytest.raises(ValueError, match="unknown category 'z'; the model knows a, b"):
         category_id("z", ["a", "b"])
+
+
+def test_answers_go_on_from_places_in_them(encoder_dir, llama_dir):
+    examples = [
+        Example("a", INSTRUCTIONS[0], "", "x", answer_ids=[5, 6, 7, 8, 2]),
+        Example("b", INSTRUCTIONS[1], "", "x", answer_ids=[9]),
+        Example("c", INSTRUCTIONS[2], "", "a human answer"),
+    ]
+    found = with_continuations(examples, 2)
+    assert found[:3] == examples
+    assert len(found) == 5
+    assert with_continuations(examples, 2) == found
+    for example in found[3:]:
+        assert example.answer_start
+        assert example.answer_start + example.answer_ids == [5, 6, 7, 8, 2]
+        assert example.id == f"a-from-{len(example.answer_start)}"
+
+    processor = ProtoGenProcessor.from_encoder_decoder_pretrained(str(encoder_dir), str(llama_dir))
+    batch = ProtoGenCollator(processor)([examples[0], found[3]])
+    prompts, masks = batch["decoder_prompt_ids"], batch["decoder_prompt_mask"].bool()
+    whole, rest = prompts[0][masks[0]], prompts[1][masks[1]]
+    assert rest.tolist() == whole.tolist() + found[3].answer_start
+    assert batch["labels"][1][: len(found[3].answer_ids)].tolist() == found[3].answer_ids
+    assert batch["length_labels"].tolist() == [5, len(found[3].answer_ids)]
+    assert torch.equal(batch["input_ids"][0], batch["input_ids"][1])

@@ -187,5 +187,6 @@ def test_teacher_targets_from_the_command_line(call, recipe, tmp_path):  # noqa:
     rows = [{"instruction": f"who is the {word}", "batch": 0} for word in ("cat", "dog", "bird")]
     append_lines(tmp_path / "more" / "teacher" / "instructions.jsonl", rows)
     assert "answers in" in call(train, *synthetic, "--stage", "teacher")
-    assert "model in" in call(train, *synthetic)
+    assert "continuations need decoder_sees_prompt" in call(train, *synthetic, "--continuations", 2)
+    assert "model in" in call(train, *synthetic, "--continuations", 2, "--decoder_sees_prompt", "true")
     assert "set targets to teacher or both" in call(train, *synthetic, "--targets", "human")

@@ -29,6 +29,7 @@ from trainers.data import (
     category_id,
     load_examples,
     split_by_instruction,
+    with_continuations,
     with_teacher_answers,
 )
 from trainers.files import locked
@@ -62,6 +63,8 @@ def train(
         return
     if args.needs_bank:
         check_bank(run, model_args)
+    if target_args.continuations and not model_args.decoder_sees_prompt:
+        raise ValueError("the decoder reads what an answer goes on from: continuations need decoder_sees_prompt: true.")
     if args.deepspeed_plugin and args.use_cpu:
         start_deepspeed_on_cpus()
     set_seed(args.seed)
@@ -83,7 +86,7 @@ def train(
         train_examples = [example for example in train_examples if example.id in bank]
         if not train_examples:
             raise ValueError(f"no training example is in the bank in {run.bank}; fit them first (--stage fit).")
-    train_examples = train_examples[: data_args.max_train_examples]
+    train_examples = with_continuations(train_examples[: data_args.max_train_examples], target_args.continuations)
     validation_examples = validation_examples[: data_args.max_validation_examples]
     embeddings = answer_embeddings(train_examples, processor, study_args.teacher) if args.needs_embeddings else None
     trainer = ProtoGenTrainer(
