@@ -1,8 +1,10 @@
 """Answers written block after block: proto-tokens draft what follows the text so far, and each mode keeps its part."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from .autoregressive import TextSoFar
@@ -25,30 +27,52 @@ class Instruction:
     category_ids: torch.LongTensor | None
 
 
+def stops_at(
+    eos_token_ids: list[int], stop_strings: list[str] = (), tokenizer: PreTrainedTokenizerBase | None = None
+) -> Callable[[list[int]], bool]:
+    """Whether tokens end with EOS, or their last one completes one of some strings."""
+    # A token has a byte at least.
+    window = max((len(string.encode()) for string in stop_strings), default=0)
+
+    def is_stopped(tokens: list[int]) -> bool:
+        if tokens[-1] in eos_token_ids:
+            return True
+        if not window:
+            return False
+        tail = tokenizer.decode(tokens[-window:])
+        return any(string in tail for string in stop_strings)
+
+    return is_stopped
+
+
 class Answers:
     """
-    A batch of growing answers, each until EOS or `max_new_tokens`; what comes after its end is dropped.
+    A batch of growing answers, each until EOS, a stop string or `max_new_tokens`; what comes after its end is dropped.
 
     Args:
+        is_stopped (`Callable`): whether an answer, a list of tokens, has ended by its last one.
         streamer (`BaseStreamer`, *optional*): gets the tokens of a single answer as they come.
     """
 
-    def __init__(self, batch: int, max_new_tokens: int, eos_token_ids: list[int], streamer: BaseStreamer | None = None):
+    def __init__(
+        self,
+        batch: int,
+        max_new_tokens: int,
+        is_stopped: Callable[[list[int]], bool],
+        streamer: BaseStreamer | None = None,
+    ):
         self.max_new_tokens = max_new_tokens
-        self.eos_token_ids = eos_token_ids
+        self.is_stopped = is_stopped
         self.streamer = streamer
         self.tokens = [[] for _ in range(batch)]
         self.log_confidences = [[] for _ in range(batch)]
+        self.is_done = [False] * batch
         self.num_kept = [0] * batch
         self.num_drafts = [0] * batch
 
-    def is_done(self, row: int) -> bool:
-        answer = self.tokens[row]
-        return len(answer) >= self.max_new_tokens or (bool(answer) and answer[-1] in self.eos_token_ids)
-
     @property
     def unfinished(self) -> list[int]:
-        return [row for row in range(len(self.tokens)) if not self.is_done(row)]
+        return [row for row, done in enumerate(self.is_done) if not done]
 
     @property
     def room(self) -> int:
@@ -67,9 +91,11 @@ class Answers:
         for row, (new, confidences, count) in enumerate(rows):
             before = len(self.tokens[row])
             for token, confidence in zip(new[:count], confidences, strict=False):
-                if not self.is_done(row):
-                    self.tokens[row].append(token)
-                    self.log_confidences[row].append(confidence)
+                if self.is_done[row]:
+                    break
+                self.tokens[row].append(token)
+                self.log_confidences[row].append(confidence)
+                self.is_done[row] = len(self.tokens[row]) == self.max_new_tokens or self.is_stopped(self.tokens[row])
             if self.streamer is not None:
                 self.streamer.put(torch.tensor(self.tokens[row][before:]))
 

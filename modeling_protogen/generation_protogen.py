@@ -8,14 +8,14 @@ from transformers.utils import ModelOutput
 
 from .adaptive_decoding import adaptive_decoding
 from .autoregressive import TextSoFar
-from .block_decoding import Answers, Instruction
+from .block_decoding import Answers, Instruction, stops_at
 from .configuration_protogen import UNCERTAINTY_SCORES
 from .one_step_decoding import as_rows, candidates, cut_at_eos, likeliest_candidates, refine, token_mask
 from .sampling import Sampling, log_probability, token_entropy
 from .verified_decoding import verified_decoding
 
 # The options of each mode, besides those of all.
-BLOCK_OPTIONS = {"max_new_tokens", "block_size", "streamer"}
+BLOCK_OPTIONS = {"max_new_tokens", "block_size", "stop_strings", "tokenizer", "streamer"}
 LENGTH_OPTIONS = {"length", "num_length_sigmas", "proto_tokens", "output_uncertainty_scores"}
 MODES = {
     "one_step": LENGTH_OPTIONS | {"num_candidates", "candidate_noise"},
@@ -136,6 +136,8 @@ class ProtoGenGenerationMixin(GenerationMixin):
                 default.
             max_new_tokens (`int`, adaptive and verified): tokens at most; `config.max_answer_length` by default.
             block_size (`int`, adaptive and verified): tokens of a draft at most; `config.chunk_size` by default.
+            stop_strings (`list[str]`, adaptive and verified): an answer ends with the token that completes one of them.
+            tokenizer (`PreTrainedTokenizerBase`, adaptive and verified): the decoder's, needed by `stop_strings`.
             streamer (`BaseStreamer`, adaptive and verified): gets the prompt, then the tokens as they are written; for
                 one instruction at a time.
 
@@ -261,6 +263,8 @@ class ProtoGenGenerationMixin(GenerationMixin):
         returns_all,
         max_new_tokens=None,
         block_size=None,
+        stop_strings=(),
+        tokenizer=None,
         streamer=None,
         confidence_threshold=0.9,
     ):
@@ -271,9 +275,12 @@ class ProtoGenGenerationMixin(GenerationMixin):
             raise ValueError(f"block_size must lie in 1..{longest_block} tokens; got {block_size}.")
         max_new_tokens = config.max_answer_length if max_new_tokens is None else max_new_tokens
         check_at_least_one(max_new_tokens=max_new_tokens)
+        if stop_strings and tokenizer is None:
+            raise ValueError("stop_strings need the decoder's tokenizer: give tokenizer=processor.decoder_tokenizer.")
         if streamer is not None:
             streamer.put(prompt[0])
-        answers = Answers(len(prompt[0]), max_new_tokens, config.eos_token_ids, streamer)
+        is_stopped = stops_at(config.eos_token_ids, stop_strings, tokenizer)
+        answers = Answers(len(prompt[0]), max_new_tokens, is_stopped, streamer)
         source = Instruction(*self.encode(*instruction), category_ids)
         text = TextSoFar(self.decoder, *prompt, config.reads_decoder_states)
         if mode == "adaptive":

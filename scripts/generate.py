@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
         decoder_name_or_path=arguments.decoder and resolve(arguments.decoder),
     ).to(device)
 
-    names = ("temperature", "top_p", *set().union(*MODES.values()))
+    names = {"temperature", "top_p"}.union(*MODES.values())
     options = {name: value for name, value in vars(arguments).items() if name in names}
     retrieve = NearestBanked(model, ProtoTokenBank(arguments.retrieve)) if arguments.retrieve else None
     batch_size = arguments.batch_size

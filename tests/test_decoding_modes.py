@@ -233,6 +233,24 @@ def test_tokens_stream_as_they_are_written(build, llama_dir, mode):
         model.generate(**processor(INSTRUCTIONS), mode=mode, streamer=recorder)
 
 
+def test_answers_end_at_a_stop_string(build, decoder_dir):
+    model, processor = build(decoder_dir, decoder_sees_prompt=True)
+    without_eos(model)
+    tokenizer = processor.decoder_tokenizer
+    inputs = processor(MORE, MORE_CONTEXTS)
+    whole = model.generate(**inputs, mode="verified", max_new_tokens=TOKENS).tolist()
+    # Two words in the middle of the first answer.
+    stop = tokenizer.decode(whole[0][9:11])
+    options = {"mode": "verified", "max_new_tokens": TOKENS, "stop_strings": [stop], "return_dict_in_generate": True}
+    found = answers_of(model.generate(**inputs, **options, tokenizer=tokenizer))
+    for answer, tokens in zip(found, whole, strict=True):
+        ends = [n for n in range(1, TOKENS + 1) if stop in tokenizer.decode(tokens[:n])]
+        assert answer == tokens[: ends[0] if ends else TOKENS]
+    assert len(found[0]) <= 11
+    with pytest.raises(ValueError, match="stop_strings need the decoder's tokenizer"):
+        model.generate(**inputs, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
