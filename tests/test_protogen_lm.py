@@ -1,0 +1,197 @@
+"""ProtoGen under lm-eval, against the harness's own model of the same decoder."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import INSTRUCTIONS
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from eval_tasks.protogen_lm import ProtoGenLM, last_blocks
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+
+CONTEXTS = [
+    "who sat on the mat",
+    "what color is the sky\n\nthe sky was red and",
+    "name three animals\n\na cat a dog\n\nname two animals\n\na",
+    "the",
+    "tell me about paris france",
+]
+
+
+def instances(kind, arguments):
+    return [Instance(kind, {}, tuple(each), number) for number, each in enumerate(arguments)]
+
+
+@pytest.fixture
+def checkpoint(build, decoder_dir, tmp_path):
+    model, processor = build(decoder_dir, decoder_sees_prompt=True)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def hf(decoder_dir):
+    return HFLM(str(decoder_dir), device="cpu", dtype="float32", batch_size=2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, "auto"])
+def test_verified_answers_and_scores_are_those_of_the_decoder(checkpoint, hf, batch_size):
+    lm = ProtoGenLM(str(checkpoint), mode="verified", batch_size=batch_size, device="cuda:0")
+    assert lm.scoring == "verified"
+    kwargs = {"until": ["sky", "\n\n"], "max_gen_toks": 12, "do_sample": False}
+    requests = [[context, kwargs] for context in CONTEXTS]
+    expected = hf.generate_until(instances("generate_until", requests))
+    assert lm.generate_until(instances("generate_until", requests)) == expected
+    assert any(expected)
+
+    pairs = [[context, f" {word}"] for context in CONTEXTS for word in ("cat", "dog sat", "it was blue")]
+    scores = lm.loglikelihood(instances("loglikelihood", pairs))
+    torch.testing.assert_close(
+        torch.tensor(scores), torch.tensor(hf.loglikelihood(instances("loglikelihood", pairs))), rtol=1e-4, atol=1e-4
+    )
+    texts = [[context] for context in CONTEXTS[:3]]
+    rolling = lm.loglikelihood_rolling(instances("loglikelihood_rolling", texts))
+    assert rolling == pytest.approx(hf.loglikelihood_rolling(instances("loglikelihood_rolling", texts)), rel=1e-4)
+
+
+def test_one_step_scores_are_the_answers_probability(checkpoint):
+    lm = ProtoGenLM(str(checkpoint), batch_size=2)
+    pairs = [[context, f" {answer}"] for context in CONTEXTS for answer in ("cat", "dog sat")]
+    scores = lm.loglikelihood(instances("loglikelihood", pairs))
+    model = ProtoGenForConditionalGeneration.from_pretrained(checkpoint)
+    processor = ProtoGenProcessor.from_pretrained(checkpoint)
+    for (context, answer), (score, is_likeliest) in zip(pairs, scores, strict=True):
+        prompt = lm.tok_encode(context)
+        labels = torch.tensor([lm.tok_encode(answer.strip())])
+        inputs = processor.tokenizer(context, return_tensors="pt")
+        with torch.no_grad():
+            logits = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                decoder_prompt_ids=torch.tensor([prompt]),
+                decoder_prompt_mask=torch.ones(1, len(prompt)).long(),
+                labels=labels,
+            ).logits
+        assert score == pytest.approx(logits.log_softmax(-1)[range(labels.numel()), labels[0]].sum().item(), rel=1e-4)
+        assert is_likeliest == torch.equal(logits.argmax(-1), labels[0])
+
+
+def test_one_step_answers_are_generates(checkpoint):
+    lm = ProtoGenLM(str(checkpoint), batch_size=3, num_length_sigmas=1.0)
+    kwargs = {"until": [], "max_gen_toks": 32}
+    requests = instances("generate_until", [[context, kwargs] for context in CONTEXTS])
+    answers = lm.generate_until(requests)
+    for context, answer, request in zip(CONTEXTS, answers, requests, strict=True):
+        inputs = lm.inputs([context], [lm.tok_encode(context)])
+        output = lm.protogen.generate(**inputs, num_length_sigmas=1.0, return_dict_in_generate=True)
+        text = lm.tok_decode(output.sequences[0])
+        assert answer == text
+        assert request.args[1]["uncertainty"] == pytest.approx(output.uncertainties.item(), rel=1e-4)
+
+
+def test_the_encoder_reads_the_last_parts_that_fit(checkpoint, caplog):
+    lm = ProtoGenLM(str(checkpoint))
+    tokenizer, window = lm.processor.tokenizer, lm.processor.max_input_length
+    parts = ["who sat on the mat", "the cat", *["the sky was red and blue"] * 5]
+    ids, dropped = last_blocks(tokenizer, "\n\n".join(parts), window)
+    assert len(ids) <= window
+    assert ids == tokenizer("\n\n".join(parts[dropped:])).input_ids
+    assert len(tokenizer("\n\n".join(parts[dropped - 1 :])).input_ids) > window
+    ids, _ = last_blocks(tokenizer, "who " + "cat " * 50, window)
+    assert len(ids) <= window
+    assert tokenizer.decode(ids).split()[1:3] == ["cat", "cat"]
+    lm.generate_until(instances("generate_until", [["cat " * 50, {"until": [], "max_gen_toks": 4}]]))
+    assert "1 contexts are longer than the encoder's window of 32 tokens" in caplog.text
+
+
+def test_in_a_chat_the_encoder_reads_what_is_said(build, llama_dir, tmp_path):
+    model, processor = build(llama_dir, decoder_sees_prompt=True)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    lm = ProtoGenLM(str(tmp_path))
+    text = lm.apply_chat_template([{"role": "user", "content": "who sat on the mat"}])
+    assert text != "who sat on the mat"
+    inputs = lm.inputs([text], [lm.tok_encode(text)])
+    expected = processor("who sat on the mat")
+    assert inputs["input_ids"].tolist() == expected["input_ids"].tolist()
+    assert inputs["decoder_prompt_ids"].tolist() == expected["decoder_prompt_ids"].tolist()
+
+
+def test_unknown_modes_are_named(checkpoint):
+    with pytest.raises(ValueError, match="mode=fast is not one of one_step"):
+        ProtoGenLM(str(checkpoint), mode="fast")
+    with pytest.raises(ValueError, match="scoring=own is not one of one_step, verified"):
+        ProtoGenLM(str(checkpoint), scoring="own")
+    with pytest.raises(ValueError, match="num_beams is not for mode=one_step"):
+        ProtoGenLM(str(checkpoint), num_beams=4)
+
+
+@pytest.fixture
+def task(tmp_path):
+    """A generative task over three questions, in a folder of tasks."""
+    rows = [{"question": text, "answer": "a cat"} for text in INSTRUCTIONS]
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "tasks" / "tiny.yaml").write_text(
+        f"""
+        task: tiny
+        dataset_path: json
+        dataset_kwargs: {{data_files: {{test: {tmp_path / "tasks" / "rows.jsonl"}}}}}
+        test_split: test
+        output_type: generate_until
+        doc_to_text: "{{{{question}}}}"
+        doc_to_target: "{{{{answer}}}}"
+        generation_kwargs: {{until: ["sky"], max_gen_toks: 6, do_sample: false}}
+        metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+        """
+    )
+    return tmp_path / "tasks"
+
+
+def test_the_command_of_the_harness(checkpoint, task, tmp_path):
+    """By name, as the entry point has it; each sample is logged with its uncertainty."""
+    command = [sys.executable, "-m", "eval_tasks", "run", "--model", "protogen", "--tasks", "tiny", "--limit", 2]
+    command += ["--model_args", f"pretrained={checkpoint},mode=adaptive,confidence_threshold=0.5,block_size=4"]
+    command += ["--include_path", task, "--output_path", tmp_path / "out", "--log_samples", "--batch_size", "auto"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "|tiny" in done.stdout
+    (path,) = (tmp_path / "out").rglob("samples_tiny_*.jsonl")
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(samples) == 2
+    for sample in samples:
+        assert 0 < sample["arguments"]["gen_args_0"]["arg_1"]["uncertainty"] < 1
+
+
+def test_the_hook_tells_the_harness_of_the_model():
+    from lm_eval.api.registry import get_model
+
+    from eval_tasks import lm_eval_hook
+
+    lm_eval_hook.register()
+    assert get_model("protogen") is ProtoGenLM
+
+
+def test_one_and_two_processes_answer_alike(checkpoint, task, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
+    launch += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+    run = ["-m", "eval_tasks", "run", "--model", "protogen", "--tasks", "tiny", "--include_path", task, "--log_samples"]
+    run += ["--model_args", f"pretrained={checkpoint},mode=verified"]
+    answers = []
+    for name, command in (("one", [sys.executable, *run]), ("two", [*launch, *run])):
+        command += ["--output_path", tmp_path / name]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        (path,) = (tmp_path / name).rglob("samples_tiny_*.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        # The harness has a process with fewer samples answer one of them again.
+        answers.append({row["doc_id"]: set(row["resps"][0]) for row in rows})
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == 3
