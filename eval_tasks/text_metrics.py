@@ -1,11 +1,15 @@
 """Quality of answers, on token ids and texts, and what a decoder thinks of a text."""
 
 import math
+import re
+import string
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU, CHRF
 from transformers import EvalPrediction, PreTrainedModel
 
 from modeling_protogen.modeling_protogen import IGNORE_INDEX
@@ -41,6 +45,53 @@ def rouge_l(answers: list[str], references: list[str]) -> np.ndarray:
     """ROUGE-L F-measures in 0..1, `(texts,)` (Lin, 2004), by the `rouge-score` package, without stemming."""
     scorer = RougeScorer(["rougeL"])
     return np.array([scorer.score(r, a)["rougeL"].fmeasure for a, r in zip(answers, references, strict=True)])
+
+
+def bleu(answers: list[str], references: list[str]) -> np.ndarray:
+    """Sentence BLEU in 0..1, `(texts,)`, smoothed as by default in `sacrebleu` (Post, 2018)."""
+    metric = BLEU(effective_order=True)
+    return np.array([metric.sentence_score(a, [r]).score / 100 for a, r in zip(answers, references, strict=True)])
+
+
+def chrf(answers: list[str], references: list[str]) -> np.ndarray:
+    """chrF2 in 0..1, `(texts,)`, by `sacrebleu` (Popović, 2015)."""
+    metric = CHRF()
+    return np.array([metric.sentence_score(a, [r]).score / 100 for a, r in zip(answers, references, strict=True)])
+
+
+def token_f1(answers: list[str], references: list[str]) -> np.ndarray:
+    """
+    F1 of the words that answer and reference share, `(texts,)`, without case, punctuation and articles (SQuAD,
+    Rajpurkar et al., 2016).
+    """
+
+    def words(text):
+        text = re.sub(rf"[{re.escape(string.punctuation)}]", "", text.lower())
+        return [word for word in text.split() if word not in ("a", "an", "the")]
+
+    def f1(answer, reference):
+        answer, reference = Counter(words(answer)), Counter(words(reference))
+        if not answer or not reference:
+            return float(answer == reference)
+        return 2 * (answer & reference).total() / (answer.total() + reference.total())
+
+    return np.array([f1(a, r) for a, r in zip(answers, references, strict=True)])
+
+
+def repetition(answers: list[str], n: int = 4) -> np.ndarray:
+    """Share of an answer's runs of n words that stood in it before, `(texts,)`; 0 for shorter ones."""
+
+    def repeated(text):
+        words = text.split()
+        runs = [tuple(words[at : at + n]) for at in range(len(words) - n + 1)]
+        return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+    return np.array([repeated(text) for text in answers])
+
+
+def is_degenerate(answers: list[str]) -> np.ndarray:
+    """Whether an answer is empty, or more than half of its runs of 4 words stood in it before, `(texts,)`."""
+    return np.array([not text.strip() for text in answers]) | (repetition(answers) > 0.5)
 
 
 def information_bits(decoder: PreTrainedModel, token_ids: list[int]) -> float:

@@ -37,12 +37,12 @@ def read_prompts(arguments) -> list[dict[str, str]]:
     if arguments.file is None:
         if sys.stdin.isatty():
             raise ValueError("no prompt: give one as an argument, with --file, or on standard input.")
-        lines = sys.stdin.read().splitlines()
+        lines = sys.stdin.read().split("\n")
     else:
         path = Path(arguments.file)
         if not path.is_file():
             raise FileNotFoundError(f"prompt file {path} does not exist.")
-        lines = path.read_text().splitlines()
+        lines = path.read_text().split("\n")
     lines = [line for line in lines if line.strip()]
     if arguments.file is None or Path(arguments.file).suffix != ".jsonl":
         return [{"instruction": line} for line in lines]

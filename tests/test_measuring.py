@@ -10,7 +10,16 @@ from report import READMES
 
 from eval_tasks import report
 from eval_tasks.latency import interleaved_seconds, ratio_with_interval
-from eval_tasks.text_metrics import exact_match, rouge_l, token_accuracy
+from eval_tasks.text_metrics import (
+    bleu,
+    chrf,
+    exact_match,
+    is_degenerate,
+    repetition,
+    rouge_l,
+    token_accuracy,
+    token_f1,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +37,20 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
     # LCS "the cat mat": precision 3/4, recall 3/6.
     assert rouge_l(["the cat the mat"], ["the cat sat on a mat"]).tolist() == pytest.approx([2 * 0.75 * 0.5 / 1.25])
     assert rouge_l(INSTRUCTIONS, INSTRUCTIONS).tolist() == [1.0] * len(INSTRUCTIONS)
+
+
+def test_answers_that_share_words():
+    assert token_f1(["The cat, a cat!"], ["cat sat"]).tolist() == [pytest.approx(0.5)]
+    assert token_f1(["", "the"], ["x", ""]).tolist() == [0.0, 1.0]
+    for metric in (bleu, chrf):
+        same, near, far = metric(["a b c d e", "a b c d x", "v w x y z"], ["a b c d e"] * 3)
+        assert same == pytest.approx(1)
+        assert 0 <= far < near < 1
+
+
+def test_answers_that_repeat_themselves():
+    assert repetition(["a b c d a b c d", "a b c", "a b c d e"]).tolist() == [pytest.approx(0.2), 0, 0]
+    assert is_degenerate(["no " * 20, "", " ", "one two three four five"]).tolist() == [True, True, True, False]
 
 
 def test_methods_are_called_in_turn():

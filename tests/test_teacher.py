@@ -36,12 +36,12 @@ def write(decoder, processor, folder, examples=EXAMPLES, info=INFO, batch_size=2
 def test_lines_survive_a_torn_one(tmp_path):
     path = tmp_path / "a" / "rows.jsonl"
     assert read_lines(path) == []
-    append_lines(path, [{"a": 1}, {"a": "\u00e9\n"}])
+    append_lines(path, [{"a": 1}, {"a": "\u00e9\u2028\n"}])
     with open(path, "a") as file:
         file.write('{"a": 3')
-    assert read_lines(path) == [{"a": 1}, {"a": "\u00e9\n"}]
+    assert read_lines(path) == [{"a": 1}, {"a": "\u00e9\u2028\n"}]
     append_lines(path, [{"a": 4}])
-    assert read_lines(path) == [{"a": 1}, {"a": "\u00e9\n"}, {"a": 4}]
+    assert read_lines(path) == [{"a": 1}, {"a": "\u00e9\u2028\n"}, {"a": 4}]
 
 
 def test_answers_are_the_decoders_own_one_token_after_the_other(decoder, processor, tmp_path):

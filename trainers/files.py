@@ -30,7 +30,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def read_lines(path: Path) -> list[dict]:
     """The rows of a JSONL file, none if it does not exist; a last line that a kill cut off is no row."""
     text = path.read_text() if path.is_file() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def append_lines(path: Path, rows: list[dict]) -> None:

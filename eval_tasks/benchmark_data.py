@@ -1,0 +1,67 @@
+"""
+The data of the tasks here: from the Hub, or with `--metadata '{"data_dir": "FOLDER"}'` from JSONL files in a folder,
+with the Hub's fields: `mmlu_test.jsonl` and `mmlu_dev.jsonl`, `mmlu_pro_test.jsonl` and `mmlu_pro_validation.jsonl`,
+`gsm8k_test.jsonl` and `gsm8k_train.jsonl`, `dolly.jsonl`.
+"""
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import datasets
+
+# Of Dolly's instructions, those that training leaves out (`validation_share` there).
+DOLLY_HELD_OUT = 0.1
+
+
+@lru_cache
+def local_rows(data_dir: str, name: str) -> list[dict]:
+    path = Path(data_dir) / f"{name}.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; data_dir is the folder with the tasks' .jsonl files.")
+    return [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
+
+
+def local_splits(data_dir: str, name: str, *splits: str) -> datasets.DatasetDict:
+    return datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(local_rows(data_dir, f"{name}_{split}")) for split in splits}
+    )
+
+
+def mmlu(subject: str, data_dir: str | None = None, **_) -> datasets.DatasetDict:
+    if data_dir is None:
+        return datasets.load_dataset("cais/mmlu", subject)
+    rows = {split: local_rows(data_dir, f"mmlu_{split}") for split in ("test", "dev")}
+    return datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_list([row for row in all_rows if row["subject"] == subject])
+            for split, all_rows in rows.items()
+        }
+    )
+
+
+def mmlu_pro(data_dir: str | None = None, **_) -> datasets.DatasetDict:
+    if data_dir is None:
+        return datasets.load_dataset("TIGER-Lab/MMLU-Pro")
+    return local_splits(data_dir, "mmlu_pro", "test", "validation")
+
+
+def gsm8k(data_dir: str | None = None, **_) -> datasets.DatasetDict:
+    if data_dir is None:
+        return datasets.load_dataset("openai/gsm8k", "main")
+    return local_splits(data_dir, "gsm8k", "test", "train")
+
+
+def dolly(data_dir: str | None = None, **_) -> datasets.DatasetDict:
+    """The instructions that training holds out, by its own rule: a hash of the instruction."""
+    if data_dir is None:
+        rows = datasets.load_dataset("databricks/databricks-dolly-15k", split="train").to_list()
+    else:
+        rows = local_rows(data_dir, "dolly")
+    return datasets.DatasetDict({"test": datasets.Dataset.from_list([row for row in rows if is_held_out(row)])})
+
+
+def is_held_out(row: dict) -> bool:
+    digest = hashlib.sha256(row["instruction"].strip().encode()).hexdigest()
+    return int(digest[:8], 16) / 16**8 < DOLLY_HELD_OUT

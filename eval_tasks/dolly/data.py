@@ -1,0 +1,17 @@
+"""What the YAML here names; lm-eval looks for it beside the file."""
+
+from eval_tasks.benchmark_data import dolly
+from eval_tasks.text_metrics import bleu, chrf, is_degenerate, rouge_l, token_f1
+
+__all__ = ["dolly", "process_results", "prompt"]
+
+
+def prompt(doc: dict) -> str:
+    return f"{doc['instruction'].strip()}\n\n{doc['context'].strip()}".strip()
+
+
+def process_results(doc: dict, results: list[str]) -> dict[str, float]:
+    answers, references = [results[0].strip()], [doc["response"].strip()]
+    metrics = {"rouge_l": rouge_l, "bleu": bleu, "chrf": chrf, "token_f1": token_f1}
+    figures = {name: metric(answers, references)[0] for name, metric in metrics.items()}
+    return figures | {"degenerate": float(is_degenerate(answers)[0])}

@@ -1,0 +1,92 @@
+"""The tasks for lm-eval: the harness's own, with data from a folder."""
+
+import json
+from pathlib import Path
+
+import lm_eval
+import pytest
+import yaml
+from lm_eval.tasks import TaskManager
+
+from eval_tasks import benchmark_data
+from trainers.data import Example, split_by_instruction
+
+TASKS = Path(benchmark_data.__file__).parent
+MMLU = {"question": "q", "subject": "anatomy", "choices": ["w", "x", "y", "z"], "answer": 1}
+PRO = {"question": "q", "options": ["x", "y"], "answer": "B", "category": "law", "cot_content": "A: Let's think."}
+
+
+CATEGORIES = """biology, business, chemistry, computer science, economics, engineering, health, history, law, math,
+    other, philosophy, physics, psychology"""
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+
+    def write(name, *rows):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    write("mmlu_test", MMLU | {"question": "one\u2028line"}, MMLU | {"subject": "astronomy"})
+    write("mmlu_dev", *[MMLU] * 5)
+    pro = [PRO | {"category": " ".join(category.split())} for category in CATEGORIES.split(",")]
+    write("mmlu_pro_test", *pro)
+    write("mmlu_pro_validation", *pro * 5)
+    write("gsm8k_test", {"question": "q", "answer": "so #### 4"})
+    write("gsm8k_train", *[{"question": "p", "answer": "so #### 5"}] * 6)
+    write("dolly", *[{"instruction": f"say {n}", "context": "", "response": "x", "category": "c"} for n in range(300)])
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def load(data_dir):
+    manager = TaskManager(include_path=str(TASKS), metadata={"data_dir": data_dir})
+    return lambda name: manager.load([name])["tasks"]
+
+
+def test_every_subject_of_the_harness_is_there():
+    def tasks(name):
+        text = (TASKS / name).read_text().replace("!function ", "")
+        return [entry["task"] for entry in yaml.safe_load(text)["task"]]
+
+    folder = Path(lm_eval.__file__).parent / "tasks"
+    assert tasks("mmlu/protogen_mmlu.yaml") == sorted(path.stem for path in (folder / "mmlu/default").glob("mmlu_*"))
+    assert tasks("mmlu_pro/protogen_mmlu_pro.yaml") == sorted(
+        path.stem for path in (folder / "mmlu_pro").glob("mmlu_*")
+    )
+
+
+def test_subjects_get_their_own_questions(data_dir):
+    splits = benchmark_data.mmlu("anatomy", data_dir)
+    assert [row["question"] for row in splits["test"]] == ["one\u2028line"]
+    assert len(splits["dev"]) == 5
+
+
+def test_tasks_ask_as_the_harness_does(load):
+    (gsm8k,) = load("protogen_gsm8k").values()
+    assert gsm8k.doc_to_text(gsm8k.test_docs()[0]) == "Question: q\nAnswer:"
+    assert gsm8k.config.num_fewshot == 5
+    (cot,) = load("protogen_gsm8k_cot").values()
+    assert cot.config.num_fewshot == 8
+    pro = load("protogen_mmlu_pro")
+    assert len(pro) == 14
+    law = pro["mmlu_pro_law"]
+    assert len(law.test_docs()) == 1
+    assert law.doc_to_text(law.test_docs()[0]).endswith("A. x\nB. y\nAnswer: Let's think step by step.")
+
+
+def test_dolly_asks_what_training_holds_out(load, data_dir):
+    (dolly,) = load("protogen_dolly").values()
+    found = [doc["instruction"] for doc in dolly.test_docs()]
+    examples = [Example(str(n), f"say {n}", "", "x") for n in range(300)]
+    _, held_out = split_by_instruction(examples, benchmark_data.DOLLY_HELD_OUT)
+    assert found == [example.instruction for example in held_out]
+    assert dolly.doc_to_text({"instruction": "say", "context": " it "}) == "say\n\nit"
+    figures = dolly.process_results({"response": "a cat sat"}, [" a cat sat"])
+    assert figures["rouge_l"] == figures["token_f1"] == 1
+    assert figures["degenerate"] == 0
+
+
+def test_a_folder_without_the_data_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no .*gsm8k_test.jsonl"):
+        benchmark_data.gsm8k(str(tmp_path))
