@@ -9,6 +9,10 @@ from sklearn.isotonic import IsotonicRegression
 
 from modeling_protogen.configuration_protogen import UNCERTAINTY_SCORES, ProtoGenConfig
 
+from .abstention import threshold_for_accuracy
+
+# Shares of right tokens for which the uncertainty to abstain above is looked for.
+WANTED_SHARES = (0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 # The interval whose coverage the calibrated standard deviation fits exactly.
 LEVEL = 0.8
 
@@ -61,10 +65,15 @@ def calibrate_length(config: ProtoGenConfig, records: pd.DataFrame) -> None:
 
 def calibrate_uncertainty(config: ProtoGenConfig, records: pd.DataFrame) -> None:
     """
-    Sets the configuration's uncertainty to the score that goes best with the share of wrong tokens, calibrated.
+    Sets the configuration's uncertainty to the score that goes best with the share of wrong tokens, calibrated, and the
+    uncertainties above which to abstain.
     Arguments as of [`calibrate_length`]; the records are made after it, as it changes the answers.
     """
     correlations = rank_correlations(records)
     name = max(correlations, key=correlations.get)
     config.uncertainty_score = name
-    config.uncertainty_points = uncertainty_calibration(records[name].to_numpy(), records["wrong_share"].to_numpy())
+    score, wrong = records[name].to_numpy(), records["wrong_share"].to_numpy()
+    config.uncertainty_points = uncertainty_calibration(score, wrong)
+    uncertainties = np.interp(score, *np.array(config.uncertainty_points).T)
+    thresholds = {f"{share}": threshold_for_accuracy(1 - wrong, uncertainties, share) for share in WANTED_SHARES}
+    config.abstention_thresholds = {share: value for share, value in thresholds.items() if value is not None}

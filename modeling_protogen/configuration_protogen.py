@@ -80,6 +80,8 @@ class ProtoGenConfig(PreTrainedConfig):
     # wrong tokens at growing values of the score, with straight lines between; `None` leaves the score as it is.
     uncertainty_score: str = "confidence"
     uncertainty_points: list[list[float]] | None = None
+    # From a share of right tokens to the uncertainty up to which held-out answers, all together, had it; measured.
+    abstention_thresholds: dict[str, float] | None = None
 
     tie_word_embeddings: bool = False
 

@@ -16,10 +16,10 @@ from .verified_decoding import verified_decoding
 
 # The options of each mode, besides those of all.
 BLOCK_OPTIONS = {"max_new_tokens", "block_size", "stop_strings", "tokenizer", "streamer"}
-LENGTH_OPTIONS = {"length", "num_length_sigmas", "proto_tokens", "output_uncertainty_scores"}
+AT_ONCE_OPTIONS = {"length", "num_length_sigmas", "proto_tokens", "abstain_above", "output_uncertainty_scores"}
 MODES = {
-    "one_step": LENGTH_OPTIONS | {"num_candidates", "candidate_noise"},
-    "refine": LENGTH_OPTIONS | {"num_refinements", "confidence_threshold"},
+    "one_step": AT_ONCE_OPTIONS | {"num_candidates", "candidate_noise"},
+    "refine": AT_ONCE_OPTIONS | {"num_refinements", "confidence_threshold"},
     "adaptive": BLOCK_OPTIONS | {"confidence_threshold"},
     "verified": BLOCK_OPTIONS,
 }
@@ -45,6 +45,8 @@ class ProtoGenGenerateOutput(ModelOutput):
             `config.uncertainty_score` of each answer; where it is calibrated, the expected share of wrong tokens.
         uncertainty_scores (`dict[str, torch.FloatTensor]`, one_step and refine):
             All of `UNCERTAINTY_SCORES`, each `(batch,)`, as they are; with `output_uncertainty_scores`.
+        abstained (`torch.BoolTensor` of shape `(batch,)`, one_step and refine, with `abstain_above`): answers that are
+            not given; their sequences are padding and their lengths 0.
         accepted_lengths (`torch.FloatTensor` of shape `(batch,)`, adaptive and verified): drafted tokens that were
             kept, on average a draft.
         num_drafts (`torch.LongTensor` of shape `(batch,)`, adaptive and verified): drafts for each answer.
@@ -60,6 +62,7 @@ class ProtoGenGenerateOutput(ModelOutput):
     length_sigmas: torch.FloatTensor | None = None
     uncertainties: torch.FloatTensor | None = None
     uncertainty_scores: dict[str, torch.FloatTensor] | None = None
+    abstained: torch.BoolTensor | None = None
     accepted_lengths: torch.FloatTensor | None = None
     num_drafts: torch.LongTensor | None = None
     num_passes: int | None = None
@@ -124,6 +127,8 @@ class ProtoGenGenerationMixin(GenerationMixin):
                 the predicted log-normal length; EOS still cuts.
             proto_tokens (one_step and refine): `e` and `m`, shaped as the model's output has them, to write from
                 instead of the predicted ones: retrieved from a bank, or fitted.
+            abstain_above (`float`, one_step and refine): gives no answer that is more uncertain than this, as of
+                `uncertainties`; `config.abstention_thresholds` has what held-out instructions asked for.
             output_uncertainty_scores (`bool`, one_step and refine): whether to return every score, not the configured
                 one alone.
             num_candidates (`int`, one_step): writes so many answers in one pass and returns the one that the decoder,
@@ -179,6 +184,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
         length=None,
         num_length_sigmas=0.0,
         proto_tokens=None,
+        abstain_above=None,
         output_uncertainty_scores=False,
         num_candidates=1,
         candidate_noise=0.5,
@@ -222,7 +228,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
             )
         kept = token_mask(lengths)
         sequences = sequences[:, : kept.shape[1]].masked_fill(~kept, config.answer_pad_token_id)
-        if not returns_all:
+        if not returns_all and abstain_above is None:
             return sequences
 
         def by_answer(values):
@@ -242,7 +248,12 @@ class ProtoGenGenerationMixin(GenerationMixin):
         uncertainties = scores[config.uncertainty_score]
         if config.uncertainty_points is not None:
             uncertainties = interpolate(uncertainties, config.uncertainty_points)
-        return ProtoGenGenerateOutput(
+        abstained = None
+        if abstain_above is not None:
+            abstained = uncertainties > abstain_above
+            sequences = sequences.masked_fill(abstained[:, None], config.answer_pad_token_id)
+            lengths = lengths.masked_fill(abstained, 0)
+        output = ProtoGenGenerateOutput(
             sequences=sequences,
             lengths=lengths,
             token_confidences=log_confidence.exp() * kept,
@@ -251,7 +262,9 @@ class ProtoGenGenerationMixin(GenerationMixin):
             length_sigmas=mean.exp() * sigma,
             uncertainties=uncertainties,
             uncertainty_scores=scores if output_uncertainty_scores else None,
+            abstained=abstained,
         )
+        return output if returns_all else sequences
 
     def _write_blocks(
         self,

@@ -86,7 +86,8 @@ def figures_of(output: ProtoGenGenerateOutput, row: int) -> dict[str, float]:
     """What `generate` says of one answer, besides its text."""
     figures = {"tokens": output.lengths, "predicted_length": output.predicted_lengths}
     figures |= {"length_sigma": output.length_sigmas, "confidence": output.confidences}
-    figures |= {"uncertainty": output.uncertainties, "accepted_length": output.accepted_lengths}
+    figures |= {"uncertainty": output.uncertainties, "abstained": output.abstained}
+    figures |= {"accepted_length": output.accepted_lengths}
     return {name: round(values[row].item(), 4) for name, values in figures.items() if values is not None}
 
 
@@ -106,6 +107,7 @@ def main(argv: list[str]) -> None:
     option("--top-p", type=float, help="draw among the likeliest tokens that have this probability together")
     option("--length", type=int, help="one_step, refine: tokens to write, instead of the predicted length")
     option("--num-length-sigmas", type=float, help="one_step, refine: widen the predicted length by so many σ")
+    option("--abstain-above", type=float, help="one_step, refine: give no answer that is more uncertain")
     option("--num-candidates", type=int, help="one_step: answers of which the decoder chooses")
     option("--num-refinements", type=int, help="refine: passes over the draft")
     option("--confidence-threshold", type=float, help="refine, adaptive: probability of a sure token")

@@ -103,3 +103,8 @@ def test_a_calibrated_checkpoint_says_the_calibrated_numbers(build, llama_dir, t
     torch.testing.assert_close(output.uncertainty_scores["length_sigma"], 2 * sigma, rtol=1e-4, atol=1e-5)
     assert set(output.uncertainty_scores) == set(UNCERTAINTY_SCORES)
     assert ((output.uncertainties >= 0) & (output.uncertainties <= 0.5)).all()
+    # Half of the tokens are right at worst, so all answers may be given where that is enough.
+    thresholds = loaded.config.abstention_thresholds
+    assert thresholds["0.5"] >= max(point[1] for point in loaded.config.uncertainty_points)
+    assert thresholds["0.75"] < thresholds["0.5"]
+    assert "0.9" not in thresholds

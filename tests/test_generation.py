@@ -110,3 +110,20 @@ def test_long_answers_take_the_confidence_path_in_blocks(build, llama_dir):
 
     logits = torch.randn(300, 11, dtype=torch.bfloat16) * 5
     torch.testing.assert_close(log_normalizer(logits, rows=128), logits.float().logsumexp(-1))
+
+
+def test_uncertain_answers_are_not_given(build, llama_dir):
+    model, processor = build(llama_dir)
+    batch = processor(INSTRUCTIONS, CONTEXTS)
+    whole = model.generate(**batch, return_dict_in_generate=True)
+    threshold = whole.uncertainties.median().item()
+    output = model.generate(**batch, abstain_above=threshold, return_dict_in_generate=True)
+    assert output.abstained.tolist() == (whole.uncertainties > threshold).tolist()
+    assert output.abstained.sum() == 1
+    pad = model.config.answer_pad_token_id
+    for row, abstained in enumerate(output.abstained):
+        expected = [pad] * whole.sequences.shape[1] if abstained else whole.sequences[row].tolist()
+        assert output.sequences[row].tolist() == expected
+        assert output.lengths[row] == (0 if abstained else whole.lengths[row])
+    assert torch.equal(model.generate(**batch, abstain_above=threshold), output.sequences)
+    torch.testing.assert_close(output.uncertainties, whole.uncertainties)
