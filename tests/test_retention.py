@@ -1,7 +1,9 @@
 """Retention and abstention against the golden numbers, slow definitions and Shifts' own assertions."""
 
 from itertools import pairwise
+from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 
@@ -112,3 +114,21 @@ def test_ranking_and_calibration():
     errors = (np.tile(np.arange(100), 3) < 100 * expected).astype(float)
     assert expected_calibration_error(errors, expected, bins=3) == pytest.approx(0)
     assert expected_calibration_error(errors, expected - 0.1, bins=3) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", ["f1_retention", "abstention", "calibration"])
+def test_metrics_load_from_their_folder(name):
+    metric = evaluate.load(str(Path(__file__).parent.parent / "eval_tasks" / "metrics" / name))
+    right = [float(error <= 1) for error in ERRORS]
+    if name == "f1_retention":
+        assert metric.compute(predictions=UNCERTAINTIES, references=ERRORS, threshold=1)["f1_auc"] == pytest.approx(
+            0.63182045, abs=1e-8
+        )
+    elif name == "abstention":
+        figures = metric.compute(predictions=UNCERTAINTIES, references=right, abstain_above=0.5)
+        assert figures["coverage"] == 0.5
+        assert figures["accuracy_given_attempted"] == 1
+        assert figures["auroc_wrong"] == ranking_figures(right, UNCERTAINTIES)["auroc_wrong"]
+    else:
+        figures = metric.compute(predictions=UNCERTAINTIES, references=right, bins=2)
+        assert figures["expected_calibration_error"] == expected_calibration_error(right, UNCERTAINTIES, 2)

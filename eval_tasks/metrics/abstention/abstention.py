@@ -1,0 +1,34 @@
+"""Answering only when sure as an `evaluate` metric."""
+
+import datasets
+import evaluate
+import numpy as np
+
+from eval_tasks.abstention import abstention_figures, ranking_figures
+
+DESCRIPTION = """Coverage, accuracy over all questions and over those attempted, their harmonic mean (the F score of
+SimpleQA), and how well uncertainty tells right from wrong: AUROC and rank correlation."""
+CITATION = "Wei et al., 2024, Measuring short-form factuality in large language models"
+INPUTS = """
+Args:
+    predictions (list of float): uncertainty of each answer.
+    references (list of float): 1 where the answer is right, else 0.
+    abstain_above (float): answers that are more uncertain are not given; all are by default.
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, INPUTS)
+class Abstention(evaluate.Metric):
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation=CITATION,
+            inputs_description=INPUTS,
+            features=datasets.Features(
+                {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
+            ),
+        )
+
+    def _compute(self, predictions, references, abstain_above=float("inf")):
+        is_given = np.asarray(predictions) <= abstain_above
+        return abstention_figures(references, is_given) | ranking_figures(references, predictions)

@@ -1,0 +1,33 @@
+"""F1- and error-retention as an `evaluate` metric."""
+
+import datasets
+import evaluate
+
+from eval_tasks.retention import retention_figures
+
+DESCRIPTION = """Quality of what is kept while the most uncertain answers are dropped, as the Shifts benchmark defines
+it: areas under the F1-retention and error-retention curves, and F1 with 95 % of the answers kept, beside those of a
+random and of the best order."""
+CITATION = "Malinin et al., 2021, Shifts: A Dataset of Real Distributional Shift Across Multiple Large-Scale Tasks"
+INPUTS = """
+Args:
+    predictions (list of float): uncertainty of each answer.
+    references (list of float): error of each answer.
+    threshold (float): an answer is acceptable where its error is at most this.
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, INPUTS)
+class F1Retention(evaluate.Metric):
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation=CITATION,
+            inputs_description=INPUTS,
+            features=datasets.Features(
+                {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
+            ),
+        )
+
+    def _compute(self, predictions, references, threshold=0.5):
+        return retention_figures(references, predictions, threshold)
