@@ -107,7 +107,11 @@ def scatter(maps: dict[str, np.ndarray], groups: list[str], title: str, path: st
 
 
 def curves(
-    named: dict[str, list[tuple[list[float], list[float]]]], labels: tuple[str, str], title: str, path: str | Path
+    named: dict[str, list[tuple[list[float], list[float]]]],
+    labels: tuple[str, str],
+    title: str,
+    path: str | Path,
+    log_x: bool = False,
 ) -> None:
     """A line for each name through its points in order; both coordinates are `[value, low, high]`."""
     figure, axis = plt.subplots(figsize=(6, 4.5))
@@ -115,7 +119,7 @@ def curves(
         (x, x_low, x_high), (y, y_low, y_high) = np.array(points).transpose(1, 2, 0)
         errors = {"xerr": arms(x, x_low, x_high), "yerr": arms(y, y_low, y_high)}
         axis.errorbar(x, y, **errors, fmt="-o", ms=4, elinewidth=0.8, label=name)
-    axis.set(xlabel=labels[0], ylabel=labels[1])
+    axis.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if log_x else "linear")
     axis.grid(alpha=0.3)
     axis.legend()
     save(figure, title, path)

@@ -191,22 +191,25 @@ class ProtoGenLM(HFLM):
             contexts, all_kwargs, chunk_requests = zip(*chunk, strict=True)
             kwargs = normalize_gen_kwargs(all_kwargs[0], self.max_gen_toks)
             stop = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
-            texts, uncertainties = self.write(contexts, stop, kwargs)
-            for context, gen_kwargs, request, text, uncertainty in zip(
-                contexts, all_kwargs, chunk_requests, texts, uncertainties, strict=True
+            written = self.write(contexts, stop, kwargs)
+            for context, gen_kwargs, request, (text, sureness) in zip(
+                contexts, all_kwargs, chunk_requests, written, strict=True
             ):
                 text = postprocess_generated_text(text, stop, None)
                 answers.append(text)
                 self.cache_hook.add_partial("generate_until", (context, gen_kwargs), text)
                 # The harness logs a sample's arguments: there stands how sure the answer was.
-                request.arguments = (context, gen_kwargs | {"uncertainty": uncertainty})
+                request.arguments = (context, gen_kwargs | sureness)
             progress.update(len(chunk))
         progress.close()
         self._report_cuts()
         return order.get_original(answers)
 
-    def write(self, contexts: list[str], stop: list[str], kwargs: dict) -> tuple[list[str], list[float]]:
-        """Answers in the mode, before they are cut at stop strings, and their uncertainty."""
+    def write(self, contexts: list[str], stop: list[str], kwargs: dict) -> list[tuple[str, dict]]:
+        """
+        Answers in the mode, before they are cut at stop strings, each with its `uncertainty` and its
+        `token_confidences`, pairs of a token's text and its probability.
+        """
         max_new_tokens = kwargs["max_gen_toks"]
         ids, mask = self.tok_batch_encode(
             list(contexts), left_truncate_len=self.max_length - max_new_tokens, truncation=self.truncation
@@ -221,8 +224,14 @@ class ProtoGenLM(HFLM):
             **self.inputs(contexts, prompts), mode=self.mode, return_dict_in_generate=True, **options
         )
         uncertainties = 1 - output.confidences if output.uncertainties is None else output.uncertainties
-        tokens = [row[:n] for row, n in zip(output.sequences.tolist(), output.lengths.tolist(), strict=True)]
-        return [self.tok_decode(row[:max_new_tokens]) for row in tokens], uncertainties.tolist()
+        answers = []
+        for row, length in enumerate(output.lengths.tolist()):
+            tokens = output.sequences[row, : min(length, max_new_tokens)].tolist()
+            confidences = [round(value, 4) for value in output.token_confidences[row].tolist()]
+            pairs = list(zip(self.tokenizer.batch_decode([[token] for token in tokens]), confidences, strict=False))
+            sureness = {"uncertainty": uncertainties[row].item(), "token_confidences": pairs}
+            answers.append((self.tok_decode(tokens), sureness))
+        return answers
 
 
 def last_blocks(tokenizer, text: str, window: int) -> tuple[list[int], int]:

@@ -13,6 +13,10 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
+# evaluate.py here has the name of a library that lm-eval imports: this folder comes last.
+FOLDER = str(Path(__file__).parent)
+sys.path = [*(path for path in sys.path if path != FOLDER), FOLDER]
+
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Calls `main(arguments)`. Expected errors end in one line and status 1; `--debug` shows the traceback."""

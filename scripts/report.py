@@ -1,5 +1,6 @@
 """
-Fills tables and figures of the READMEs from the result files, and makes one page of the studies that have been run.
+Fills tables and figures of the READMEs from the result files, and makes a page of the studies and one of the
+evaluations that have been run.
 
     python scripts/report.py
 """
@@ -36,21 +37,36 @@ def studies(runs: Path) -> list[Section]:
     return sections
 
 
+def evaluations(runs: Path) -> list[Section]:
+    """The runs of `scripts/evaluate.py` in a folder."""
+    sections = []
+    for path in sorted(runs.glob("*/evaluation.json")):
+        claim = "Methods on the same questions: quality, its difference from the baseline's, retention and speed."
+        pictures = sorted(path.parent.glob("*.png"))
+        html = path.with_name("examples.html").read_text()
+        sections.append(Section(path.parent.name, claim, read_result(path), pictures, html))
+    return sections
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readmes", type=Path, nargs="+", default=READMES)
+    parser.add_argument("--readmes", type=Path, nargs="*", default=READMES)
     parser.add_argument("--results", type=Path, default=ROOT / "scripts" / "results")
     parser.add_argument("--runs", type=Path, default=Path("runs/anatomy"), help="runs of scripts/recipes/anatomy")
+    parser.add_argument("--evaluations", type=Path, default=Path("runs/evaluation"), help="runs of scripts/evaluate.py")
     arguments = parser.parse_args(argv)
     results = {path.stem: read_result(path) for path in sorted(arguments.results.glob("*.json"))}
     for readme in arguments.readmes:
         readme.write_text(fill_figures(fill_tables(readme.read_text(), results), results))
         print(f"filled from {len(results)} results: {readme}")
-    sections = studies(arguments.runs)
-    if sections:
-        page = arguments.runs / "index.html"
-        page.write_text(html_page("Anatomy of proto-tokens", sections))
-        print(f"{len(sections)} studies in {page}")
+    pages = {
+        arguments.runs: ("Anatomy of proto-tokens", studies(arguments.runs)),
+        arguments.evaluations: ("Ways to write an answer", evaluations(arguments.evaluations)),
+    }
+    for folder, (title, sections) in pages.items():
+        if sections:
+            (folder / "index.html").write_text(html_page(title, sections))
+            print(f"{len(sections)} sections in {folder / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="protogen-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
 import pytest
 import torch

@@ -1,0 +1,182 @@
+"""Methods on tasks of the harness: cells of answers, and what they say about one another."""
+
+import html
+import time
+from pathlib import Path
+
+import lm_eval
+import numpy as np
+import pandas as pd
+from lm_eval.api.model import LM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+from tqdm import tqdm
+
+from . import pictures
+from .baselines.writing import Writer
+from .retention import f1_retention, retention_figures
+from .statistics import mean_with_interval
+
+
+class WriterLM(LM):
+    """A way to write answers as a model of the harness, for tasks that have answers written."""
+
+    def __init__(self, write: Writer, batch_size: int = 1):
+        super().__init__()
+        self.write, self.batch_size = write, batch_size
+
+    def generate_until(self, requests) -> list[str]:
+        answers = []
+        for first in tqdm(range(0, len(requests), self.batch_size), desc="answers"):
+            part = [request.args for request in requests[first : first + self.batch_size]]
+            kwargs = normalize_gen_kwargs(part[0][1])
+            stop = handle_stop_sequences(kwargs["until"], eos=None)
+            written = self.write([context for context, _ in part], [None] * len(part), kwargs["max_gen_toks"])
+            answers += [postprocess_generated_text(text, stop, None) for text in written.texts]
+        return answers
+
+    def loglikelihood(self, requests):
+        raise NotImplementedError("this method writes answers, it cannot score given ones; take a task that generates.")
+
+    loglikelihood_rolling = loglikelihood
+
+
+def evaluate_cell(lm: LM, task: str, manager: TaskManager, **options) -> dict:
+    """
+    One method on one task or group.
+
+    Args:
+        options: of `lm_eval.simple_evaluate`: `limit`, `num_fewshot`, `apply_chat_template`, ...
+
+    Returns:
+        `seconds_an_example`, and `samples`: for each answer its `task`, `doc_id`, `filter`, `prompt`, `answer` and
+        `target`, its `metrics` by name, and `uncertainty` and `token_confidences` where the method gives them.
+    """
+    start = time.perf_counter()
+    found = lm_eval.simple_evaluate(
+        model=lm, tasks=[task], task_manager=manager, bootstrap_iters=0, log_samples=True, **options
+    )
+    seconds = time.perf_counter() - start
+    samples = [sample_of(subtask, sample) for subtask, logged in sorted(found["samples"].items()) for sample in logged]
+    documents = {(sample["task"], sample["doc_id"]) for sample in samples}
+    return {"seconds_an_example": seconds / len(documents), "samples": samples}
+
+
+def sample_of(task: str, logged: dict) -> dict:
+    context, options = logged["arguments"][0]
+    options = options if isinstance(options, dict) else {}
+    answer = logged["filtered_resps"][0]
+    return {
+        "task": task,
+        "doc_id": logged["doc_id"],
+        "filter": logged["filter"],
+        "prompt": context,
+        "answer": logged["resps"][0][0] if isinstance(logged["resps"][0][0], str) else str(answer),
+        "target": str(logged["target"]),
+        "metrics": {name: float(logged[name]) for name in logged["metrics"]},
+        **{name: options[name] for name in ("uncertainty", "token_confidences") if name in options},
+    }
+
+
+def metric_table(cells: dict[tuple[str, str], dict]) -> pd.DataFrame:
+    """A row for each method, task, answer and metric, with the answer's uncertainty where there is one."""
+    return pd.DataFrame(
+        [
+            {
+                "method": method,
+                "task": task,
+                "doc": f"{sample['task']}/{sample['doc_id']}",
+                "metric": name if sample["filter"] == "none" else f"{name}_{sample['filter']}",
+                "value": value,
+                "uncertainty": sample.get("uncertainty"),
+            }
+            for (method, task), cell in cells.items()
+            for sample in cell["samples"]
+            for name, value in sample["metrics"].items()
+        ]
+    )
+
+
+def quality_figures(table: pd.DataFrame, baseline: str) -> dict[str, list[float]]:
+    """
+    For each method, task and metric the mean with its interval over answers, and its difference from the baseline's on
+    the same questions, with a paired bootstrap interval.
+    """
+    figures = {}
+    for (task, metric), part in table.groupby(["task", "metric"], sort=False):
+        values = part.pivot(index="doc", columns="method", values="value")
+        for method in part["method"].unique():
+            figures[f"{method}_{task}_{metric}"] = mean_with_interval(values[method].dropna())
+            if method != baseline and baseline in values:
+                pairs = (values[method] - values[baseline]).dropna().to_numpy()
+                figures[f"{method}_minus_{baseline}_{task}_{metric}"] = mean_with_interval(pairs)
+    return figures
+
+
+def uncertainty_figures(table: pd.DataFrame, metric: str, threshold: float) -> dict[str, float]:
+    """Retention of each method that says how sure it is, on each task with that metric; an error is 1 - metric."""
+    figures = {}
+    known = table[(table["metric"] == metric) & table["uncertainty"].notna()]
+    for (method, task), part in known.groupby(["method", "task"], sort=False):
+        found = retention_figures(1 - part["value"].to_numpy(), part["uncertainty"].to_numpy(), threshold)
+        figures |= {f"{name}_{method}_{task}": value for name, value in found.items()}
+    return figures
+
+
+def side_by_side(cells: dict[tuple[str, str], dict], number: int = 12) -> str:
+    """HTML of the first questions of each task with every method's answer; unsure tokens are shaded."""
+    parts = []
+    for task in dict.fromkeys(task for _, task in cells):
+        by_method = {
+            method: {(s["task"], s["doc_id"]): s for s in cell["samples"]}
+            for (method, of_task), cell in cells.items()
+            if of_task == task
+        }
+        first = next(iter(by_method.values()))
+        for key in list(first)[:number]:
+            rows = {"target": html.escape(first[key]["target"])}
+            rows |= {method: shaded(samples[key]) for method, samples in by_method.items() if key in samples}
+            cells_html = "".join(f"<tr><td>{name}</td><td>{text}</td></tr>" for name, text in rows.items())
+            parts.append(f"<p>{html.escape(first[key]['prompt'][-400:])}</p><table>{cells_html}</table>")
+    return "\n".join(parts)
+
+
+def shaded(sample: dict) -> str:
+    """An answer's tokens on a ground that is the redder the less sure they were."""
+    if not sample.get("token_confidences"):
+        return html.escape(sample["answer"])
+    return "".join(
+        f'<span style="background: rgba(255, 60, 60, {0.6 * (1 - confidence):.2f})" title="{confidence:.2f}">'
+        f"{html.escape(text)}</span>"
+        for text, confidence in sample["token_confidences"]
+    )
+
+
+def speed_and_retention_pictures(
+    cells: dict[tuple[str, str], dict], table: pd.DataFrame, metric: str, threshold: float, folder: Path
+) -> None:
+    """Quality against speed, and F1-retention curves with those of a random and of the best order, for each task."""
+    rated = table[table["metric"] == metric]
+    for task, of_task in rated.groupby("task", sort=False):
+        points = {}
+        for method, part in of_task.groupby("method", sort=False):
+            rate = 1 / cells[method, task]["seconds_an_example"]
+            points[method] = [([rate] * 3, mean_with_interval(part["value"]))]
+        labels = ("examples a second", metric.replace("_", " "))
+        pictures.curves(points, labels, f"{task}: quality against speed", folder / f"{task}_speed.png", log_x=True)
+        drawn = {}
+        for method, part in of_task[of_task["uncertainty"].notna()].groupby("method", sort=False):
+            errors, uncertainties = 1 - part["value"].to_numpy(), part["uncertainty"].to_numpy()
+            orders = {"": uncertainties, ", best order": errors, ", random order": shuffled(uncertainties)}
+            for name, order in orders.items():
+                curve = f1_retention(errors, order, threshold)
+                drawn[f"{method}{name}"] = [
+                    ([x] * 3, [y] * 3) for x, y in zip(curve.retained, curve.value, strict=True)
+                ]
+        if drawn:
+            labels = ("share of answers kept", f"F1 of an error of at most {threshold}")
+            pictures.curves(drawn, labels, f"{task}: retention", folder / f"{task}_retention.png")
+
+
+def shuffled(values: np.ndarray) -> np.ndarray:
+    return np.random.default_rng(0).permutation(values)

@@ -1,0 +1,119 @@
+"""
+Methods on tasks of the Language Model Evaluation Harness, one cell after another; an interrupted run goes on.
+
+    python scripts/evaluate.py --config evaluation/dolly --limit 50
+    python scripts/evaluate.py --config evaluation/dolly --data_dir FOLDER    # tasks' data from .jsonl files there
+
+Leaves evaluation.json, pictures and examples.html in OUTPUT_DIR; `python scripts/report.py` collects them.
+"""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cli
+import torch
+from embedded import resolve
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import AutoModel, AutoTokenizer
+
+import eval_tasks
+from eval_tasks.baselines.masked_diffusion import masked_diffusion
+from eval_tasks.evaluation import (
+    WriterLM,
+    evaluate_cell,
+    metric_table,
+    quality_figures,
+    side_by_side,
+    speed_and_retention_pictures,
+    uncertainty_figures,
+)
+from eval_tasks.protogen_lm import ProtoGenLM
+from eval_tasks.report import markdown_table, result, write_json
+
+
+@dataclass
+class EvaluationArguments:
+    """What is measured on what."""
+
+    output_dir: str = field(metadata={"help": "Folder of the run."})
+    tasks: list[str] = field(metadata={"help": "Tasks or groups, the harness's or those in eval_tasks/."})
+    methods: str = field(
+        metadata={
+            "help": "From a name to `kind` (protogen, hf or masked_diffusion) and arguments: those of ProtoGenLM, of "
+            "HFLM, or of masked_diffusion with `pretrained` and `batch_size`; JSON on the command line."
+        },
+    )
+    baseline: str = field(metadata={"help": "Method that the others are compared with, question by question."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of .jsonl files; the Hub by default."})
+    limit: int | None = field(default=None, metadata={"help": "Questions of each task, of each part of a group."})
+    num_fewshot: int | None = field(default=None, metadata={"help": "Examples in the prompt; the task's by default."})
+    apply_chat_template: bool = field(default=True, metadata={"help": "Prompts in the decoder's chat template."})
+    retention_metric: str = field(default="rouge_l", metadata={"help": "Metric whose shortfall is the error."})
+    acceptable_error: float = field(default=0.7, metadata={"help": "An answer with at most this error is acceptable."})
+
+    def __post_init__(self):
+        self.methods = json.loads(self.methods)
+        if self.baseline not in self.methods:
+            raise ValueError(f"baseline={self.baseline} is not one of the methods {', '.join(self.methods)}.")
+
+
+def load_method(kind: str, pretrained: str, **settings):
+    """A model of the harness."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "protogen":
+        return ProtoGenLM(pretrained, device=device, **settings)
+    if kind == "hf":
+        return HFLM(resolve(pretrained), device=device, **settings)
+    if kind == "masked_diffusion":
+        batch_size = settings.pop("batch_size", 1)
+        model = AutoModel.from_pretrained(pretrained, trust_remote_code=True, dtype=torch.bfloat16).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=True)
+        return WriterLM(masked_diffusion(model, tokenizer, **settings), batch_size)
+    raise ValueError(f"kind={kind} is not one of protogen, hf, masked_diffusion.")
+
+
+def main(argv: list[str]) -> None:
+    (arguments,) = cli.RecipeParser(EvaluationArguments).parse(argv)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    output = Path(arguments.output_dir)
+    manager = TaskManager(include_path=str(Path(eval_tasks.__file__).parent), metadata={"data_dir": arguments.data_dir})
+    options = {name: getattr(arguments, name) for name in ("limit", "num_fewshot", "apply_chat_template")}
+    cells = {}
+    for method, settings in arguments.methods.items():
+        lm = None
+        for task in arguments.tasks:
+            path = output / "cells" / f"{method}--{task}.json"
+            made_with = {"settings": settings, "data_dir": arguments.data_dir, **options}
+            if path.is_file():
+                cell = json.loads(path.read_text())
+                if cell["made_with"] != made_with:
+                    raise ValueError(f"{path} was made with {cell['made_with']}; remove it or use another output_dir.")
+            else:
+                print(f"{method} on {task}")
+                lm = lm or load_method(**settings)
+                cell = evaluate_cell(lm, task, manager, **options) | {"made_with": made_with}
+                write_json(path, cell)
+            cells[method, task] = cell
+    table = metric_table(cells)
+    figures = quality_figures(table, arguments.baseline)
+    figures |= uncertainty_figures(table, arguments.retention_metric, arguments.acceptable_error)
+    figures |= {f"seconds_an_example_{m}_{task}": cell["seconds_an_example"] for (m, task), cell in cells.items()}
+    content = result(
+        command=f"python scripts/evaluate.py {' '.join(argv)}",
+        model="; ".join(f"{name}: {settings['pretrained']}" for name, settings in arguments.methods.items()),
+        revision=None,
+        data=f"{', '.join(arguments.tasks)}, {arguments.limit or 'all'} questions of each",
+        seed=0,
+        figures=figures,
+    )
+    write_json(output / "evaluation.json", content)
+    (output / "examples.html").write_text(side_by_side(cells))
+    speed_and_retention_pictures(cells, table, arguments.retention_metric, arguments.acceptable_error, output)
+    print(f"\n{markdown_table(content)}\n\nwritten to {output}: evaluation.json, examples.html and pictures")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,123 @@
+"""Methods on tasks, from the command line to the page."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import report
+import yaml
+from conftest import WORDS, save_encoder
+from lm_eval.api.instance import Instance
+from test_scripts import call  # noqa: F401
+from transformers import AutoTokenizer, BertForMaskedLM
+
+from eval_tasks.baselines.masked_diffusion import masked_diffusion
+from eval_tasks.evaluation import WriterLM, quality_figures, shaded
+from eval_tasks.report import read_result
+
+# Not by name: a library is called so too.
+SCRIPT = Path(__file__).parent.parent / "scripts" / "evaluate.py"
+spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
+evaluate_script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(evaluate_script)
+
+
+@pytest.fixture
+def recipe(build, llama_dir, tmp_path):
+    model, processor = build(llama_dir, decoder_sees_prompt=True)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    rows = [
+        {"instruction": f"{a} {b}", "context": "", "response": a, "category": "c"} for a in WORDS for b in WORDS[:4]
+    ]
+    (tmp_path / "dolly.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = str(tmp_path / "model")
+    content = {
+        "output_dir": str(tmp_path / "runs" / "tiny"),
+        "data_dir": str(tmp_path),
+        "tasks": ["protogen_dolly"],
+        "baseline": "greedy",
+        "limit": 3,
+        "retention_metric": "token_f1",
+        "acceptable_error": 1.0,
+        "methods": {
+            "one_step": {"kind": "protogen", "pretrained": model, "dtype": "float32"},
+            "verified": {"kind": "protogen", "pretrained": model, "mode": "verified", "dtype": "float32"},
+            "greedy": {"kind": "hf", "pretrained": str(llama_dir), "dtype": "float32"},
+        },
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_methods_are_compared_question_by_question(call, recipe, tmp_path, monkeypatch):  # noqa: F811
+    out = call(evaluate_script, "--config", recipe)
+    assert "one step protogen dolly rouge l" in out
+    folder = tmp_path / "runs" / "tiny"
+    figures = read_result(folder / "evaluation.json")["figures"]
+    for metric in ("rouge_l", "bleu", "chrf", "token_f1", "degenerate"):
+        assert figures[f"verified_minus_greedy_protogen_dolly_{metric}"] == [0, 0, 0]
+    assert 0 < figures["f1_auc_one_step_protogen_dolly"] < 1
+    cells = {path.stem: json.loads(path.read_text()) for path in (folder / "cells").iterdir()}
+    assert set(cells) == {f"{method}--protogen_dolly" for method in ("one_step", "verified", "greedy")}
+    answers = [
+        [sample["answer"] for sample in cells[f"{m}--protogen_dolly"]["samples"]] for m in ("verified", "greedy")
+    ]
+    assert answers[0] == answers[1]
+    assert "background: rgba" in (folder / "examples.html").read_text()
+    assert (folder / "protogen_dolly_speed.png").is_file()
+
+    # Nothing is answered again, and nothing of another kind is mixed in.
+    monkeypatch.setattr(evaluate_script, "load_method", None)
+    assert "one step protogen dolly rouge l" in call(evaluate_script, "--config", recipe)
+    assert "remove it or use another output_dir" in call(evaluate_script, "--config", recipe, "--limit", 2)
+
+    call(report, "--readmes", "--results", tmp_path, "--runs", tmp_path / "none", "--evaluations", tmp_path / "runs")
+    page = (tmp_path / "runs" / "index.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "https://" not in page
+
+
+def test_bad_recipes_are_named(call, recipe):  # noqa: F811
+    assert "baseline=none is not one of the methods" in call(evaluate_script, "--config", recipe, "--baseline", "none")
+    methods = '--methods={"greedy": {"kind": "gpt", "pretrained": "x"}}'
+    assert "kind=gpt is not one of protogen, hf" in call(evaluate_script, "--config", recipe, methods)
+
+
+def test_differences_are_paired():
+    values = {"a": [0.1, 0.5, 0.9], "b": [0.2, 0.6, 1.0]}
+    rows = [
+        {"method": method, "task": "t", "doc": str(doc), "metric": "m", "value": value}
+        for method, column in values.items()
+        for doc, value in enumerate(column)
+    ]
+    figures = quality_figures(pd.DataFrame(rows), "a")
+    assert figures["b_t_m"][0] == pytest.approx(0.6)
+    # Each question by 0.1: the interval has no width, whatever the questions' own spread.
+    assert figures["b_minus_a_t_m"] == pytest.approx([0.1, 0.1, 0.1])
+
+
+def test_other_ways_to_write_are_models_of_the_harness(tmp_path):
+    folder = save_encoder(tmp_path, BertForMaskedLM, max_position_embeddings=64)
+    model, tokenizer = BertForMaskedLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    write = masked_diffusion(model, tokenizer, mask_token_id=3, block_size=4)
+    prompts = ["who sat on the mat", "the sky", "name three animals"]
+    kwargs = {"until": ["dog"], "max_gen_toks": 4}
+    requests = [Instance("generate_until", {}, (prompt, kwargs), n) for n, prompt in enumerate(prompts)]
+    lm = WriterLM(write, batch_size=2)
+    texts = write(prompts[:2], [None, None], 4).texts + write(prompts[2:], [None], 4).texts
+    assert lm.generate_until(requests) == [text.split("dog")[0] for text in texts]
+    with pytest.raises(NotImplementedError, match="cannot score"):
+        lm.loglikelihood(requests)
+
+
+def test_unsure_tokens_are_shaded():
+    html = shaded({"answer": "a<b", "token_confidences": [["a<", 1.0], ["b", 0.5]]})
+    assert html == (
+        '<span style="background: rgba(255, 60, 60, 0.00)" title="1.00">a&lt;</span>'
+        '<span style="background: rgba(255, 60, 60, 0.30)" title="0.50">b</span>'
+    )
+    assert shaded({"answer": "a<b"}) == "a&lt;b"
