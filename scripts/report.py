@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     for folder, (title, sections) in pages.items():
         if sections:
             (folder / "index.html").write_text(html_page(title, sections))
-            print(f"{len(sections)} sections in {folder / 'index.html'}")
+            print(f"{title}: {folder / 'index.html'}")
 
 
 if __name__ == "__main__":

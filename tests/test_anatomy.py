@@ -333,7 +333,7 @@ def test_the_page_holds_everything(call, tmp_path, monkeypatch):  # noqa: F811
     readme = tmp_path / "README.md"
     readme.write_text("no tables")
     out = call(report, "--readmes", readme, "--runs", tmp_path / "runs")
-    assert "1 studies in" in out
+    assert "Anatomy of proto-tokens: " in out
     page = (tmp_path / "runs" / "index.html").read_text()
     assert "train.py &lt;x&gt;" in page
     assert '<span class="wrong" title="cat">dog</span>' in page
