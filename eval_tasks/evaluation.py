@@ -49,8 +49,9 @@ def evaluate_cell(lm: LM, task: str, manager: TaskManager, **options) -> dict:
         options: of `lm_eval.simple_evaluate`: `limit`, `num_fewshot`, `apply_chat_template`, ...
 
     Returns:
-        `seconds_an_example`, and `samples`: for each answer its `task`, `doc_id`, `filter`, `prompt`, `answer` and
-        `target`, its `metrics` by name, and `uncertainty` and `token_confidences` where the method gives them.
+        `seconds_an_example`, and `samples`: for each answer its `task`, `doc_id`, `filter`, `prompt`, `answer` (the
+        number of the chosen one, where it is a choice) and `target`, its `metrics` by name, and `uncertainty` and
+        `token_confidences` where the method gives them.
     """
     start = time.perf_counter()
     found = lm_eval.simple_evaluate(
@@ -64,14 +65,16 @@ def evaluate_cell(lm: LM, task: str, manager: TaskManager, **options) -> dict:
 
 def sample_of(task: str, logged: dict) -> dict:
     context, options = logged["arguments"][0]
-    options = options if isinstance(options, dict) else {}
-    answer = logged["filtered_resps"][0]
+    if isinstance(options, dict):
+        answer = logged["resps"][0][0]
+    else:  # The options are choices, and responses their log-likelihoods.
+        options, answer = {}, str(int(np.argmax([score for score, _ in logged["filtered_resps"]])))
     return {
         "task": task,
         "doc_id": logged["doc_id"],
         "filter": logged["filter"],
         "prompt": context,
-        "answer": logged["resps"][0][0] if isinstance(logged["resps"][0][0], str) else str(answer),
+        "answer": answer,
         "target": str(logged["target"]),
         "metrics": {name: float(logged[name]) for name in logged["metrics"]},
         **{name: options[name] for name in ("uncertainty", "token_confidences") if name in options},

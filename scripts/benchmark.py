@@ -11,7 +11,7 @@ decoder's own where each instruction has one right answer. `fit-settings`, `enco
 `losses` gather the runs of scripts/fit_settings.sh, encoder_dolly.sh, ablations.sh and loss_comparison.sh, `length` the
 calibration of a trained model; `training-speed` times its training. `decode` times one-step answers of many lengths
 and batch sizes against greedy ones and bare passes; `verified` compares verified answers with greedy ones, token by
-token and in time.
+token and in time. `parity` gathers the run of evaluate.py that compares lm-eval's own model with verified ProtoGen.
 """
 
 import argparse
@@ -26,9 +26,9 @@ def main(argv: list[str]) -> None:
     quickstart.add_commands(commands)
     # The others register our classes with transformers, and the quickstart is to load its model without.
     if argv[:1] != ["quickstart"]:
-        from benchmarks import controlled_world, decoding, fitting, training, training_speed
+        from benchmarks import controlled_world, decoding, fitting, parity, training, training_speed
 
-        for module in (controlled_world, decoding, fitting, training, training_speed):
+        for module in (controlled_world, decoding, fitting, parity, training, training_speed):
             module.add_commands(commands)
     arguments = parser.parse_args(argv)
     arguments.run_command(arguments)

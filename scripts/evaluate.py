@@ -50,6 +50,7 @@ class EvaluationArguments:
     data_dir: str | None = field(default=None, metadata={"help": "Folder of .jsonl files; the Hub by default."})
     limit: int | None = field(default=None, metadata={"help": "Questions of each task, of each part of a group."})
     num_fewshot: int | None = field(default=None, metadata={"help": "Examples in the prompt; the task's by default."})
+    gen_kwargs: str | None = field(default=None, metadata={"help": "As of lm_eval: max_gen_toks=256."})
     apply_chat_template: bool = field(default=True, metadata={"help": "Prompts in the decoder's chat template."})
     retention_metric: str = field(default="rouge_l", metadata={"help": "Metric whose shortfall is the error."})
     acceptable_error: float = field(default=0.7, metadata={"help": "An answer with at most this error is acceptable."})
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     output = Path(arguments.output_dir)
     manager = TaskManager(include_path=str(Path(eval_tasks.__file__).parent), metadata={"data_dir": arguments.data_dir})
-    options = {name: getattr(arguments, name) for name in ("limit", "num_fewshot", "apply_chat_template")}
+    options = {name: getattr(arguments, name) for name in ("limit", "num_fewshot", "gen_kwargs", "apply_chat_template")}
     cells = {}
     for method, settings in arguments.methods.items():
         lm = None

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import benchmark
 import pandas as pd
 import pytest
 import report
@@ -14,7 +15,7 @@ from test_scripts import call  # noqa: F401
 from transformers import AutoTokenizer, BertForMaskedLM
 
 from eval_tasks.baselines.masked_diffusion import masked_diffusion
-from eval_tasks.evaluation import WriterLM, quality_figures, shaded
+from eval_tasks.evaluation import WriterLM, quality_figures, sample_of, shaded
 from eval_tasks.report import read_result
 
 # Not by name: a library is called so too.
@@ -81,6 +82,24 @@ def test_methods_are_compared_question_by_question(call, recipe, tmp_path, monke
     assert "https://" not in page
 
 
+def test_parity_is_gathered(call, recipe, tmp_path):  # noqa: F811
+    content = yaml.safe_load(recipe.read_text())
+    methods = content["methods"]
+    content |= {"methods": {"hf": methods["greedy"], "protogen": methods["verified"]}, "baseline": "hf"}
+    recipe.write_text(yaml.safe_dump(content))
+    call(evaluate_script, "--config", recipe, "--gen_kwargs", "max_gen_toks=7")
+    call(benchmark, "parity", "--run", tmp_path / "runs" / "tiny", "--result", tmp_path / "parity.json")
+    figures = read_result(tmp_path / "parity.json")["figures"]
+    assert (figures["answers_compared"], figures["answers_different"], figures["dolly_difference"]) == (3, 0, 0)
+    path = tmp_path / "runs" / "tiny" / "cells" / "protogen--protogen_dolly.json"
+    cell = json.loads(path.read_text())
+    assert max(len(sample["token_confidences"]) for sample in cell["samples"]) == 7
+    cell["samples"][1]["answer"] += " more"
+    path.write_text(json.dumps(cell))
+    call(benchmark, "parity", "--run", tmp_path / "runs" / "tiny", "--result", tmp_path / "parity.json")
+    assert read_result(tmp_path / "parity.json")["figures"]["answers_different"] == 1
+
+
 def test_bad_recipes_are_named(call, recipe):  # noqa: F811
     assert "baseline=none is not one of the methods" in call(evaluate_script, "--config", recipe, "--baseline", "none")
     methods = '--methods={"greedy": {"kind": "gpt", "pretrained": "x"}}'
@@ -112,6 +131,22 @@ def test_other_ways_to_write_are_models_of_the_harness(tmp_path):
     assert lm.generate_until(requests) == [text.split("dog")[0] for text in texts]
     with pytest.raises(NotImplementedError, match="cannot score"):
         lm.loglikelihood(requests)
+
+
+def test_the_answer_to_a_choice_is_the_likeliest_one():
+    logged = {
+        "arguments": [("who", " a"), ("who", " b")],
+        "resps": [[(-2.0, False)], [(-1.0, True)]],
+        "filtered_resps": [(-2.0, False), (-1.0, True)],
+        "doc_id": 4,
+        "filter": "none",
+        "target": 0,
+        "metrics": ["acc"],
+        "acc": 0.0,
+    }
+    sample = sample_of("mmlu", logged)
+    assert (sample["answer"], sample["target"], sample["prompt"]) == ("1", "0", "who")
+    assert sample["metrics"] == {"acc": 0}
 
 
 def test_unsure_tokens_are_shaded():
