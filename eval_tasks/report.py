@@ -48,6 +48,12 @@ def write_json(path: str | Path, content: dict | list) -> None:
     temporary.replace(path)
 
 
+def write_result(path: str | Path, content: dict, columns: list[str] = (), beside: str = "") -> None:
+    """Writes a result file, and prints its table, as of `markdown_table`, and where it is."""
+    write_json(path, content)
+    print(f"\n{markdown_table(content, columns)}\n\nwritten to {path}{beside}")
+
+
 def write_csv(path: str | Path, rows: list[dict]) -> None:
     """Writes rows with the same keys aside and renames the file."""
     path = Path(path)

@@ -31,7 +31,7 @@ from eval_tasks.evaluation import (
     uncertainty_figures,
 )
 from eval_tasks.protogen_lm import ProtoGenLM
-from eval_tasks.report import markdown_table, result, write_json
+from eval_tasks.report import result, write_json, write_result
 
 
 @dataclass
@@ -110,10 +110,9 @@ def main(argv: list[str]) -> None:
         seed=0,
         figures=figures,
     )
-    write_json(output / "evaluation.json", content)
     (output / "examples.html").write_text(side_by_side(cells))
     speed_and_retention_pictures(cells, table, arguments.retention_metric, arguments.acceptable_error, output)
-    print(f"\n{markdown_table(content)}\n\nwritten to {output}: evaluation.json, examples.html and pictures")
+    write_result(output / "evaluation.json", content, beside=", examples.html and pictures beside it")
 
 
 if __name__ == "__main__":

@@ -139,11 +139,10 @@ def decode(arguments) -> None:
         seed=0,
         figures=figures,
     )
-    report.write_json(arguments.result, content)
     path = Path(arguments.result)
     report.write_csv(path.with_suffix(".csv"), rows)
     pictures(pd.DataFrame(rows), arguments.batch_tokens, content, path)
-    print(f"\n{report.markdown_table(content)}\n\nwritten to {arguments.result}, .csv and pictures beside it")
+    report.write_result(path, content, beside=", .csv and pictures beside it")
 
 
 def cell_seconds(
@@ -231,8 +230,7 @@ def verified(arguments) -> None:
         seed=0,
         figures=figures,
     )
-    report.write_json(run / "verified.json", content)
-    print(f"\n{report.markdown_table(content)}\n\nwritten to {run / 'verified.json'}")
+    report.write_result(run / "verified.json", content)
 
 
 def drafting_wrongly(write: Writer) -> Writer:

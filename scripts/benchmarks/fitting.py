@@ -113,8 +113,7 @@ def fit(arguments) -> None:
             **{f"peak_memory_gb_{slots}_slots": gigabytes for slots, gigabytes in memory.items()},
         },
     )
-    report.write_json(arguments.result, content)
-    print(f"\n{report.markdown_table(content)}\n\nwritten to {arguments.result}")
+    report.write_result(arguments.result, content)
 
 
 def papers_fits(decoder, texts, arguments) -> list[dict]:
@@ -196,8 +195,7 @@ def fit_kill(arguments) -> None:
             "mean_accuracy": summary["reconstruction_accuracy"],
         },
     )
-    report.write_json(arguments.result, content)
-    print(f"\n{report.markdown_table(content)}\n\nwritten to {arguments.result}")
+    report.write_result(arguments.result, content)
 
 
 def fit_settings(arguments) -> None:
@@ -224,6 +222,5 @@ def fit_settings(arguments) -> None:
         seed=some["settings"]["fit_seed"],
         figures=figures,
     )
-    report.write_json(arguments.result, content)
-    table = report.markdown_table(content, ["accuracy", "perfect_texts", "mean_steps_to_best", "seconds_a_text"])
-    print(f"{table}\n\nwritten to {arguments.result}")
+    columns = ["accuracy", "perfect_texts", "mean_steps_to_best", "seconds_a_text"]
+    report.write_result(arguments.result, content, columns)

@@ -43,5 +43,4 @@ def parity(arguments) -> None:
     content = evaluation | {
         "figures": figures | {"answers_compared": compared, "answers_different": different},
     }
-    report.write_json(arguments.result, content)
-    print(f"{report.markdown_table(content)}\n\nwritten to {arguments.result}")
+    report.write_result(arguments.result, content)

@@ -88,6 +88,4 @@ def quickstart(arguments) -> None:
             f"one_step_speedup_{arguments.tokens}": ratio_with_interval(seconds["greedy"], seconds["one_step"]),
         },
     )
-    path = arguments.result or run / "quickstart.json"
-    report.write_json(path, content)
-    print(f"\n{report.markdown_table(content)}\n\nwritten to {path}")
+    report.write_result(arguments.result or run / "quickstart.json", content)

@@ -81,8 +81,7 @@ def gather(arguments, command: str, called: Callable[[str, str], str]) -> None:
         seed=0,
         figures=figures,
     )
-    report.write_json(path, content)
-    print(f"\n{report.markdown_table(content)}\n\nwritten to {path}, with learning curves beside it")
+    report.write_result(path, content, beside=", with learning curves beside it")
 
 
 def length(arguments) -> None:
@@ -91,16 +90,16 @@ def length(arguments) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: train first.")
     config = ProtoGenForConditionalGeneration.config_class.from_pretrained(run / "model")
+    answers = pd.read_csv(run / "answers.csv")
     content = report.result(
-        command=f"python scripts/benchmark.py length --run {arguments.run}",
-        model=f"{config.encoder_config.model_type} encoder of {arguments.run}",
-        revision=None,
-        data=f"half of the instructions held out in {arguments.run}; calibrated on the other half",
+        command=f"train.py --config {run.name}; python scripts/benchmark.py length --run {arguments.run}",
+        model=f"{config.encoder_config.model_type} encoder; lengths of {config.decoder_name_or_path} tokens",
+        revision=config.decoder_revision,
+        data=f"{len(answers) // 2} instructions held out; calibrated on {len(answers) - len(answers) // 2} others",
         seed=0,
         figures=json.loads(path.read_text())["figures"],
     )
-    report.write_json(arguments.result, content)
-    print(f"\n{report.markdown_table(content)}\n\nwritten to {arguments.result}")
+    report.write_result(arguments.result, content)
 
 
 def losses(arguments) -> None:
@@ -123,8 +122,7 @@ def losses(arguments) -> None:
         seed=0,
         figures=figures,
     )
-    report.write_json(arguments.result, content)
-    print(f"\n{report.markdown_table(content, list(measured))}\n\nwritten to {arguments.result}")
+    report.write_result(arguments.result, content, list(measured))
 
 
 def metric_of(loss: str) -> str:

@@ -136,5 +136,4 @@ def training_speed(arguments) -> None:
         seed=0,
         figures=figures,
     )
-    report.write_json(arguments.result, content)
-    print(f"\n{report.markdown_table(content)}\n\nwritten to {arguments.result}")
+    report.write_result(arguments.result, content)

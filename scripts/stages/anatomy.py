@@ -9,7 +9,7 @@ from arguments import ModelArguments, bank_info, open_accelerator
 from decoders import load_decoder
 from studies import STUDIES, Setting, StudyArguments
 
-from eval_tasks.report import markdown_table, result, write_csv, write_json
+from eval_tasks.report import result, write_csv, write_result
 from trainers.text_sources import load_sources
 
 
@@ -35,8 +35,7 @@ def anatomy(run, model_args: ModelArguments, data_args, fit_args, study_args: St
         seed=fit_args.fit_seed,
         figures=findings.figures,
     )
-    write_json(output / "anatomy.json", content)
     write_csv(output / "anatomy.csv", findings.rows.to_dict("records"))
     if findings.html:
         (output / "examples.html").write_text(findings.html)
-    print(f"{markdown_table(content)}\n\nwritten to {output}: anatomy.json, anatomy.csv and pictures")
+    write_result(output / "anatomy.json", content, beside=", .csv and pictures beside it")

@@ -10,7 +10,7 @@ from arguments import ModelArguments, bank_info, open_accelerator
 from decoders import load_decoder
 
 from eval_tasks.capacity import capacity_figures, capacity_picture
-from eval_tasks.report import markdown_table, result, write_csv, write_json
+from eval_tasks.report import result, write_csv, write_result
 from eval_tasks.text_metrics import information_bits
 from trainers.capacity import measure_capacity
 from trainers.text_sources import load_sources
@@ -47,8 +47,7 @@ def capacity(run, model_args: ModelArguments, data_args, fit_args, capacity_args
         seed=fit_args.fit_seed,
         figures=capacity_figures(rows, threshold),
     )
-    write_json(output / "capacity.json", content)
     write_csv(output / "capacity.csv", rows)
     title = f"{content['model']}: {capacity_args.capacity_texts} texts of each length"
     capacity_picture(rows, threshold, title, output / "capacity.png")
-    print(f"{markdown_table(content, ['C_tokens', 'H_LM_bits'])}\n\nwritten to {output}: capacity.json, .csv and .png")
+    write_result(output / "capacity.json", content, ["C_tokens", "H_LM_bits"], ", .csv and .png beside it")
