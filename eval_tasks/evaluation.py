@@ -11,11 +11,14 @@ from lm_eval.api.model import LM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from . import pictures
 from .baselines.writing import Writer
 from .retention import f1_retention, retention_figures
+from .sentence_encoder import sentence_embeddings
 from .statistics import mean_with_interval
+from .text_metrics import information_bits
 
 
 class WriterLM(LM):
@@ -51,7 +54,7 @@ def evaluate_cell(lm: LM, task: str, manager: TaskManager, **options) -> dict:
     Returns:
         `seconds_an_example`, and `samples`: for each answer its `task`, `doc_id`, `filter`, `prompt`, `answer` (the
         number of the chosen one, where it is a choice) and `target`, its `metrics` by name, and `uncertainty` and
-        `token_confidences` where the method gives them.
+        `token_confidences` where the method gives them, `category` where the task has some.
     """
     start = time.perf_counter()
     found = lm_eval.simple_evaluate(
@@ -77,12 +80,33 @@ def sample_of(task: str, logged: dict) -> dict:
         "answer": answer,
         "target": str(logged["target"]),
         "metrics": {name: float(logged[name]) for name in logged["metrics"]},
+        "category": logged["doc"].get("category") or logged["doc"].get("subject") or "",
         **{name: options[name] for name in ("uncertainty", "token_confidences") if name in options},
     }
 
 
+def add_open_metrics(cell: dict, sentence_encoder: str, tokenizer: PreTrainedTokenizerBase, decoder) -> None:
+    """
+    Adds to each answer of a cell `embedding_similarity`, the cosine of its meaning and the target's, and
+    `bits_a_token`, how surprising the decoder finds it by itself; an empty answer has none.
+
+    Args:
+        sentence_encoder (`str`): as of `sentence_embeddings`.
+        decoder (`PreTrainedModel`): a causal language model.
+    """
+    samples = [sample for sample in cell["samples"] if sample["answer"].strip()]
+    answers, targets = (sentence_embeddings(sentence_encoder, [s[k] for s in samples]) for k in ("answer", "target"))
+    for sample, similarity in zip(samples, (answers * targets).sum(1), strict=True):
+        ids = tokenizer(sample["answer"], add_special_tokens=False).input_ids
+        sample["metrics"]["embedding_similarity"] = float(similarity)
+        sample["metrics"]["bits_a_token"] = information_bits(decoder, ids) / len(ids)
+
+
 def metric_table(cells: dict[tuple[str, str], dict]) -> pd.DataFrame:
-    """A row for each method, task, answer and metric, with the answer's uncertainty where there is one."""
+    """
+    A row for each method, task, answer and metric, with the answer's uncertainty where there is one, the question's
+    category, and the target's length in words.
+    """
     return pd.DataFrame(
         [
             {
@@ -92,6 +116,8 @@ def metric_table(cells: dict[tuple[str, str], dict]) -> pd.DataFrame:
                 "metric": name if sample["filter"] == "none" else f"{name}_{sample['filter']}",
                 "value": value,
                 "uncertainty": sample.get("uncertainty"),
+                "category": sample["category"],
+                "target_words": len(sample["target"].split()),
             }
             for (method, task), cell in cells.items()
             for sample in cell["samples"]
@@ -155,12 +181,27 @@ def shaded(sample: dict) -> str:
     )
 
 
-def speed_and_retention_pictures(
-    cells: dict[tuple[str, str], dict], table: pd.DataFrame, metric: str, threshold: float, folder: Path
-) -> None:
-    """Quality against speed, and F1-retention curves with those of a random and of the best order, for each task."""
+def draw(cells: dict[tuple[str, str], dict], table: pd.DataFrame, metric: str, threshold: float, folder: Path) -> None:
+    """
+    For each task quality against speed, by category and by length, and F1-retention curves with those of a random and
+    of the best order.
+    """
     rated = table[table["metric"] == metric]
     for task, of_task in rated.groupby("task", sort=False):
+        by_category = {
+            category: {method: mean_with_interval(rows["value"]) for method, rows in part.groupby("method", sort=False)}
+            for category, part in of_task.groupby("category")
+            if part.groupby("method").size().min() > 1
+        }
+        if len(by_category) > 1:
+            pictures.bars(by_category, f"{task}: {metric}", folder / f"{task}_categories.png")
+        # Up to 1, 2, 4, ... words.
+        lengths = 2 ** np.ceil(np.log2(of_task["target_words"].clip(lower=1))).astype(int)
+        by_length = of_task.assign(words=lengths).groupby(["words", "method"]).filter(lambda rows: len(rows) > 1)
+        if by_length["words"].nunique() > 1:
+            path = folder / f"{task}_lengths.png"
+            labels = ("words of the target, at most", metric.replace("_", " "))
+            pictures.lines(by_length, "words", "value", task, path, line="method", log2=True, labels=labels)
         points = {}
         for method, part in of_task.groupby("method", sort=False):
             rate = 1 / cells[method, task]["seconds_an_example"]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cli
 import torch
+from decoders import load_decoder
 from embedded import resolve
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -23,15 +24,16 @@ import eval_tasks
 from eval_tasks.baselines.masked_diffusion import masked_diffusion
 from eval_tasks.evaluation import (
     WriterLM,
+    add_open_metrics,
+    draw,
     evaluate_cell,
     metric_table,
     quality_figures,
     side_by_side,
-    speed_and_retention_pictures,
     uncertainty_figures,
 )
 from eval_tasks.protogen_lm import ProtoGenLM
-from eval_tasks.report import result, write_json, write_result
+from eval_tasks.report import result, write_csv, write_json, write_result
 
 
 @dataclass
@@ -47,6 +49,11 @@ class EvaluationArguments:
         },
     )
     baseline: str = field(metadata={"help": "Method that the others are compared with, question by question."})
+    open_tasks: list[str] = field(
+        default_factory=list, metadata={"help": "Tasks whose answers are also judged by meaning and fluency."}
+    )
+    sentence_encoder: str = field(default="embedded:minilm-l6", metadata={"help": "Judges what answers mean."})
+    fluency_decoder: str = field(default="embedded:smollm2-135m", metadata={"help": "Judges how likely they are."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder of .jsonl files; the Hub by default."})
     limit: int | None = field(default=None, metadata={"help": "Questions of each task, of each part of a group."})
     num_fewshot: int | None = field(default=None, metadata={"help": "Examples in the prompt; the task's by default."})
@@ -82,7 +89,9 @@ def main(argv: list[str]) -> None:
     output = Path(arguments.output_dir)
     manager = TaskManager(include_path=str(Path(eval_tasks.__file__).parent), metadata={"data_dir": arguments.data_dir})
     options = {name: getattr(arguments, name) for name in ("limit", "num_fewshot", "gen_kwargs", "apply_chat_template")}
-    cells = {}
+    cells, fluency = {}, None
+    if arguments.open_tasks:
+        fluency = load_decoder(arguments.fluency_decoder, None, "float32", torch.device("cpu"))
     for method, settings in arguments.methods.items():
         lm = None
         for task in arguments.tasks:
@@ -96,6 +105,8 @@ def main(argv: list[str]) -> None:
                 print(f"{method} on {task}")
                 lm = lm or load_method(**settings)
                 cell = evaluate_cell(lm, task, manager, **options) | {"made_with": made_with}
+                if task in arguments.open_tasks:
+                    add_open_metrics(cell, resolve(arguments.sentence_encoder), *fluency)
                 write_json(path, cell)
             cells[method, task] = cell
     table = metric_table(cells)
@@ -111,8 +122,9 @@ def main(argv: list[str]) -> None:
         figures=figures,
     )
     (output / "examples.html").write_text(side_by_side(cells))
-    speed_and_retention_pictures(cells, table, arguments.retention_metric, arguments.acceptable_error, output)
-    write_result(output / "evaluation.json", content, beside=", examples.html and pictures beside it")
+    write_csv(output / "evaluation.csv", table.to_dict("records"))
+    draw(cells, table, arguments.retention_metric, arguments.acceptable_error, output)
+    write_result(output / "evaluation.json", content, beside=", .csv, examples.html and pictures beside it")
 
 
 if __name__ == "__main__":

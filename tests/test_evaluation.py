@@ -26,7 +26,7 @@ spec.loader.exec_module(evaluate_script)
 
 
 @pytest.fixture
-def recipe(build, llama_dir, tmp_path):
+def recipe(build, llama_dir, encoder_dir, tmp_path):
     model, processor = build(llama_dir, decoder_sees_prompt=True)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
@@ -40,7 +40,10 @@ def recipe(build, llama_dir, tmp_path):
         "data_dir": str(tmp_path),
         "tasks": ["protogen_dolly"],
         "baseline": "greedy",
-        "limit": 3,
+        "open_tasks": ["protogen_dolly"],
+        "sentence_encoder": str(encoder_dir),
+        "fluency_decoder": str(llama_dir),
+        "limit": 6,
         "retention_metric": "token_f1",
         "acceptable_error": 1.0,
         "methods": {
@@ -61,6 +64,8 @@ def test_methods_are_compared_question_by_question(call, recipe, tmp_path, monke
     figures = read_result(folder / "evaluation.json")["figures"]
     for metric in ("rouge_l", "bleu", "chrf", "token_f1", "degenerate"):
         assert figures[f"verified_minus_greedy_protogen_dolly_{metric}"] == [0, 0, 0]
+    assert -1 <= figures["greedy_protogen_dolly_embedding_similarity"][0] <= 1
+    assert figures["greedy_protogen_dolly_bits_a_token"][0] > 0
     assert 0 < figures["f1_auc_one_step_protogen_dolly"] < 1
     cells = {path.stem: json.loads(path.read_text()) for path in (folder / "cells").iterdir()}
     assert set(cells) == {f"{method}--protogen_dolly" for method in ("one_step", "verified", "greedy")}
@@ -70,6 +75,7 @@ def test_methods_are_compared_question_by_question(call, recipe, tmp_path, monke
     assert answers[0] == answers[1]
     assert "background: rgba" in (folder / "examples.html").read_text()
     assert (folder / "protogen_dolly_speed.png").is_file()
+    assert len((folder / "evaluation.csv").read_text().splitlines()) == 1 + 3 * 6 * 7
 
     # Nothing is answered again, and nothing of another kind is mixed in.
     monkeypatch.setattr(evaluate_script, "load_method", None)
@@ -90,7 +96,7 @@ def test_parity_is_gathered(call, recipe, tmp_path):  # noqa: F811
     call(evaluate_script, "--config", recipe, "--gen_kwargs", "max_gen_toks=7")
     call(benchmark, "parity", "--run", tmp_path / "runs" / "tiny", "--result", tmp_path / "parity.json")
     figures = read_result(tmp_path / "parity.json")["figures"]
-    assert (figures["answers_compared"], figures["answers_different"], figures["dolly_difference"]) == (3, 0, 0)
+    assert (figures["answers_compared"], figures["answers_different"], figures["dolly_difference"]) == (6, 0, 0)
     path = tmp_path / "runs" / "tiny" / "cells" / "protogen--protogen_dolly.json"
     cell = json.loads(path.read_text())
     assert max(len(sample["token_confidences"]) for sample in cell["samples"]) == 7
@@ -139,6 +145,7 @@ def test_the_answer_to_a_choice_is_the_likeliest_one():
         "resps": [[(-2.0, False)], [(-1.0, True)]],
         "filtered_resps": [(-2.0, False), (-1.0, True)],
         "doc_id": 4,
+        "doc": {"subject": "law"},
         "filter": "none",
         "target": 0,
         "metrics": ["acc"],
@@ -147,6 +154,7 @@ def test_the_answer_to_a_choice_is_the_likeliest_one():
     sample = sample_of("mmlu", logged)
     assert (sample["answer"], sample["target"], sample["prompt"]) == ("1", "0", "who")
     assert sample["metrics"] == {"acc": 0}
+    assert sample["category"] == "law"
 
 
 def test_unsure_tokens_are_shaded():
