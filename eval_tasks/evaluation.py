@@ -142,10 +142,19 @@ def quality_figures(table: pd.DataFrame, baseline: str) -> dict[str, list[float]
     return figures
 
 
-def uncertainty_figures(table: pd.DataFrame, metric: str, threshold: float) -> dict[str, float]:
-    """Retention of each method that says how sure it is, on each task with that metric; an error is 1 - metric."""
+def main_metric(table: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
+    """The rows of the first of these metrics that each task has."""
+    parts = []
+    for _, of_task in table.groupby("task", sort=False):
+        known = [metric for metric in metrics if metric in set(of_task["metric"])]
+        parts.append(of_task[of_task["metric"].isin(known[:1])])
+    return pd.concat(parts)
+
+
+def uncertainty_figures(rated: pd.DataFrame, threshold: float) -> dict[str, float]:
+    """Retention of each method that says how sure it is, of rows as of `main_metric`; an error is 1 - value."""
     figures = {}
-    known = table[(table["metric"] == metric) & table["uncertainty"].notna()]
+    known = rated[rated["uncertainty"].notna()]
     for (method, task), part in known.groupby(["method", "task"], sort=False):
         found = retention_figures(1 - part["value"].to_numpy(), part["uncertainty"].to_numpy(), threshold)
         figures |= {f"{name}_{method}_{task}": value for name, value in found.items()}
@@ -181,13 +190,13 @@ def shaded(sample: dict) -> str:
     )
 
 
-def draw(cells: dict[tuple[str, str], dict], table: pd.DataFrame, metric: str, threshold: float, folder: Path) -> None:
+def draw(cells: dict[tuple[str, str], dict], rated: pd.DataFrame, threshold: float, folder: Path) -> None:
     """
     For each task quality against speed, by category and by length, and F1-retention curves with those of a random and
-    of the best order.
+    of the best order; of rows as of `main_metric`.
     """
-    rated = table[table["metric"] == metric]
     for task, of_task in rated.groupby("task", sort=False):
+        metric = of_task["metric"].iloc[0].replace("_", " ")
         by_category = {
             category: {method: mean_with_interval(rows["value"]) for method, rows in part.groupby("method", sort=False)}
             for category, part in of_task.groupby("category")
@@ -200,13 +209,13 @@ def draw(cells: dict[tuple[str, str], dict], table: pd.DataFrame, metric: str, t
         by_length = of_task.assign(words=lengths).groupby(["words", "method"]).filter(lambda rows: len(rows) > 1)
         if by_length["words"].nunique() > 1:
             path = folder / f"{task}_lengths.png"
-            labels = ("words of the target, at most", metric.replace("_", " "))
+            labels = ("words of the target, at most", metric)
             pictures.lines(by_length, "words", "value", task, path, line="method", log2=True, labels=labels)
         points = {}
         for method, part in of_task.groupby("method", sort=False):
             rate = 1 / cells[method, task]["seconds_an_example"]
             points[method] = [([rate] * 3, mean_with_interval(part["value"]))]
-        labels = ("examples a second", metric.replace("_", " "))
+        labels = ("examples a second", metric)
         pictures.curves(points, labels, f"{task}: quality against speed", folder / f"{task}_speed.png", log_x=True)
         drawn = {}
         for method, part in of_task[of_task["uncertainty"].notna()].groupby("method", sort=False):

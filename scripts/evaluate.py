@@ -27,6 +27,7 @@ from eval_tasks.evaluation import (
     add_open_metrics,
     draw,
     evaluate_cell,
+    main_metric,
     metric_table,
     quality_figures,
     side_by_side,
@@ -59,7 +60,10 @@ class EvaluationArguments:
     num_fewshot: int | None = field(default=None, metadata={"help": "Examples in the prompt; the task's by default."})
     gen_kwargs: str | None = field(default=None, metadata={"help": "As of lm_eval: max_gen_toks=256."})
     apply_chat_template: bool = field(default=True, metadata={"help": "Prompts in the decoder's chat template."})
-    retention_metric: str = field(default="rouge_l", metadata={"help": "Metric whose shortfall is the error."})
+    main_metrics: list[str] = field(
+        default_factory=lambda: ["rouge_l", "exact_match_flexible-extract", "exact_match_custom-extract", "acc"],
+        metadata={"help": "What pictures show and retention is of: the first of these that a task has, each in 0..1."},
+    )
     acceptable_error: float = field(default=0.7, metadata={"help": "An answer with at most this error is acceptable."})
 
     def __post_init__(self):
@@ -111,7 +115,8 @@ def main(argv: list[str]) -> None:
             cells[method, task] = cell
     table = metric_table(cells)
     figures = quality_figures(table, arguments.baseline)
-    figures |= uncertainty_figures(table, arguments.retention_metric, arguments.acceptable_error)
+    rated = main_metric(table, arguments.main_metrics)
+    figures |= uncertainty_figures(rated, arguments.acceptable_error)
     figures |= {f"seconds_an_example_{m}_{task}": cell["seconds_an_example"] for (m, task), cell in cells.items()}
     content = result(
         command=f"python scripts/evaluate.py {' '.join(argv)}",
@@ -123,7 +128,7 @@ def main(argv: list[str]) -> None:
     )
     (output / "examples.html").write_text(side_by_side(cells))
     write_csv(output / "evaluation.csv", table.to_dict("records"))
-    draw(cells, table, arguments.retention_metric, arguments.acceptable_error, output)
+    draw(cells, rated, arguments.acceptable_error, output)
     write_result(output / "evaluation.json", content, beside=", .csv, examples.html and pictures beside it")
 
 

@@ -44,7 +44,7 @@ def recipe(build, llama_dir, encoder_dir, tmp_path):
         "sentence_encoder": str(encoder_dir),
         "fluency_decoder": str(llama_dir),
         "limit": 6,
-        "retention_metric": "token_f1",
+        "main_metrics": ["acc", "token_f1"],
         "acceptable_error": 1.0,
         "methods": {
             "one_step": {"kind": "protogen", "pretrained": model, "dtype": "float32"},
