@@ -27,12 +27,21 @@ def instances(kind, arguments):
     return [Instance(kind, {}, tuple(each), number) for number, each in enumerate(arguments)]
 
 
+def save(build, decoder_dir, folder):
+    model, processor = build(decoder_dir, decoder_sees_prompt=True)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def checkpoint(build, decoder_dir, tmp_path):
-    model, processor = build(decoder_dir, decoder_sees_prompt=True)
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return save(build, decoder_dir, tmp_path / "model")
+
+
+@pytest.fixture
+def llama_checkpoint(build, llama_dir, tmp_path):
+    return save(build, llama_dir, tmp_path / "model")
 
 
 @pytest.fixture
@@ -110,26 +119,23 @@ def test_the_encoder_reads_the_last_parts_that_fit(checkpoint, caplog):
     assert "1 contexts are longer than the encoder's window of 32 tokens" in caplog.text
 
 
-def test_in_a_chat_the_encoder_reads_what_is_said(build, llama_dir, tmp_path):
-    model, processor = build(llama_dir, decoder_sees_prompt=True)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    lm = ProtoGenLM(str(tmp_path))
+def test_in_a_chat_the_encoder_reads_what_is_said(llama_checkpoint):
+    lm = ProtoGenLM(str(llama_checkpoint))
     text = lm.apply_chat_template([{"role": "user", "content": "who sat on the mat"}])
     assert text != "who sat on the mat"
     inputs = lm.inputs([text], [lm.tok_encode(text)])
-    expected = processor("who sat on the mat")
+    expected = lm.processor("who sat on the mat")
     assert inputs["input_ids"].tolist() == expected["input_ids"].tolist()
     assert inputs["decoder_prompt_ids"].tolist() == expected["decoder_prompt_ids"].tolist()
 
 
-def test_unknown_modes_are_named(checkpoint):
+def test_unknown_modes_are_named(llama_checkpoint):
     with pytest.raises(ValueError, match="mode=fast is not one of one_step"):
-        ProtoGenLM(str(checkpoint), mode="fast")
+        ProtoGenLM(str(llama_checkpoint), mode="fast")
     with pytest.raises(ValueError, match="scoring=own is not one of one_step, verified"):
-        ProtoGenLM(str(checkpoint), scoring="own")
+        ProtoGenLM(str(llama_checkpoint), scoring="own")
     with pytest.raises(ValueError, match="num_beams is not for mode=one_step"):
-        ProtoGenLM(str(checkpoint), num_beams=4)
+        ProtoGenLM(str(llama_checkpoint), num_beams=4)
 
 
 @pytest.fixture
@@ -154,10 +160,10 @@ def task(tmp_path):
     return tmp_path / "tasks"
 
 
-def test_the_command_of_the_harness(checkpoint, task, tmp_path):
+def test_the_command_of_the_harness(llama_checkpoint, task, tmp_path):
     """By name, as the entry point has it; each sample is logged with its uncertainty."""
     command = [sys.executable, "-m", "eval_tasks", "run", "--model", "protogen", "--tasks", "tiny", "--limit", 2]
-    command += ["--model_args", f"pretrained={checkpoint},mode=adaptive,confidence_threshold=0.5,block_size=4"]
+    command += ["--model_args", f"pretrained={llama_checkpoint},mode=adaptive,confidence_threshold=0.5,block_size=4"]
     command += ["--include_path", task, "--output_path", tmp_path / "out", "--log_samples", "--batch_size", "auto"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -178,11 +184,11 @@ def test_the_hook_tells_the_harness_of_the_model():
     assert get_model("protogen") is ProtoGenLM
 
 
-def test_one_and_two_processes_answer_alike(checkpoint, task, tmp_path):
+def test_one_and_two_processes_answer_alike(llama_checkpoint, task, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
     launch += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
     run = ["-m", "eval_tasks", "run", "--model", "protogen", "--tasks", "tiny", "--include_path", task, "--log_samples"]
-    run += ["--model_args", f"pretrained={checkpoint},mode=verified"]
+    run += ["--model_args", f"pretrained={llama_checkpoint},mode=verified"]
     answers = []
     for name, command in (("one", [sys.executable, *run]), ("two", [*launch, *run])):
         command += ["--output_path", tmp_path / name]
