@@ -82,7 +82,7 @@ def decode(arguments) -> None:
 
     @torch.no_grad()
     def bare_forward(instructions, contexts, tokens, exactly, reads_prompt=False):
-        """The decoder alone over random tokens, with logits where answers would be."""
+        """The decoder alone over some tokens, with logits where answers would be."""
         ids = torch.zeros(len(instructions), tokens, dtype=torch.long, device=device)
         prompt = processor(instructions, contexts)["decoder_prompt_ids"].to(device) if reads_prompt else ids[:, :0]
         is_answer = torch.arange(prompt.shape[1] + tokens, device=device).expand(len(ids), -1) >= prompt.shape[1]
