@@ -54,6 +54,14 @@ def resolve(name: str) -> str:
     return str(folder)
 
 
+def decoder_revision(name: str, revision: str | None = None) -> str | None:
+    """Of an `embedded:` name its wheel and version; of any other the Hub revision, if one is given."""
+    if not name.startswith(PREFIX):
+        return revision
+    wheel, _ = WHEELS[name.removeprefix(PREFIX).partition("@")[0]]
+    return f"{wheel} {importlib.metadata.version(wheel)}"
+
+
 def convert_gguf(path: Path, folder: Path) -> None:
     """Writes a GGUF file as an ordinary bfloat16 model folder, aside first. (What transformers loads from GGUF refuses
     `save_pretrained`.)"""

@@ -13,7 +13,7 @@ import pandas as pd
 import psutil
 import torch
 from decoders import load_decoder
-from embedded import resolve
+from embedded import decoder_revision, resolve
 from tqdm import tqdm
 
 from eval_tasks import report
@@ -26,8 +26,6 @@ from eval_tasks.statistics import mean_with_interval
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.data import DataArguments, load_examples
 from trainers.files import append_lines, read_lines
-
-from .shared import decoder_revision
 
 verified_decoding = importlib.import_module("modeling_protogen.verified_decoding")
 WRONG = "always_wrong"

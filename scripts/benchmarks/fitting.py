@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from embedded import decoder_revision
 from tqdm import tqdm
 
 from eval_tasks import report
@@ -20,7 +21,7 @@ from trainers.data import DataArguments, fitting_targets, load_examples
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
 from trainers.proto_bank import BankInfo, ProtoTokenBank
 
-from .shared import decoder_revision, load_frozen_decoder
+from .shared import load_frozen_decoder
 
 SCRIPTS = Path(__file__).parent.parent
 

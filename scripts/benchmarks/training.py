@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from embedded import decoder_revision
 from tqdm import tqdm
 
 from eval_tasks import report
@@ -18,8 +19,6 @@ from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcesso
 from modeling_protogen.proto_tokens import flatten_proto_tokens
 from trainers.data import DataArguments, load_examples, split_by_instruction
 from trainers.proto_bank import ProtoTokenBank, stack_entries
-
-from .shared import decoder_revision
 
 
 def add_commands(commands) -> None:

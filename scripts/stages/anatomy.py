@@ -7,6 +7,7 @@ from pathlib import Path
 
 from arguments import ModelArguments, bank_info, open_accelerator
 from decoders import load_decoder
+from embedded import decoder_revision
 from studies import STUDIES, Setting, StudyArguments
 
 from eval_tasks.report import result, write_csv, write_result
@@ -29,7 +30,7 @@ def anatomy(run, model_args: ModelArguments, data_args, fit_args, study_args: St
     content = result(
         command=f"python scripts/train.py {shlex.join(sys.argv[1:])}",
         model=f"{model_args.decoder}, {model_args.decoder_dtype}",
-        revision=model_args.decoder_revision,
+        revision=decoder_revision(model_args.decoder, model_args.decoder_revision),
         data=f"{study_args.study_texts} texts of up to {study_args.study_length} tokens from {', '.join(sources)} of "
         f"{data_args.data}",
         seed=fit_args.fit_seed,

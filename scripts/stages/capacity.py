@@ -8,6 +8,7 @@ from pathlib import Path
 
 from arguments import ModelArguments, bank_info, open_accelerator
 from decoders import load_decoder
+from embedded import decoder_revision
 
 from eval_tasks.capacity import capacity_figures, capacity_picture
 from eval_tasks.report import result, write_csv, write_result
@@ -42,7 +43,7 @@ def capacity(run, model_args: ModelArguments, data_args, fit_args, capacity_args
     content = result(
         command=f"python scripts/train.py {shlex.join(sys.argv[1:])}",
         model=f"{', '.join(run.decoders or [model_args.decoder])}, {model_args.decoder_dtype}",
-        revision=model_args.decoder_revision,
+        revision=decoder_revision(model_args.decoder, model_args.decoder_revision),
         data=f"{capacity_args.capacity_texts} texts of each length from {data_args.data}",
         seed=fit_args.fit_seed,
         figures=capacity_figures(rows, threshold),
