@@ -130,7 +130,8 @@ def decode(arguments) -> None:
         )
 
     content = report.result(
-        command=f"python scripts/benchmark.py decode --rounds {arguments.rounds}",
+        command=f"python scripts/benchmark.py decode --rounds {arguments.rounds}"
+        f" --lengths {' '.join(map(str, arguments.lengths))}",
         model=f"{arguments.encoder}, {arguments.decoder}, {arguments.dtype}; heads untrained",
         revision=decoder_revision(arguments.decoder),
         data=f"instructions of {arguments.data} without context",
