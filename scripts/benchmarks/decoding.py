@@ -140,7 +140,7 @@ def decode(arguments) -> None:
     )
     path = Path(arguments.result)
     report.write_csv(path.with_suffix(".csv"), rows)
-    pictures(pd.DataFrame(rows), arguments.batch_tokens, content, path)
+    pictures(pd.DataFrame(rows), arguments.batch_tokens, path)
     report.write_result(path, content, beside=", .csv and pictures beside it")
 
 
@@ -175,7 +175,7 @@ def soak(writers: dict[str, Writer], prompts: list[str], longest: int, calls: in
     }
 
 
-def pictures(rows: pd.DataFrame, batch_tokens: int, content: dict, path: Path) -> None:
+def pictures(rows: pd.DataFrame, batch_tokens: int, path: Path) -> None:
     """Latency against length at batch size 1, throughput against batch size."""
     axes = {"line": "method", "log2": True}
     alone = rows[rows["batch"] == 1]
@@ -183,7 +183,7 @@ def pictures(rows: pd.DataFrame, batch_tokens: int, content: dict, path: Path) -
         alone.assign(seconds=alone["milliseconds"] / 1000),
         "tokens",
         "seconds",
-        f"{content['model']}\nprompt in, text out",
+        "prompt in, text out",
         path.with_name(f"{path.stem}_latency.png"),
         log_y=True,
         **axes,
@@ -194,7 +194,7 @@ def pictures(rows: pd.DataFrame, batch_tokens: int, content: dict, path: Path) -
         together.assign(tokens_per_second=rate),
         "batch",
         "tokens_per_second",
-        f"{content['model']}\n{batch_tokens} tokens an answer",
+        f"{batch_tokens} tokens an answer, prompt in, text out",
         path.with_name(f"{path.stem}_throughput.png"),
         log_y=True,
         **axes,
