@@ -188,7 +188,7 @@ class ProtoGenProcessor(ProcessorMixin):
         return ids
 
     def _prompt_ids(self, instruction: str, context: str) -> list[int]:
-        message = f"{instruction}\n\n{context}" if context else instruction
+        message = user_message(instruction, context)
         if self.decoder_tokenizer.chat_template:
             text = self.decoder_tokenizer.apply_chat_template(
                 [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
@@ -208,6 +208,11 @@ class ProtoGenProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "decoder_prompt_ids", "decoder_prompt_mask"]
+
+
+def user_message(instruction: str, context: str | None) -> str:
+    """What is asked, and the text that it speaks of after an empty line."""
+    return f"{instruction}\n\n{context}" if context else instruction
 
 
 def pad_left(rows: list[list[int]]) -> tuple[torch.LongTensor, torch.LongTensor]:

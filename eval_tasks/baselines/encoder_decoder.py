@@ -2,6 +2,8 @@
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_protogen.processing_protogen import user_message
+
 from .writing import Writer, generated
 
 
@@ -11,7 +13,7 @@ def encoder_decoder(
     """Greedy by default; `options` are those of transformers' `generate`."""
 
     def write(instructions, contexts, max_new_tokens, exactly=False):
-        texts = [f"{i}\n\n{c}" if c else i for i, c in zip(instructions, contexts, strict=True)]
+        texts = list(map(user_message, instructions, contexts))
         inputs = tokenizer(texts, padding=True, truncation=True, max_length=max_input_length, return_tensors="pt")
         return generated(model, tokenizer, inputs.to(model.device), max_new_tokens, exactly, **options)
 

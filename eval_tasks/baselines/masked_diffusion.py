@@ -6,7 +6,7 @@ Masked diffusion: answers start as masks, and in each pass of a bidirectional mo
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_protogen.processing_protogen import pad_left
+from modeling_protogen.processing_protogen import pad_left, user_message
 from modeling_protogen.sampling import Sampling, log_probability
 
 from .writing import Writer, up_to_eos
@@ -81,7 +81,7 @@ def masked_diffusion(
     """
 
     def write(instructions, contexts, max_new_tokens, exactly=False):
-        messages = [f"{i}\n\n{c}" if c else i for i, c in zip(instructions, contexts, strict=True)]
+        messages = list(map(user_message, instructions, contexts))
         if tokenizer.chat_template:
             messages = [
                 tokenizer.apply_chat_template(

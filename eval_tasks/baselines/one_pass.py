@@ -1,6 +1,7 @@
 """ProtoGen in each of its modes; also multi-token prediction, which is a model of `latent_source="none"`."""
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen.generation_protogen import MODES
 
 from .writing import Writer, Written
 
@@ -16,15 +17,15 @@ def protogen(
 
     def write(instructions, contexts, max_new_tokens, exactly=False):
         inputs = processor(instructions, contexts).to(model.device)
-        if mode in ("adaptive", "verified"):
+        if "max_new_tokens" in MODES[mode]:
             length = {"max_new_tokens": max_new_tokens}
         else:
             length = {"length": max_new_tokens} if exactly else {}
         output = model.generate(**inputs, mode=mode, return_dict_in_generate=not exactly, **length, **options)
         if exactly:
             return Written(processor.batch_decode(output), output.tolist())
-        token_ids = [row[:n] for row, n in zip(output.sequences.tolist(), output.lengths.tolist(), strict=True)]
-        token_ids = [ids[:max_new_tokens] for ids in token_ids]
+        lengths = output.lengths.clamp(max=max_new_tokens).tolist()
+        token_ids = [row[:n] for row, n in zip(output.sequences.tolist(), lengths, strict=True)]
         return Written(processor.batch_decode(token_ids), token_ids)
 
     return write

@@ -2,12 +2,13 @@
 
 from eval_tasks.benchmark_data import dolly
 from eval_tasks.text_metrics import bleu, chrf, is_degenerate, rouge_l, token_f1
+from modeling_protogen.processing_protogen import user_message
 
 __all__ = ["dolly", "process_results", "prompt"]
 
 
 def prompt(doc: dict) -> str:
-    return f"{doc['instruction'].strip()}\n\n{doc['context'].strip()}".strip()
+    return user_message(doc["instruction"].strip(), doc["context"].strip())
 
 
 def process_results(doc: dict, results: list[str]) -> dict[str, float]:
