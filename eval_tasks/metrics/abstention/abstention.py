@@ -1,10 +1,10 @@
 """Answering only when sure as an `evaluate` metric."""
 
-import datasets
 import evaluate
 import numpy as np
 
 from eval_tasks.abstention import abstention_figures, ranking_figures
+from eval_tasks.metric_info import metric_info
 
 DESCRIPTION = """Coverage, accuracy over all questions and over those attempted, their harmonic mean (the F score of
 SimpleQA), and how well uncertainty tells right from wrong: AUROC and rank correlation."""
@@ -20,14 +20,7 @@ Args:
 @evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, INPUTS)
 class Abstention(evaluate.Metric):
     def _info(self):
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
-            ),
-        )
+        return metric_info(DESCRIPTION, CITATION, INPUTS)
 
     def _compute(self, predictions, references, abstain_above=float("inf")):
         is_given = np.asarray(predictions) <= abstain_above

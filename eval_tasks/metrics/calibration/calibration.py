@@ -1,9 +1,9 @@
 """Calibration of expected errors as an `evaluate` metric."""
 
-import datasets
 import evaluate
 
 from eval_tasks.abstention import expected_calibration_error
+from eval_tasks.metric_info import metric_info
 
 DESCRIPTION = """Mean distance between the error that was expected and the one there was, over bins of equal numbers of
 answers."""
@@ -21,14 +21,7 @@ Args:
 @evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, INPUTS)
 class Calibration(evaluate.Metric):
     def _info(self):
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
-            ),
-        )
+        return metric_info(DESCRIPTION, CITATION, INPUTS)
 
     def _compute(self, predictions, references, bins=10):
         return {"expected_calibration_error": expected_calibration_error(references, predictions, bins)}

@@ -1,8 +1,8 @@
 """F1- and error-retention as an `evaluate` metric."""
 
-import datasets
 import evaluate
 
+from eval_tasks.metric_info import metric_info
 from eval_tasks.retention import retention_figures
 
 DESCRIPTION = """Quality of what is kept while the most uncertain answers are dropped, as the Shifts benchmark defines
@@ -20,14 +20,7 @@ Args:
 @evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, INPUTS)
 class F1Retention(evaluate.Metric):
     def _info(self):
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
-            ),
-        )
+        return metric_info(DESCRIPTION, CITATION, INPUTS)
 
     def _compute(self, predictions, references, threshold=0.5):
         return retention_figures(references, predictions, threshold)
