@@ -37,6 +37,11 @@ def interleaved_seconds(
     return {name: np.array(values) for name, values in seconds.items()}
 
 
+def best_device() -> torch.device:
+    """The accelerator, or the CPU where there is none."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
 def synchronize() -> None:
     """Waits for the accelerator, where there is one."""
     if torch.accelerator.is_available():

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from .latency import best_device
+
 RESULT_FIELDS = ("command", "date", "versions", "machine", "device", "model", "revision", "data", "seed", "figures")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 
@@ -24,13 +26,12 @@ def result(command: str, model: str, revision: str | None, data: str, seed: int,
         figures (`dict`): from a name with its unit to a number, or to `[value, low, high]`.
     """
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return {
         "command": command,
         "date": datetime.date.today().isoformat(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "machine": f"{cpu}, {torch.get_num_threads()} threads",
-        "device": str(device),
+        "device": str(best_device()),
         "model": model,
         "revision": revision,
         "data": data,

@@ -9,6 +9,7 @@ Leaves evaluation.json, pictures and examples.html in OUTPUT_DIR; `python script
 
 import json
 import logging
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def main(argv: list[str]) -> None:
     figures |= uncertainty_figures(rated, arguments.acceptable_error)
     figures |= {f"seconds_an_example_{m}_{task}": cell["seconds_an_example"] for (m, task), cell in cells.items()}
     content = result(
-        command=f"python scripts/evaluate.py {' '.join(argv)}",
+        command=f"python scripts/evaluate.py {shlex.join(argv)}",
         model="; ".join(f"{name}: {settings['pretrained']}" for name, settings in arguments.methods.items()),
         revision=None,
         data=f"{', '.join(arguments.tasks)}, {arguments.limit or 'all'} questions of each",

@@ -21,6 +21,7 @@ import torch
 from embedded import resolve
 from transformers import TextStreamer
 
+from eval_tasks.latency import best_device
 from eval_tasks.retrieval import nearest_rows
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.generation_protogen import MODES, ProtoGenGenerateOutput
@@ -122,7 +123,7 @@ def main(argv: list[str]) -> None:
     prompts = read_prompts(arguments)
     if not Path(arguments.model).is_dir() and arguments.model.count("/") != 1:
         raise FileNotFoundError(f"there is no model folder {arguments.model}, and it is no Hub id either.")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = best_device()
     processor = ProtoGenProcessor.from_pretrained(arguments.model)
     model = ProtoGenForConditionalGeneration.from_pretrained(
         arguments.model,

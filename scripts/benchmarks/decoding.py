@@ -2,6 +2,8 @@
 
 import importlib
 import random
+import shlex
+import sys
 import time
 from functools import partial
 from itertools import chain, cycle, islice
@@ -20,7 +22,7 @@ from eval_tasks import report
 from eval_tasks.baselines.autoregressive import assisted, autoregressive, prompt_lookup
 from eval_tasks.baselines.one_pass import protogen
 from eval_tasks.baselines.writing import Writer
-from eval_tasks.latency import interleaved_seconds, peak_gigabytes, ratio_with_interval
+from eval_tasks.latency import best_device, interleaved_seconds, peak_gigabytes, ratio_with_interval
 from eval_tasks.pictures import lines
 from eval_tasks.statistics import mean_with_interval
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
@@ -60,7 +62,7 @@ def add_commands(commands) -> None:
 
 
 def decode(arguments) -> None:
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = best_device()
     names = resolve(arguments.encoder), resolve(arguments.decoder)
     longest, dtype = max(*arguments.lengths, arguments.batch_tokens), getattr(torch, arguments.dtype)
     processor = ProtoGenProcessor.from_encoder_decoder_pretrained(*names, max_answer_length=longest)
@@ -130,8 +132,7 @@ def decode(arguments) -> None:
         )
 
     content = report.result(
-        command=f"python scripts/benchmark.py decode --rounds {arguments.rounds}"
-        f" --lengths {' '.join(map(str, arguments.lengths))}",
+        command=f"python scripts/benchmark.py {shlex.join(sys.argv[1:])}",
         model=f"{arguments.encoder}, {arguments.decoder}, {arguments.dtype}; heads untrained",
         revision=decoder_revision(arguments.decoder),
         data=f"instructions of {arguments.data} without context",
@@ -207,7 +208,7 @@ def verified(arguments) -> None:
     if arguments.gsm8k:
         fields = {"instruction_field": "question", "context_field": None, "answer_field": "answer"}
         sources["gsm8k"] = load_examples(DataArguments(data=arguments.gsm8k, **fields))
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = best_device()
     torch.manual_seed(0)
     trained = ProtoGenForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32).to(device)
     # The same model with fresh heads.
@@ -219,9 +220,7 @@ def verified(arguments) -> None:
     figures = compare_with_greedy(arguments, models, processor, sources)
     figures |= time_verified(arguments, models, processor, sources)
     content = report.result(
-        command=f"python scripts/benchmark.py verified --prompts {arguments.prompts} --tokens {arguments.tokens}"
-        f" --timed-prompts {arguments.timed_prompts} --timed-tokens {arguments.timed_tokens}"
-        f" --block-size {arguments.block_size} --model {arguments.model}",
+        command=f"python scripts/benchmark.py {shlex.join(sys.argv[1:])}",
         model=f"{trained.config.decoder_name_or_path}, compared in float32, timed in bfloat16; drafts of "
         f"{arguments.model}; {arguments.assistant} assists",
         revision=trained.config.decoder_revision,

@@ -4,11 +4,13 @@ import torch
 from embedded import resolve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eval_tasks.latency import best_device
+
 
 def load_frozen_decoder(name: str, dtype: str):
     """The decoder's tokenizer, and the decoder in memory of its own, so that using it first costs no reading."""
     path = resolve(name)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = best_device()
     decoder = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device)
     for parameter in decoder.parameters():
         parameter.data = parameter.data.clone()

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from eval_tasks import report
+from eval_tasks.latency import best_device
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.data import DataArguments, ProtoGenCollator, load_examples
 
@@ -92,7 +93,7 @@ def training_speed(arguments) -> None:
     run = Path(arguments.run)
     if not (run / "model").is_dir():
         raise FileNotFoundError(f"there is no model in {run}; train one first.")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = best_device()
     model = ProtoGenForConditionalGeneration.from_pretrained(run / "model").to(device)
     model.decoder.to(torch.bfloat16)
     model.train()
