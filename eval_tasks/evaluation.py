@@ -39,7 +39,7 @@ class WriterLM(LM):
         return answers
 
     def loglikelihood(self, requests):
-        raise NotImplementedError("this method writes answers, it cannot score given ones; take a task that generates.")
+        raise ValueError("this method writes answers, it cannot score given ones; take a task that generates.")
 
     loglikelihood_rolling = loglikelihood
 
@@ -95,7 +95,10 @@ def add_open_metrics(cell: dict, sentence_encoder: str, tokenizer: PreTrainedTok
         decoder (`PreTrainedModel`): a causal language model.
     """
     samples = [sample for sample in cell["samples"] if sample["answer"].strip()]
-    answers, targets = (sentence_embeddings(sentence_encoder, [s[k] for s in samples]) for k in ("answer", "target"))
+    if not samples:
+        return
+    texts = [sample[name] for name in ("answer", "target") for sample in samples]
+    answers, targets = np.split(sentence_embeddings(sentence_encoder, texts), 2)
     for sample, similarity in zip(samples, (answers * targets).sum(1), strict=True):
         ids = tokenizer(sample["answer"], add_special_tokens=False).input_ids
         sample["metrics"]["embedding_similarity"] = float(similarity)

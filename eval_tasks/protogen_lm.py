@@ -118,6 +118,9 @@ class ProtoGenLM(HFLM):
             return min(CPU_BATCH_SIZE, self.max_batch_size)
         return super()._detect_batch_size(requests, pos)
 
+    def _chosen_batch_size(self) -> int:
+        return self._detect_batch_size() if self.batch_size == "auto" else self.batch_size
+
     def inputs(self, contexts: list[str], prompts: list[list[int]]) -> dict[str, torch.Tensor]:
         """What the model takes: the encoder's tokens of the contexts, and the decoder's of the prompts."""
         batch = {}
@@ -144,7 +147,7 @@ class ProtoGenLM(HFLM):
         is_rolling = bool(requests) and requests[0][0] is None
         if self.scoring == "verified" or is_rolling:
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **kwargs)
-        size = self._detect_batch_size() if self.batch_size == "auto" else self.batch_size
+        size = self._chosen_batch_size()
         found = [None] * len(requests)
         order = sorted(range(len(requests)), key=lambda row: -len(requests[row][1]))
         progress = tqdm(total=len(requests), desc="one-step log-likelihoods", disable=disable_tqdm or self.rank != 0)
@@ -184,7 +187,7 @@ class ProtoGenLM(HFLM):
             group_by="gen_kwargs",
             group_fn=lambda each: each[1],
         )
-        size = self._detect_batch_size() if self.batch_size == "auto" else self.batch_size
+        size = self._chosen_batch_size()
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         progress = tqdm(total=len(requests), desc="answers", disable=disable_tqdm or self.rank != 0)
         for chunk in order.get_batched(n=size):

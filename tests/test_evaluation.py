@@ -135,7 +135,7 @@ def test_other_ways_to_write_are_models_of_the_harness(tmp_path):
     lm = WriterLM(write, batch_size=2)
     texts = write(prompts[:2], [None, None], 4).texts + write(prompts[2:], [None], 4).texts
     assert lm.generate_until(requests) == [text.split("dog")[0] for text in texts]
-    with pytest.raises(NotImplementedError, match="cannot score"):
+    with pytest.raises(ValueError, match="cannot score"):
         lm.loglikelihood(requests)
 
 
