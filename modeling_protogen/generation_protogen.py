@@ -10,6 +10,7 @@ from .adaptive_decoding import adaptive_decoding
 from .autoregressive import TextSoFar
 from .block_decoding import Answers, Instruction, stops_at
 from .configuration_protogen import UNCERTAINTY_SCORES
+from .cuda_graphs import OneStepGraphs
 from .one_step_decoding import as_rows, candidates, cut_at_eos, likeliest_candidates, refine, token_mask
 from .sampling import Sampling, log_probability, token_entropy
 from .verified_decoding import verified_decoding
@@ -86,6 +87,25 @@ def check_at_least_one(**numbers: int) -> None:
 
 class ProtoGenGenerationMixin(GenerationMixin):
     """Replaces `GenerationMixin.generate`."""
+
+    def use_cuda_graphs(self, answer_lengths: list[int] | None = None, input_multiple: int = 32) -> None:
+        """
+        From now on `one_step` and `refine` write by CUDA graphs, which are recorded the first time that a shape comes:
+        a batch of instructions and prompts, padded to a multiple of `input_multiple` tokens, with answers of one of
+        these lengths, and cut. Call it when the model is on its GPU to stay; each graph takes memory.
+
+        Args:
+            answer_lengths (`list[int]`, *optional*): in tokens; by default powers of two from 16, and
+                `config.max_answer_length`.
+
+        Raises:
+            ValueError: where answers cannot be cut (`arrangement="halves"`), or the model is on no GPU.
+        """
+        if self.device.type != "cuda":
+            raise ValueError(f"CUDA graphs need the model on a CUDA device; it is on {self.device}.")
+        longest = self.config.max_answer_length
+        powers = [2**n for n in range(4, longest.bit_length()) if 2**n < longest]
+        self.graphs = OneStepGraphs(self, sorted({*(answer_lengths or powers), longest}), input_multiple)
 
     @torch.no_grad()
     def generate(
@@ -193,7 +213,10 @@ class ProtoGenGenerationMixin(GenerationMixin):
     ):
         config = self.config
         check_at_least_one(num_candidates=num_candidates, num_refinements=num_refinements)
-        prediction = self.predict(*instruction, *prompt, category_ids)
+        # A recorded pass starts from its own prediction.
+        is_recorded = self.graphs is not None and proto_tokens is None and num_candidates == 1
+        passes = self.graphs if is_recorded else self
+        prediction = passes.predict(*instruction, *prompt, category_ids)
         if proto_tokens is not None:
             prediction.e, prediction.m = proto_tokens
         quantiles = 0.0
@@ -201,7 +224,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
             prediction, quantiles = candidates(prediction, num_candidates, candidate_noise * config.proto_token_std)
             prompt = tuple(part.repeat_interleave(num_candidates, dim=0) for part in prompt)
         mean, sigma = prediction.log_length_mean, prediction.log_length_variance.sqrt()
-        error = prediction.error_mean
+        error = prediction.error_mean.clone()
         if length is None:
             lengths = self.clamp_lengths((mean + (num_length_sigmas + quantiles) * sigma).exp())
         else:
@@ -211,7 +234,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
                     f"length must lie in 1..{config.max_answer_length} tokens (config.max_answer_length); got {length}."
                 )
             lengths = lengths.expand(len(mean) // num_candidates).repeat_interleave(num_candidates)
-        logits = self.decode(prediction, lengths, *prompt)
+        logits = passes.decode(prediction, lengths, *prompt)
         tokens = sampling.pick(logits)
         if mode == "refine":
             logits, tokens = refine(

@@ -153,6 +153,7 @@ def answer_logits(
     prefix_ids: torch.LongTensor,
     prefix_mask: torch.Tensor | None = None,
     prefix_cache: Cache | None = None,
+    places: torch.LongTensor | None = None,
 ) -> torch.Tensor:
     """
     Runs the frozen decoder over `[prefix][slots]` and returns the logits at the answers' positions.
@@ -165,9 +166,11 @@ def answer_logits(
         prefix_mask (`torch.Tensor` of shape `(batch, prefix)`, *optional*): 1 for real tokens; all by default.
         prefix_cache (`Cache`, *optional*): the prefix's keys and values, from [`read_prefix`]; it grows by the slots.
             In training this saves the prefix's backward pass; without gradients one joined pass is faster.
+        places (`torch.LongTensor` of shape `(places,)`, *optional*): slots to predict from in all rows alike.
 
     Returns:
-        `torch.Tensor` of shape `(answer_tokens, vocab)`, in the decoder's dtype, ordered text after text.
+        `torch.Tensor` of shape `(answer_tokens, vocab)`, in the decoder's dtype, ordered text after text; with `places`
+        of shape `(batch, places, vocab)`.
     """
     inputs, predicts = joined_inputs(decoder, slots, layout, prefix_ids, prefix_mask)
     if prefix_cache is not None:
@@ -178,6 +181,8 @@ def answer_logits(
             "use_cache": True,
         }
         predicts = layout.predicts
+    if places is not None:
+        predicts = places + predicts.shape[1] - slots.shape[1]
     # A boolean mask gathers the answer positions into one contiguous matrix before the language-model head: no logits
     # at other positions, and none of the slowness of a linear layer on a strided bfloat16 slice on CPUs.
     return decoder(**inputs, logits_to_keep=predicts).logits
@@ -223,6 +228,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         self.decoder = decoder
         self.post_init()
         self._freeze()
+        self.graphs = None
 
     @classmethod
     def from_encoder_decoder_pretrained(
@@ -425,19 +431,34 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             ValueError: if a length is impossible, or the decoder is to see a prompt and there is none.
             RuntimeError: if no decoder is attached.
         """
+        self._check_prompt(decoder_prompt_ids, self.config.decoder_sees_prompt)
+        return self.decode_layout(prediction, self.layout(lengths), decoder_prompt_ids, decoder_prompt_mask)
+
+    def layout(self, lengths: torch.LongTensor) -> Layout:
+        """The slots of answers of the given lengths `(batch,)`, as [`build_layout`]."""
+        config = self.config
+        return build_layout(lengths, config.arrangement, config.chunk_size, config.max_chunks, config.num_e_tokens)
+
+    def decode_layout(
+        self,
+        prediction: Prediction,
+        layout: Layout,
+        decoder_prompt_ids: torch.LongTensor | None = None,
+        decoder_prompt_mask: torch.Tensor | None = None,
+        places: torch.LongTensor | None = None,
+    ) -> torch.Tensor:
+        """As `decode`, of answers that are laid out; `places` as of [`answer_logits`]."""
         config, e, m = self.config, prediction.e, prediction.m
-        self._check_prompt(decoder_prompt_ids, config.decoder_sees_prompt)
-        layout = build_layout(lengths, config.arrangement, config.chunk_size, config.max_chunks, config.num_e_tokens)
         if self.training and config.proto_token_noise:
             scale = config.proto_token_noise * config.proto_token_std
             e, m = e + scale * torch.randn_like(e), m + scale * torch.randn_like(m)
         slots = fill_slots(layout, e, m, prediction.m_offsets)
         prefix, cache = (decoder_prompt_ids, decoder_prompt_mask), prediction.prompt_cache
         if not config.decoder_sees_prompt:
-            prefix = (sink_ids(config.decoder_config, config.sink, len(lengths), lengths.device),)
+            prefix = (sink_ids(config.decoder_config, config.sink, len(slots), slots.device),)
         elif cache is None and slots.requires_grad:
             cache, _ = read_prefix(self.decoder, *prefix)
-        return answer_logits(self.decoder, slots, layout, *prefix, prefix_cache=cache)
+        return answer_logits(self.decoder, slots, layout, *prefix, prefix_cache=cache, places=places)
 
     def clamp_lengths(self, lengths: torch.Tensor) -> torch.LongTensor:
         """Rounds lengths in tokens to the whole numbers that an answer can have; any shape."""

@@ -22,6 +22,7 @@ from eval_tasks import report
 from eval_tasks.baselines.autoregressive import assisted, autoregressive, prompt_lookup
 from eval_tasks.baselines.one_pass import protogen
 from eval_tasks.baselines.writing import Writer
+from eval_tasks.benchmark_data import is_held_out
 from eval_tasks.latency import best_device, interleaved_seconds, peak_gigabytes, ratio_with_interval
 from eval_tasks.pictures import lines
 from eval_tasks.statistics import mean_with_interval
@@ -75,6 +76,9 @@ def decode(arguments) -> None:
         .eval()
         for sees in (False, True)
     )
+    if device.type == "cuda":
+        for each in (model, sees_prompt):
+            each.use_cuda_graphs([*arguments.lengths, arguments.batch_tokens])
     prompts = [e.instruction for e in load_examples(DataArguments(data=arguments.data)) if not e.context]
     static = {"cache_implementation": "static"} if device.type == "cuda" else {}
     greedy = autoregressive(model.decoder, processor, **static)
@@ -297,8 +301,8 @@ def time_verified(
         "assisted": assisted(trained.decoder, processor, assistant),
     }
     for source, examples in sources.items():
-        # The last ones: encoders are trained on the first.
-        chosen = [e for e in examples if processor.fits(e.instruction)][-arguments.timed_prompts :]
+        fitting = [e for e in examples if processor.fits(e.instruction) and is_held_out(e.instruction)]
+        chosen = fitting[: arguments.timed_prompts]
 
         def call(write, number, chosen=chosen):
             example = chosen[number % len(chosen)]
