@@ -1,7 +1,8 @@
 """
 The data of the tasks here: from the Hub, or with `--metadata '{"data_dir": "FOLDER"}'` from JSONL files in a folder,
 with the Hub's fields: `mmlu_test.jsonl` and `mmlu_dev.jsonl`, `mmlu_pro_test.jsonl` and `mmlu_pro_validation.jsonl`,
-`gsm8k_test.jsonl` and `gsm8k_train.jsonl`, `dolly.jsonl`.
+`gsm8k_test.jsonl` and `gsm8k_train.jsonl`, `triviaqa_validation.jsonl` and `triviaqa_train.jsonl`, `dolly.jsonl`,
+`dolly_german.jsonl`.
 """
 
 import hashlib
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import datasets
 
-# Of Dolly's instructions, those that training leaves out (`validation_share` there).
 DOLLY_HELD_OUT = 0.1
 
 
@@ -53,15 +53,36 @@ def gsm8k(data_dir: str | None = None, **_) -> datasets.DatasetDict:
     return local_splits(data_dir, "gsm8k", "test", "train")
 
 
+def triviaqa(data_dir: str | None = None, **_) -> datasets.DatasetDict:
+    if data_dir is None:
+        return datasets.load_dataset("mandarjoshi/trivia_qa", "rc.nocontext")
+    return local_splits(data_dir, "triviaqa", "validation", "train")
+
+
 def dolly(data_dir: str | None = None, **_) -> datasets.DatasetDict:
-    """The instructions that training holds out, by its own rule: a hash of the instruction."""
+    """The instructions that training holds out."""
     if data_dir is None:
         rows = datasets.load_dataset("databricks/databricks-dolly-15k", split="train").to_list()
     else:
         rows = local_rows(data_dir, "dolly")
-    return datasets.DatasetDict({"test": datasets.Dataset.from_list([row for row in rows if is_held_out(row)])})
+    return held_out_rows(rows, "instruction")
 
 
-def is_held_out(row: dict) -> bool:
-    digest = hashlib.sha256(row["instruction"].strip().encode()).hexdigest()
+def dolly_german(data_dir: str | None = None, **_) -> datasets.DatasetDict:
+    """The same instructions in German, translated by machine."""
+    if data_dir is None:
+        rows = datasets.load_dataset("argilla/databricks-dolly-15k-curated-multilingual", split="de").to_list()
+    else:
+        rows = local_rows(data_dir, "dolly_german")
+    return held_out_rows(rows, "instruction_original_en")
+
+
+def held_out_rows(rows: list[dict], instruction_field: str) -> datasets.DatasetDict:
+    rows = [row for row in rows if is_held_out(row[instruction_field])]
+    return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
+
+
+def is_held_out(instruction: str) -> bool:
+    """Training's own rule (`validation_share`): a hash of the instruction."""
+    digest = hashlib.sha256(instruction.strip().encode()).hexdigest()
     return int(digest[:8], 16) / 16**8 < DOLLY_HELD_OUT

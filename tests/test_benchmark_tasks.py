@@ -35,6 +35,14 @@ def data_dir(tmp_path_factory):
     write("gsm8k_test", {"question": "q", "answer": "so #### 4"})
     write("gsm8k_train", *[{"question": "p", "answer": "so #### 5"}] * 6)
     write("dolly", *[{"instruction": f"say {n}", "context": "", "response": "x", "category": "c"} for n in range(300)])
+    german = {"context": "", "response": "x", "category": "c"}
+    write(
+        "dolly_german",
+        *[german | {"instruction": f"sag {n}", "instruction_original_en": f"say {n}"} for n in range(300)],
+    )
+    trivia = {"question": "q", "answer": {"value": "x", "aliases": ["x", "X y"]}}
+    write("triviaqa_validation", trivia)
+    write("triviaqa_train", trivia)
     return str(folder)
 
 
@@ -68,6 +76,8 @@ def test_tasks_ask_as_the_harness_does(load):
     assert gsm8k.config.num_fewshot == 5
     (cot,) = load("protogen_gsm8k_cot").values()
     assert cot.config.num_fewshot == 8
+    (trivia,) = load("protogen_triviaqa").values()
+    assert trivia.doc_to_text(trivia.validation_docs()[0]) == "Question: q?\nAnswer:"
     pro = load("protogen_mmlu_pro")
     assert len(pro) == 14
     law = pro["mmlu_pro_law"]
@@ -81,6 +91,9 @@ def test_dolly_asks_what_training_holds_out(load, data_dir):
     examples = [Example(str(n), f"say {n}", "", "x") for n in range(300)]
     _, held_out = split_by_instruction(examples, benchmark_data.DOLLY_HELD_OUT)
     assert found == [example.instruction for example in held_out]
+    (german,) = load("protogen_dolly_german").values()
+    assert [doc["instruction"] for doc in german.test_docs()] == [text.replace("say", "sag") for text in found]
+    assert german.doc_to_text(german.test_docs()[0]) == found[0].replace("say", "sag")
     assert dolly.doc_to_text({"instruction": "say", "context": " it "}) == "say\n\nit"
     figures = dolly.process_results({"response": "a cat sat"}, [" a cat sat"])
     assert figures["rouge_l"] == figures["token_f1"] == 1

@@ -1,10 +1,10 @@
 """What the YAML here names; lm-eval looks for it beside the file."""
 
-from eval_tasks.benchmark_data import dolly
+from eval_tasks.benchmark_data import dolly, dolly_german
 from eval_tasks.text_metrics import bleu, chrf, is_degenerate, rouge_l, token_f1
 from modeling_protogen.processing_protogen import user_message
 
-__all__ = ["dolly", "process_results", "prompt"]
+__all__ = ["dolly", "dolly_german", "process_results", "prompt"]
 
 
 def prompt(doc: dict) -> str:
