@@ -201,17 +201,25 @@ def test_a_learned_curve_is_better_than_the_straight_line(fitter, entries, decod
 def test_attention_to_e_is_the_decoders(decoder):
     fitted, reader = random_texts(3), Reader(decoder, "e_mN", "bos")
     weights = attention.attention_to_e(reader, fitted)
-    assert weights.shape == (2, 4, 4)
+    assert weights.shape == (3, 2, 4, 4)
     embed = decoder.get_input_embeddings()
-    expected = 0
-    for e, m in zip(fitted.e, fitted.m, strict=True):
+    for e, m, found in zip(fitted.e, fitted.m, weights, strict=True):
         inputs = torch.cat([embed(torch.tensor([1])), e, m.expand(4, -1)])[None]
-        expected = (
-            expected + torch.stack(decoder(inputs_embeds=inputs, output_attentions=True).attentions)[:, 0, :, 2:, 1]
-        )
-    torch.testing.assert_close(weights, expected.detach() / 3, atol=1e-5, rtol=1e-4)
+        expected = torch.stack(decoder(inputs_embeds=inputs, output_attentions=True).attentions)[:, 0, :, 2:, 1]
+        torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="texts of one length"):
         attention.attention_to_e(reader, random_texts(2, lengths=[4, 3]))
+
+
+@pytest.mark.parametrize(("arrangement", "expected"), [("e_mN", [1 / 3, 1 / 4, 1 / 5]), ("e_m", [1 / 2, 1 / 3, 1 / 4])])
+def test_even_attention_is_one_share_of_what_is_seen(decoder, arrangement, expected, tmp_path):
+    reader = Reader(decoder, arrangement, "bos")
+    figures = attention.study(reader, random_texts(3, lengths=[3] * 3), "", tmp_path).figures
+    thirds = [figures[f"attention_to_e_{name}_third_if_even"] for name in ("first", "middle", "last")]
+    assert thirds == pytest.approx(expected)
+    assert figures["attention_to_e_if_even"] == pytest.approx(sum(expected) / 3)
+    mean, low, high = figures["attention_to_e"]
+    assert 0 < low < mean < high < 1
 
 
 def test_words_and_what_kind_they_are(llama_dir):

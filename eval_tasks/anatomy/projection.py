@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 from sklearn.decomposition import PCA
-from sklearn.metrics import silhouette_score
+from sklearn.metrics import silhouette_samples
 
 from ..pictures import scatter
+from ..statistics import mean_with_interval
 from .findings import Findings
 from .reading import FittedTexts
 
@@ -21,8 +22,8 @@ def study(fitted: FittedTexts, title: str, folder: Path, seed: int) -> Findings:
         maps[f"{name}, PCA"] = pca.fit_transform(vectors)
         figures[f"{name}_variance_in_two_components"] = float(pca.explained_variance_ratio_.sum())
         if 1 < len(set(fitted.categories)) < len(fitted):
-            silhouette = silhouette_score(vectors, fitted.categories, metric="cosine")
-            figures[f"{name}_silhouette_of_categories"] = float(silhouette)
+            silhouettes = silhouette_samples(vectors, fitted.categories, metric="cosine")
+            figures[f"{name}_silhouette_of_categories"] = mean_with_interval(silhouettes)
         if find_spec("umap"):
             from umap import UMAP
 
