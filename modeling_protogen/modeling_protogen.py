@@ -381,6 +381,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         decoder_prompt_ids: torch.LongTensor | None = None,
         decoder_prompt_mask: torch.Tensor | None = None,
         category_ids: torch.LongTensor | None = None,
+        decoder_state_mask: torch.Tensor | None = None,
     ) -> Prediction:
         """
         The first half of `forward`, from the instruction to proto-tokens; arguments as there.
@@ -393,7 +394,9 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         self._check_prompt(decoder_prompt_ids, self.config.latent_source != "encoder")
         if self.config.reads_decoder_states:
             cache, decoder_states = read_prefix(self.decoder, decoder_prompt_ids, decoder_prompt_mask)
-        prediction = self.proto_predictor(states, mask, decoder_states, decoder_prompt_mask, category_ids)
+        if decoder_state_mask is None:
+            decoder_state_mask = decoder_prompt_mask
+        prediction = self.proto_predictor(states, mask, decoder_states, decoder_state_mask, category_ids)
         prediction.prompt_cache = cache
         return prediction
 
@@ -473,6 +476,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         category_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         length_labels: torch.LongTensor | None = None,
+        decoder_state_mask: torch.Tensor | None = None,
         return_loss: bool = True,
         return_logits: bool = True,
     ) -> ProtoGenOutput:
@@ -490,12 +494,14 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 predicted length.
             length_labels (`torch.LongTensor` of shape `(batch,)`, *optional*):
                 True lengths in tokens, where `labels` are cut; by default the length of `labels`.
+            decoder_state_mask (`torch.Tensor` of shape `(batch, prompt)`, *optional*):
+                Where the decoder's states are seen by the prediction of proto-tokens; `decoder_prompt_mask` by default.
             return_loss (`bool`): whether to compute the losses when there are labels.
             return_logits (`bool`): whether to run the decoder at all. What compares proto-tokens themselves, or
                 lengths, needs neither logits nor the losses.
         """
         prompt = decoder_prompt_ids, decoder_prompt_mask
-        prediction = self.predict(input_ids, attention_mask, *prompt, category_ids)
+        prediction = self.predict(input_ids, attention_mask, *prompt, category_ids, decoder_state_mask)
         mean, variance = prediction.log_length_mean, prediction.log_length_variance
         lengths = self.clamp_lengths(mean.exp()) if labels is None else (labels != IGNORE_INDEX).sum(-1)
         logits = self.decode(prediction, lengths, *prompt) if return_logits else None

@@ -8,6 +8,7 @@ from conftest import CONTEXTS, INSTRUCTIONS
 
 from modeling_protogen import ProtoGenForConditionalGeneration
 from modeling_protogen.autoregressive import TextSoFar
+from modeling_protogen.block_decoding import Instruction, read_and_draft
 
 MORE = [*INSTRUCTIONS, "tell me about paris", "what is the capital of france and who sat under the tree"]
 MORE_CONTEXTS = [*CONTEXTS, None, "long context about the cat"]
@@ -165,3 +166,18 @@ def test_bad_requests_are_named(build, llama_dir):
         model.generate(**inputs, mode="verified", block_size=9)
     with pytest.raises(ValueError, match="give decoder_prompt_ids"):
         model.generate(input_ids=inputs["input_ids"], mode="verified")
+
+
+@pytest.mark.parametrize("source", ["decoder", "both"])
+def test_drafts_are_what_training_on_continuations_sees(build, decoder_dir, source):
+    model, processor = build(decoder_dir, latent_source=source, decoder_sees_prompt=True, m_position_offsets=True)
+    start, rest = [5, 9, 7], [8, 6, 11, 4]
+    batch = processor(INSTRUCTIONS[:2], CONTEXTS[:2], [rest, rest], [start, start])
+    with torch.no_grad():
+        trained = model(**batch).logits.view(2, len(rest), -1)
+        prompt = [batch[name][:, :-1] for name in ("decoder_prompt_ids", "decoder_prompt_mask")]
+        text = TextSoFar(model.decoder, *prompt, wants_states=True)
+        instruction = Instruction(*model.encode(*(batch.get(n) for n in ("input_ids", "attention_mask"))), None)
+        last = torch.full((2, 1), start[-1])
+        drafted = read_and_draft(model, text, last, torch.ones_like(last), len(rest), instruction)
+    torch.testing.assert_close(drafted[:, 1:], trained[:, 1:], atol=1e-4, rtol=1e-4)
