@@ -222,7 +222,7 @@ class ProtoGenLM(HFLM):
         if kwargs.get("do_sample"):
             options |= {"temperature": kwargs["temperature"], "top_p": kwargs.get("top_p", 1.0)}
         if "stop_strings" in MODES[self.mode]:
-            options |= {"stop_strings": stop, "tokenizer": self.tokenizer, "max_new_tokens": max_new_tokens}
+            options |= {"stop_strings": stop, "processor": self.processor, "max_new_tokens": max_new_tokens}
         output = self.protogen.generate(
             **self.inputs(contexts, prompts), mode=self.mode, return_dict_in_generate=True, **options
         )

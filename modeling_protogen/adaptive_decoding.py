@@ -3,6 +3,8 @@ Adaptive decoding: drafts are kept as long as they are confident, and are not ve
 https://arxiv.org/abs/2602.06019).
 """
 
+from collections.abc import Callable
+
 import torch
 
 from .autoregressive import TextSoFar
@@ -13,7 +15,7 @@ from .sampling import Sampling, log_probability
 def adaptive_decoding(
     model,
     answers: Answers,
-    instruction: Instruction,
+    instruction: Callable[[], Instruction],
     text: TextSoFar,
     block_size: int,
     confidence_threshold: float,

@@ -118,7 +118,7 @@ def read_and_draft(
     new_tokens: torch.LongTensor,
     new_mask: torch.LongTensor,
     size: int,
-    instruction: Instruction,
+    instruction: Callable[[], Instruction],
 ) -> torch.Tensor:
     """
     Reads new tokens of the text, and proto-tokens after them, in one pass.
@@ -127,6 +127,7 @@ def read_and_draft(
         model (`ProtoGenForConditionalGeneration`)
         new_tokens, new_mask (`torch.LongTensor` of shape `(batch, new)`): padded on the left; the text so far holds
             them when this returns.
+        instruction (`Callable`): gives what drafts are predicted from; not called without a draft.
         size (`int`): tokens to predict. The first is the decoder's own prediction; a size of 1 has no draft.
 
     Returns:
@@ -137,8 +138,9 @@ def read_and_draft(
     predicts = torch.zeros_like(new_mask, dtype=torch.bool)
     predicts[:, -1] = True
     if size > 1:
+        given = instruction()
         prediction = model.proto_predictor(
-            instruction.encoder_states, instruction.encoder_mask, text.states, text.mask, instruction.category_ids
+            given.encoder_states, given.encoder_mask, text.states, text.mask, given.category_ids
         )
         lengths = torch.full((len(new_tokens),), size, device=new_tokens.device)
         layout = build_layout(lengths, config.arrangement, config.chunk_size, config.max_chunks, config.num_e_tokens)

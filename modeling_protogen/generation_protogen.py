@@ -16,7 +16,7 @@ from .sampling import Sampling, log_probability, token_entropy
 from .verified_decoding import verified_decoding
 
 # The options of each mode, besides those of all.
-BLOCK_OPTIONS = {"max_new_tokens", "block_size", "stop_strings", "tokenizer", "streamer"}
+BLOCK_OPTIONS = {"max_new_tokens", "block_size", "stop_strings", "processor", "streamer"}
 AT_ONCE_OPTIONS = {"length", "num_length_sigmas", "proto_tokens", "abstain_above", "output_uncertainty_scores"}
 MODES = {
     "one_step": AT_ONCE_OPTIONS | {"num_candidates", "candidate_noise"},
@@ -162,7 +162,8 @@ class ProtoGenGenerationMixin(GenerationMixin):
             max_new_tokens (`int`, adaptive and verified): tokens at most; `config.max_answer_length` by default.
             block_size (`int`, adaptive and verified): tokens of a draft at most; `config.chunk_size` by default.
             stop_strings (`list[str]`, adaptive and verified): an answer ends with the token that completes one of them.
-            tokenizer (`PreTrainedTokenizerBase`, adaptive and verified): the decoder's, needed by `stop_strings`.
+            processor (`ProtoGenProcessor`, adaptive and verified): needed by `stop_strings`; and where it has
+                `encoder_reads_answer`, the encoder reads the answer so far before each draft.
             streamer (`BaseStreamer`, adaptive and verified): gets the prompt, then the tokens as they are written; for
                 one instruction at a time.
 
@@ -300,7 +301,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
         max_new_tokens=None,
         block_size=None,
         stop_strings=(),
-        tokenizer=None,
+        processor=None,
         streamer=None,
         confidence_threshold=0.9,
     ):
@@ -311,13 +312,19 @@ class ProtoGenGenerationMixin(GenerationMixin):
             raise ValueError(f"block_size must lie in 1..{longest_block} tokens; got {block_size}.")
         max_new_tokens = config.max_answer_length if max_new_tokens is None else max_new_tokens
         check_at_least_one(max_new_tokens=max_new_tokens)
-        if stop_strings and tokenizer is None:
-            raise ValueError("stop_strings need the decoder's tokenizer: give tokenizer=processor.decoder_tokenizer.")
+        if stop_strings and processor is None:
+            raise ValueError("stop_strings need the tokenizer: give processor=processor.")
         if streamer is not None:
             streamer.put(prompt[0])
-        is_stopped = stops_at(config.eos_token_ids, stop_strings, tokenizer)
+        is_stopped = stops_at(config.eos_token_ids, stop_strings, processor and processor.decoder_tokenizer)
         answers = Answers(len(prompt[0]), max_new_tokens, is_stopped, streamer)
-        source = Instruction(*self.encode(*instruction), category_ids)
+        given = Instruction(*self.encode(*instruction), category_ids)
+
+        def source():
+            if self.encoder is None or processor is None or not processor.encoder_reads_answer:
+                return given
+            return Instruction(*self.encode(*processor.add_answers(*instruction, answers.tokens)), category_ids)
+
         text = TextSoFar(self.decoder, *prompt, config.reads_decoder_states)
         if mode == "adaptive":
             adaptive_decoding(self, answers, source, text, block_size, confidence_threshold, sampling)

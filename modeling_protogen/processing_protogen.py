@@ -25,6 +25,8 @@ class ProtoGenProcessor(ProcessorMixin):
         prompt_template (`str`, *optional*): holds `{message}`; for a decoder without a chat template.
         for_encoder (`bool`, defaults to True): False for a model without an encoder: no `input_ids` then, and
             `tokenizer` is the decoder's too.
+        encoder_reads_answer (`bool`, defaults to False): where part of an answer stands already, the encoder reads it
+            too: its last tokens, half a window of them at most, after the instruction, whose end gives way.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class ProtoGenProcessor(ProcessorMixin):
         max_answer_length: int = 64,
         prompt_template: str = PROMPT_TEMPLATE,
         for_encoder: bool = True,
+        encoder_reads_answer: bool = False,
         **kwargs,
     ):
         self.max_input_length = max_input_length
@@ -43,6 +46,7 @@ class ProtoGenProcessor(ProcessorMixin):
         self.max_answer_length = max_answer_length
         self.prompt_template = prompt_template
         self.for_encoder = for_encoder
+        self.encoder_reads_answer = encoder_reads_answer
         super().__init__(tokenizer, decoder_tokenizer, **kwargs)
 
     @classmethod
@@ -114,6 +118,8 @@ class ProtoGenProcessor(ProcessorMixin):
         batch = {}
         if self.for_encoder:
             encoded = [self._encode(*pair) for pair in zip(instructions, contexts, strict=True)]
+            if answer_start is not None and self.encoder_reads_answer:
+                encoded = list(map(self._with_answer, encoded, answer_start))
             batch = dict(self.tokenizer.pad({"input_ids": encoded}, padding_side="right", return_tensors="pt"))
         prompts = [self._encode_prompt(*pair) for pair in zip(instructions, contexts, strict=True)]
         if answer_start is not None:
@@ -128,6 +134,26 @@ class ProtoGenProcessor(ProcessorMixin):
                 raise ValueError(f"{len(instructions)} instructions, but {len(answers)} answers.")
             batch.update(self.encode_answers(answers))
         return BatchFeature(batch)
+
+    def add_answers(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, answers: list[list[int]]
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """
+        The encoder's inputs `(batch, source)` of instructions, and of what of their answers stands already, in the
+        decoder's vocabulary, as `encoder_reads_answer`; ids and mask, `(batch, longer source)`.
+        """
+        rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        rows = list(map(self._with_answer, rows, answers))
+        batch = self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+        return batch["input_ids"].to(input_ids.device), batch["attention_mask"].to(input_ids.device)
+
+    def _with_answer(self, ids: list[int], answer: list[int]) -> list[int]:
+        if not answer:
+            return ids
+        text = self.decoder_tokenizer.decode(answer, skip_special_tokens=True)
+        end = [id for id in ids[-1:] if id in self.tokenizer.all_special_ids]
+        added = self.tokenizer(text, add_special_tokens=False).input_ids[-(self.max_input_length // 2) :] + end
+        return ids[: self.max_input_length - len(added)] + added
 
     def encode_answers(self, answers: list[str | list[int]]) -> dict[str, torch.LongTensor]:
         """

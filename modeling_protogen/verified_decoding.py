@@ -3,6 +3,8 @@ Verified decoding: drafts are kept as far as the decoder would have written them
 by speculative sampling (Leviathan et al., 2023, https://arxiv.org/abs/2211.17192), with its own probabilities.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -50,7 +52,7 @@ def accept(
 def verified_decoding(
     model,
     answers: Answers,
-    instruction: Instruction,
+    instruction: Callable[[], Instruction],
     text: TextSoFar,
     block_size: int,
     sampling: Sampling,

@@ -123,6 +123,9 @@ class ModelArguments:
         default=0, metadata={"help": "Trains low-rank adapters in the encoder instead of its weights; 0 = none."}
     )
     decoder_sees_prompt: bool = field(default=False, metadata={"help": "Prompt before the proto-tokens."})
+    encoder_reads_answer: bool = field(
+        default=False, metadata={"help": "With continuations: the encoder, too, reads what they go on from."}
+    )
     max_input_length: int | None = field(default=None, metadata={"help": "The encoder's window in tokens."})
     max_prompt_length: int = field(default=1024, metadata={"help": "Longest prompt in decoder tokens."})
     thin: bool = field(default=True, metadata={"help": "Save checkpoints without the frozen decoder."})
@@ -183,4 +186,5 @@ def load_processor(model_args: ModelArguments, max_answer_length: int) -> ProtoG
         max_input_length=model_args.max_input_length,
         max_prompt_length=model_args.max_prompt_length,
         max_answer_length=max_answer_length,
+        encoder_reads_answer=model_args.encoder_reads_answer,
     )

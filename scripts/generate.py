@@ -135,6 +135,8 @@ def main(argv: list[str]) -> None:
     options = {name: value for name, value in vars(arguments).items() if name in names}
     retrieve = NearestBanked(model, ProtoTokenBank(arguments.retrieve)) if arguments.retrieve else None
     batch_size = arguments.batch_size
+    if "processor" in MODES[arguments.mode]:
+        options["processor"] = processor
     if arguments.stream:
         batch_size, options["streamer"] = 1, TextStreamer(processor.decoder_tokenizer, skip_prompt=True)
     for start in range(0, len(prompts), batch_size):

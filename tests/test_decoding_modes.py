@@ -242,12 +242,12 @@ def test_answers_end_at_a_stop_string(build, decoder_dir):
     # Two words in the middle of the first answer.
     stop = tokenizer.decode(whole[0][9:11])
     options = {"mode": "verified", "max_new_tokens": TOKENS, "stop_strings": [stop], "return_dict_in_generate": True}
-    found = answers_of(model.generate(**inputs, **options, tokenizer=tokenizer))
+    found = answers_of(model.generate(**inputs, **options, processor=processor))
     for answer, tokens in zip(found, whole, strict=True):
         ends = [n for n in range(1, TOKENS + 1) if stop in tokenizer.decode(tokens[:n])]
         assert answer == tokens[: ends[0] if ends else TOKENS]
     assert len(found[0]) <= 11
-    with pytest.raises(ValueError, match="stop_strings need the decoder's tokenizer"):
+    with pytest.raises(ValueError, match="stop_strings need the tokenizer"):
         model.generate(**inputs, **options)
 
 

@@ -39,7 +39,7 @@ def greedy(model, processor, instruction, context):
     return written[0, inputs["decoder_prompt_ids"].shape[1] :].tolist()
 
 
-def verified(model, processor, batch_size, **options):
+def verified(model, processor, batch_size, /, **options):
     answers, outputs = [], []
     for first in range(0, len(MORE), batch_size):
         part = slice(first, first + batch_size)
@@ -168,16 +168,38 @@ def test_bad_requests_are_named(build, llama_dir):
         model.generate(input_ids=inputs["input_ids"], mode="verified")
 
 
-@pytest.mark.parametrize("source", ["decoder", "both"])
-def test_drafts_are_what_training_on_continuations_sees(build, decoder_dir, source):
+@pytest.mark.parametrize(("source", "rereads"), [("decoder", False), ("both", False), ("encoder", True)])
+def test_drafts_are_what_training_on_continuations_sees(build, decoder_dir, source, rereads):
     model, processor = build(decoder_dir, latent_source=source, decoder_sees_prompt=True, m_position_offsets=True)
+    processor.encoder_reads_answer = rereads
     start, rest = [5, 9, 7], [8, 6, 11, 4]
     batch = processor(INSTRUCTIONS[:2], CONTEXTS[:2], [rest, rest], [start, start])
     with torch.no_grad():
         trained = model(**batch).logits.view(2, len(rest), -1)
         prompt = [batch[name][:, :-1] for name in ("decoder_prompt_ids", "decoder_prompt_mask")]
-        text = TextSoFar(model.decoder, *prompt, wants_states=True)
-        instruction = Instruction(*model.encode(*(batch.get(n) for n in ("input_ids", "attention_mask"))), None)
+        text = TextSoFar(model.decoder, *prompt, wants_states=source != "encoder")
+        plain = processor(INSTRUCTIONS[:2], CONTEXTS[:2])
+        instruction = [plain.get(name) for name in ("input_ids", "attention_mask")]
+        if rereads:
+            instruction = processor.add_answers(*instruction, [start, start])
         last = torch.full((2, 1), start[-1])
-        drafted = read_and_draft(model, text, last, torch.ones_like(last), len(rest), instruction)
+        given = Instruction(*model.encode(*instruction), None)
+        drafted = read_and_draft(model, text, last, torch.ones_like(last), len(rest), lambda: given)
     torch.testing.assert_close(drafted[:, 1:], trained[:, 1:], atol=1e-4, rtol=1e-4)
+
+
+def test_the_encoder_reads_the_answer_so_far(build, llama_dir, monkeypatch):
+    model, processor = build(llama_dir, decoder_sees_prompt=True)
+    without_eos(model)
+    processor.encoder_reads_answer = True
+    expected, _ = verified(model, processor, 2)
+    read = []
+    monkeypatch.setattr(model, "encode", lambda *inputs: read.append(inputs) or type(model).encode(model, *inputs))
+    found, _ = verified(model, processor, 2, processor=processor)
+    assert found == expected
+    first = processor(MORE[:2], MORE_CONTEXTS[:2])
+    assert torch.equal(read[0][0], first["input_ids"])
+    again = processor(MORE[:2], MORE_CONTEXTS[:2], answer_start=[answer[:1] for answer in expected[:2]])
+    assert torch.equal(read[1][0], again["input_ids"])
+    assert torch.equal(read[1][1], again["attention_mask"])
+    assert not torch.equal(again["input_ids"], first["input_ids"])

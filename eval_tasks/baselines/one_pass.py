@@ -18,7 +18,7 @@ def protogen(
     def write(instructions, contexts, max_new_tokens, exactly=False):
         inputs = processor(instructions, contexts).to(model.device)
         if "max_new_tokens" in MODES[mode]:
-            length = {"max_new_tokens": max_new_tokens}
+            length = {"max_new_tokens": max_new_tokens, "processor": processor}
         else:
             length = {"length": max_new_tokens} if exactly else {}
         output = model.generate(**inputs, mode=mode, return_dict_in_generate=not exactly, **length, **options)

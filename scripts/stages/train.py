@@ -65,6 +65,8 @@ def train(
         check_bank(run, model_args)
     if target_args.continuations and not model_args.decoder_sees_prompt:
         raise ValueError("the decoder reads what an answer goes on from: continuations need decoder_sees_prompt: true.")
+    if model_args.encoder_reads_answer and not (target_args.continuations and model_args.has_encoder):
+        raise ValueError("encoder_reads_answer needs an encoder, and continuations for it to read.")
     if args.deepspeed_plugin and args.use_cpu:
         start_deepspeed_on_cpus()
     set_seed(args.seed)
@@ -141,7 +143,7 @@ def build_model(model_args: ModelArguments, categories: list[str] | None) -> Pro
         resolve(fields.pop("decoder")),
     )
     dtype = getattr(torch, fields.pop("decoder_dtype"))
-    for name in ("max_input_length", "max_prompt_length", "encoder_lora_rank"):
+    for name in ("max_input_length", "max_prompt_length", "encoder_reads_answer", "encoder_lora_rank"):
         fields.pop(name)
     if is_deepspeed_zero3_enabled():
         fields["proto_token_std"] = spread_embedding_std(decoder, model_args.decoder_revision)
