@@ -551,12 +551,14 @@ def test_decoding_is_timed_and_verified(call, recipe, tmp_path, llama_dir, encod
     assert (tmp_path / "decode_throughput.png").is_file()
 
     call(train, "--config", recipe, "--max_steps", 1, "--decoder_sees_prompt", "true")
-    verify = ["verified", "--model", tmp_path / "run" / "model", "--assistant", f"{llama_dir}@first:1", "--dolly", data]
+    model = tmp_path / "run" / "model"
+    verify = ["verified", "--model", model, "--assistant", f"{llama_dir}@first:1", "--dolly", data, "--beside", model]
     verify += ["--prompts", 5, "--tokens", 8, "--timed-prompts", 2, "--timed-tokens", 8, "--block-size", 4]
     call(benchmark, *verify, "--run", tmp_path / "verified")
     figures = read_result(tmp_path / "verified" / "verified.json")["figures"]
     assert (figures["prompts"], figures["mismatches"]) == (5, 0)
     assert figures["speedup_dolly"][0] > 0
+    assert figures["accepted_length_run_dolly"] == figures["accepted_length_dolly"]
     # What was compared is not written again.
     compared = (tmp_path / "verified" / "compared.jsonl").read_text()
     assert len(compared.splitlines()) == 5 * (1 + 3 * 3)

@@ -49,6 +49,7 @@ def add_commands(commands) -> None:
     command.set_defaults(run_command=decode)
     command = commands.add_parser("verified", help="verified answers against greedy ones: equal tokens, and time")
     command.add_argument("--model", required=True, help="folder or Hub id of a trained model")
+    command.add_argument("--beside", nargs="*", default=[], help="other trained models, their drafts timed too")
     command.add_argument("--assistant", default="embedded:smollm2-135m@first:10", help="of assisted decoding")
     command.add_argument("--dolly", default="scripts/data/dolly_sample.jsonl")
     command.add_argument("--gsm8k", help=".jsonl file of its test split")
@@ -222,11 +223,15 @@ def verified(arguments) -> None:
     models = {"random": random.to(device).eval(), "trained": trained}
     processor = ProtoGenProcessor.from_pretrained(arguments.model)
     figures = compare_with_greedy(arguments, models, processor, sources)
-    figures |= time_verified(arguments, models, processor, sources)
+    drafters = {"trained": (trained, processor)}
+    for folder in arguments.beside:
+        other = ProtoGenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device)
+        drafters[Path(folder).parent.name] = other, ProtoGenProcessor.from_pretrained(folder)
+    figures |= time_verified(arguments, models, drafters, sources)
     content = report.result(
         command=f"python scripts/benchmark.py {shlex.join(sys.argv[1:])}",
         model=f"{trained.config.decoder_name_or_path}, compared in float32, timed in bfloat16; drafts of "
-        f"{arguments.model}; {arguments.assistant} assists",
+        f"{', '.join([arguments.model, *arguments.beside])}; {arguments.assistant} assists",
         revision=trained.config.decoder_revision,
         data=", ".join(filter(None, (arguments.dolly, arguments.gsm8k))),
         seed=0,
@@ -286,17 +291,16 @@ def compare_with_greedy(arguments, models: dict, processor: ProtoGenProcessor, s
     return {"prompts": len(chosen), "mismatches": sum(mismatches.values()), **mismatches}
 
 
-def time_verified(
-    arguments, models: dict, processor: ProtoGenProcessor, sources: dict
-) -> dict[str, float | list[float]]:
+def time_verified(arguments, models: dict, drafters: dict, sources: dict) -> dict[str, float | list[float]]:
     """Time of greedy answers over that of verified ones, in bfloat16, one prompt at a time, all methods in turn."""
-    for model in models.values():
+    for model in [*models.values(), *(model for model, _ in drafters.values())]:
         model.to(torch.bfloat16)
-    trained, figures = models["trained"], {}
+    (trained, processor), figures = drafters["trained"], {}
     _, assistant = load_decoder(arguments.assistant, None, "bfloat16", trained.device)
     writers = {
         "greedy": autoregressive(trained.decoder, processor),
         **verified_writers(models, processor, arguments.block_size),
+        **{name: protogen(*pair, "verified", block_size=arguments.block_size) for name, pair in drafters.items()},
         "prompt_lookup": prompt_lookup(trained.decoder, processor),
         "assisted": assisted(trained.decoder, processor, assistant),
     }
@@ -313,16 +317,19 @@ def time_verified(
         for name in calls.keys() - {"greedy"}:
             figures[f"speedup_{name}_{source}"] = ratio_with_interval(seconds["greedy"], seconds[name], np.sum)
         figures[f"speedup_{source}"] = figures.pop(f"speedup_trained_{source}")
-        accepted = [
-            trained.generate(
-                **processor(e.instruction, e.context).to(trained.device),
-                mode="verified",
-                max_new_tokens=arguments.timed_tokens,
-                block_size=arguments.block_size,
-                return_dict_in_generate=True,
-            ).accepted_lengths.item()
-            for e in chosen
-        ]
-        figures[f"accepted_length_{source}"] = mean_with_interval(accepted)
+        for name, (model, own_processor) in drafters.items():
+            accepted = [
+                model.generate(
+                    **own_processor(e.instruction, e.context).to(model.device),
+                    mode="verified",
+                    max_new_tokens=arguments.timed_tokens,
+                    block_size=arguments.block_size,
+                    processor=own_processor,
+                    return_dict_in_generate=True,
+                ).accepted_lengths.item()
+                for e in chosen
+            ]
+            figures[f"accepted_length_{name}_{source}"] = mean_with_interval(accepted)
+        figures[f"accepted_length_{source}"] = figures.pop(f"accepted_length_trained_{source}")
     figures["speedup_all_wrong"] = figures[f"speedup_{WRONG}_dolly"]
     return figures
