@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_protogen import ProtoGenConfig
 from .generation_protogen import ProtoGenGenerationMixin
+from .prefix import read_prefix
 from .proto_predictor import AttentionPooling, Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
 from .proto_tokens import Layout, build_layout, fill_slots, position_ids
 
@@ -133,17 +134,6 @@ def joined_inputs(
         "use_cache": False,
     }
     return inputs, F.pad(layout.predicts, (prefix_ids.shape[1], 0))
-
-
-@torch.no_grad()
-def read_prefix(
-    decoder: PreTrainedModel, prefix_ids: torch.LongTensor, prefix_mask: torch.Tensor
-) -> tuple[Cache, torch.Tensor]:
-    """Keys and values of a prefix as in [`answer_logits`], and the decoder's last states `(batch, prefix, dim)`."""
-    output = decoder.base_model(
-        input_ids=prefix_ids, attention_mask=prefix_mask, position_ids=position_ids(prefix_mask), use_cache=True
-    )
-    return output.past_key_values, output.last_hidden_state
 
 
 def answer_logits(

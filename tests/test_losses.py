@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import multiprocessing
 
-from modeling_protogen import ProtoGenOutput
+from modeling_protogen import ProtoGenOutput, prefix
 from trainers.distillation import teacher_top_k
 from trainers.losses import (
     BANK_LOSSES,
@@ -187,7 +187,9 @@ def prompts():
     return ids, mask, torch.tensor([[7, 11, 30], [12, 3, -100]])
 
 
-def test_the_teacher_reads_the_prompt_and_the_tokens_before(decoder, prompts):
+@pytest.mark.parametrize("group_tokens", [1024, 4], ids=["one group", "two groups"])
+def test_the_teacher_reads_the_prompt_and_the_tokens_before(decoder, prompts, group_tokens, monkeypatch):
+    monkeypatch.setattr(prefix, "GROUP_TOKENS", group_tokens)
     ids, q = teacher_top_k(decoder, *prompts, top_k=5)
     row = 0
     for prompt, mask, answer in zip(*prompts, strict=True):

@@ -7,8 +7,9 @@ from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS, save_encoder, weights_hash
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, RobertaModel
 
-from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor, modeling_protogen
-from modeling_protogen.modeling_protogen import answer_logits, read_prefix, reconstruction_loss
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor, modeling_protogen, prefix
+from modeling_protogen.modeling_protogen import answer_logits, reconstruction_loss
+from modeling_protogen.prefix import read_prefix
 from modeling_protogen.proto_tokens import build_layout, fill_slots
 
 VARIANTS = [
@@ -86,11 +87,14 @@ def test_logits_equal_one_text_at_a_time(build, decoder_dir, fields):
     assert output.lengths.tolist() == [len(answer.split()) + 1 for answer in ANSWERS]
 
 
-def test_reusing_the_prompts_cache_changes_neither_logits_nor_gradients(build, decoder_dir):
+@pytest.mark.parametrize("group_tokens", [1024, 8])
+def test_reusing_the_prompts_cache_changes_neither_logits_nor_gradients(build, decoder_dir, group_tokens, monkeypatch):
     model, processor = build(decoder_dir)
     batch = processor(INSTRUCTIONS, CONTEXTS)
     prompt = batch["decoder_prompt_ids"], batch["decoder_prompt_mask"]
     assert (prompt[1].sum(1) < prompt[1].shape[1]).any(), "the prompts must be ragged"
+    monkeypatch.setattr(prefix, "GROUP_TOKENS", group_tokens)
+    assert len(prefix.rows_of_like_lengths(prompt[1])) == (1 if group_tokens > 100 else 3)
     layout = build_layout(torch.tensor([5, 2, 8]), "e_mN", chunk_size=8, num_chunks=1)
     results = []
     for cached in (False, True):
@@ -292,3 +296,21 @@ def test_bfloat16_decoder_with_float32_heads(build, llama_dir):
     exact, _ = build(llama_dir)
     reference = exact(**processor(INSTRUCTIONS, None, ANSWERS))
     assert F.cosine_similarity(output.logits.float(), reference.logits, dim=-1).min() > 0.99
+
+
+def test_rows_of_like_lengths_give_the_same_states(build, decoder_dir, monkeypatch):
+    model, processor = build(decoder_dir)
+    batch = processor([*INSTRUCTIONS, "who"], [*CONTEXTS, None])
+    ids, mask = batch["decoder_prompt_ids"], batch["decoder_prompt_mask"]
+    cache, states = read_prefix(model.decoder, ids, mask)
+    monkeypatch.setattr(prefix, "GROUP_TOKENS", ids.numel() // 2)
+    (first, shortest), (second, longest) = prefix.rows_of_like_lengths(mask)
+    assert sorted([*first.tolist(), *second.tolist()]) == [0, 1, 2, 3]
+    assert mask[first].sum(1).max() == shortest <= mask[second].sum(1).min()
+    assert longest == ids.shape[1]
+    grouped_cache, grouped = read_prefix(model.decoder, ids, mask)
+    torch.testing.assert_close(grouped[mask.bool()], states[mask.bool()], atol=1e-5, rtol=1e-4)
+    for layer, expected in zip(grouped_cache.layers, cache.layers, strict=True):
+        is_text = mask.bool()[:, None].expand(layer.keys.shape[:3])
+        torch.testing.assert_close(layer.keys[is_text], expected.keys[is_text], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(layer.values[is_text], expected.values[is_text], atol=1e-5, rtol=1e-4)

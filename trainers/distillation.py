@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 
 from modeling_protogen.autoregressive import own_logits
 from modeling_protogen.modeling_protogen import IGNORE_INDEX
+from modeling_protogen.prefix import rows_of_like_lengths
 
 
 def teacher_top_k(
@@ -25,6 +26,12 @@ def teacher_top_k(
         Token ids and probabilities (float32, of these tokens alone, adding up to 1), each `(answer_tokens, top_k)`,
         answer after answer.
     """
-    logits = own_logits(decoder, prompt_ids, prompt_mask, answers.clamp_min(0), answers != IGNORE_INDEX)
-    values, ids = logits.topk(top_k)
+    is_token, parts, places = answers != IGNORE_INDEX, [], []
+    numbers = torch.arange(answers.numel(), device=answers.device).view_as(answers)
+    for rows, length in rows_of_like_lengths(prompt_mask):
+        prompt = prompt_ids[rows, -length:], prompt_mask[rows, -length:]
+        parts.append(own_logits(decoder, *prompt, answers[rows].clamp_min(0), is_token[rows]).topk(top_k))
+        places.append(numbers[rows][is_token[rows]])
+    order = torch.cat(places).argsort()
+    values, ids = (torch.cat(part)[order] for part in zip(*parts, strict=True))
     return ids, values.float().softmax(-1)

@@ -1,0 +1,60 @@
+"""
+Prefixes of answers, prompts mostly, as the frozen decoder reads them: without gradients, and on a CPU rows of like
+lengths together, where reading padding takes as long as reading text.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from .proto_tokens import position_ids
+
+# A pass over more tokens costs a CPU no less a token. A GPU is faster with few passes, padding and all.
+GROUP_TOKENS = 1024
+
+
+def rows_of_like_lengths(mask: torch.Tensor) -> list[tuple[torch.LongTensor, int]]:
+    """
+    Groups of the rows of a mask `(batch, length)`, padded on the left: the rows' numbers, and their greatest length.
+    One group where a batch is small or on a GPU.
+    """
+    batch, longest = mask.shape
+    num_groups = min(batch, batch * longest // GROUP_TOKENS) if mask.device.type == "cpu" else 1
+    if num_groups < 2:
+        return [(torch.arange(batch, device=mask.device), longest)]
+    lengths = longest - mask.argmax(1)
+    groups = lengths.argsort(stable=True).tensor_split(num_groups)
+    return [(rows, lengths[rows].max().item()) for rows in groups]
+
+
+@torch.no_grad()
+def read_prefix(
+    decoder: PreTrainedModel, prefix_ids: torch.LongTensor, prefix_mask: torch.Tensor
+) -> tuple[Cache, torch.Tensor]:
+    """
+    Keys and values of a prefix `(batch, prefix)`, padded on the left, and the decoder's last states
+    `(batch, prefix, dim)`. What they are at padding is of no meaning.
+    """
+
+    def read(rows, length):
+        ids, mask = prefix_ids[rows, -length:], prefix_mask[rows, -length:]
+        output = decoder.base_model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=True)
+        return output.past_key_values, output.last_hidden_state
+
+    longest, groups = prefix_ids.shape[1], rows_of_like_lengths(prefix_mask)
+    keeps_all = all(type(layer) is DynamicLayer for layer in DynamicCache(config=decoder.config).layers)
+    if len(groups) == 1 or not keeps_all:
+        return read(slice(None), longest)
+
+    # Back in the order of the batch.
+    places = torch.cat([rows for rows, _ in groups]).argsort()
+
+    def joined(parts):
+        return torch.cat([F.pad(part, (0, 0, longest - part.shape[-2], 0)) for part in parts])[places]
+
+    caches, states = zip(*(read(*group) for group in groups), strict=True)
+    cache = DynamicCache(config=decoder.config)
+    for number, layers in enumerate(zip(*(part.layers for part in caches), strict=True)):
+        cache.update(joined([layer.keys for layer in layers]), joined([layer.values for layer in layers]), number)
+    return cache, joined(states)
