@@ -21,7 +21,7 @@ EXAMPLES = [
     Example(f"id{n}", i, c or "", "the cat", "open")
     for n, (i, c) in enumerate(zip(INSTRUCTIONS, CONTEXTS, strict=True))
 ]
-INFO = TeacherInfo("tiny", None, "abc", "PROMPT", 6)
+INFO = TeacherInfo("tiny", None, "abc", "PROMPT", 64, 6)
 
 
 @pytest.fixture
@@ -80,9 +80,14 @@ def test_answers_of_another_teacher_are_refused(decoder, processor, tmp_path):
     with pytest.raises(FileNotFoundError, match="--stage teacher"):
         read_teacher_answers(tmp_path, INFO)
     write(decoder, processor, tmp_path, EXAMPLES[:1])
-    other = TeacherInfo("elsewhere/tiny", "main", "abc", "PROMPT", 6)
+    other = TeacherInfo("elsewhere/tiny", "main", "abc", "PROMPT", 64, 6)
     assert read_teacher_answers(tmp_path, other)
-    for name, value in (("decoder_fingerprint", "xyz"), ("template", "Q: PROMPT"), ("max_length", 7)):
+    for name, value in (
+        ("decoder_fingerprint", "xyz"),
+        ("template", "Q: PROMPT"),
+        ("max_prompt_length", 32),
+        ("max_length", 7),
+    ):
         changed = TeacherInfo(**(vars(INFO) | {name: value}))
         with pytest.raises(ValueError, match=f"{name}: there"):
             write(decoder, processor, tmp_path, info=changed)

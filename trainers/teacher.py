@@ -27,6 +27,8 @@ class TeacherInfo:
     decoder_fingerprint: str
     # The prompt of an instruction that says PROMPT.
     template: str
+    # Tokens after which contexts are cut.
+    max_prompt_length: int
     # Tokens after which an answer is cut, EOS included.
     max_length: int
 

@@ -39,5 +39,6 @@ def teacher_info(model_args: ModelArguments, target_args: TargetArguments, decod
         decoder_revision=model_args.decoder_revision,
         decoder_fingerprint=decoder_fingerprint(decoder),
         template=prompt_template(processor),
+        max_prompt_length=processor.max_prompt_length,
         max_length=target_args.teacher_max_length,
     )
