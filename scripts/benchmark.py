@@ -26,9 +26,9 @@ def main(argv: list[str]) -> None:
     quickstart.add_commands(commands)
     # The others register our classes with transformers, and the quickstart is to load its model without.
     if argv[:1] != ["quickstart"]:
-        from benchmarks import controlled_world, decoding, fitting, parity, training, training_speed
+        from benchmarks import controlled_world, decoding, fitting, parity, training, training_speed, verified
 
-        for module in (controlled_world, decoding, fitting, parity, training, training_speed):
+        for module in (controlled_world, decoding, fitting, parity, training, training_speed, verified):
             module.add_commands(commands)
     arguments = parser.parse_args(argv)
     arguments.run_command(arguments)
