@@ -89,8 +89,7 @@ def log_probabilities(logits: torch.Tensor, ids: torch.LongTensor) -> torch.Tens
     """
 
     def of_rows(rows, tokens):
-        rows = rows.float()
-        return rows.gather(1, tokens) - rows.logsumexp(-1, keepdim=True)
+        return rows.log_softmax(-1, dtype=torch.float32).gather(1, tokens)
 
     size = max(1, MAX_FLOAT_LOGITS // logits.shape[-1])
     parts = zip(logits.split(size), ids.split(size), strict=True)
