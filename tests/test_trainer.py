@@ -189,6 +189,20 @@ def test_every_loss_is_logged_and_they_sum_to_the_total(trainer_for, llama_dir, 
     assert trainer.losses["siglip"].bias.item() != bias
 
 
+def test_every_loss_is_nearly_the_same_in_bf16(trainer_for, llama_dir, bank, tmp_path):
+    logs = []
+    for bf16 in (False, True):
+        losses = json.dumps(ALL_LOSSES)
+        trainer = trainer_for(
+            llama_dir, bank=bank, losses=losses, max_steps=1, bf16=bf16, output_dir=tmp_path / str(bf16)
+        )
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    for name in ALL_LOSSES:
+        assert logs[1][f"loss_{name}"] == pytest.approx(logs[0][f"loss_{name}"], rel=0.05), name
+    assert logs[0] != logs[1]
+
+
 def test_evaluation_reports_the_one_step_answers(trainer_for, llama_dir):
     trainer = trainer_for(llama_dir, max_steps=20, learning_rate=5e-3, per_device_eval_batch_size=2)
     trainer.train()

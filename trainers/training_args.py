@@ -55,7 +55,10 @@ class ProtoGenTrainingArguments(TrainingArguments):
     disable_tqdm: bool | None = field(default=False, metadata={"help": "Hide the progress bar."})
 
     def __post_init__(self):
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        has_accelerator = torch.accelerator.is_available()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and has_accelerator
+        # transformers refuses bf16 on a CPU that was not asked for.
+        self.use_cpu = self.use_cpu or not has_accelerator
         if isinstance(self.losses, str):
             self.losses = json.loads(self.losses)
         unknown = sorted(set(self.losses) - set(LOSSES))
