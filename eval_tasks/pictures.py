@@ -65,7 +65,9 @@ def lines(
         axis.set_title(name)
         axis.set_xlabel(labels[0] if labels else x.replace("_", " "))
         if line:
-            axis.legend(fontsize="small")
+            is_crowded = len(axis.get_legend_handles_labels()[0]) > 6
+            beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if is_crowded else {}
+            axis.legend(fontsize="small", **beside)
     axes[0][0].set_ylabel(labels[1] if labels else y.replace("_", " "))
     save(figure, title, path)
 
