@@ -6,6 +6,7 @@ evaluations that have been run.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import cli
@@ -21,7 +22,8 @@ def header(recipe: Path) -> str:
     """The comment at a recipe's head."""
     lines = recipe.read_text().splitlines()
     first = next(number for number, line in enumerate(lines) if not line.startswith("#"))
-    return " ".join(line.removeprefix("# ") for line in lines[:first]).replace(" Here: ", "\nHere: ")
+    text = " ".join(line.removeprefix("# ") for line in lines[:first])
+    return re.sub(r" (Here|Measured): ", r"\n\1: ", text)
 
 
 def studies(runs: Path) -> list[Section]:
