@@ -4,7 +4,7 @@
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 teacher=runs/encoder_dolly/teacher
-python scripts/train.py --config encoder_dolly --stage teacher --teacher_answers $teacher "$@"
+python scripts/train.py --config encoder_dolly --stage teacher --latent_source none --teacher_answers $teacher "$@"
 
 run() {
     local name=$1

@@ -7,7 +7,9 @@ set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 runs=runs/encoder_dolly
 
-python scripts/train.py --config encoder_dolly --stage teacher --instructions both --teacher_answers $runs/teacher "$@"
+# Without an encoder, and so without its window, no instruction is left out that a run may want.
+python scripts/train.py --config encoder_dolly --stage teacher --latent_source none --instructions both \
+    --teacher_answers $runs/teacher "$@"
 
 run() {
     local name=$1

@@ -60,23 +60,25 @@ def ablations(arguments) -> None:
 
 def gather(arguments, command: str, called: Callable[[str, str], str]) -> None:
     """Figures of all runs and their learning curves; `called` makes a figure's name of the run's and its own."""
-    runs, figures, learning, data = finished_runs(arguments.runs, "answers.csv"), {}, {}, set()
-    for run in runs:
-        answers = pd.read_csv(run / "answers.csv")
+    runs, figures, learning = finished_runs(arguments.runs, "answers.csv"), {}, {}
+    tables = [pd.read_csv(run / "answers.csv", index_col="id") for run in runs]
+    # An encoder's window may leave out instructions that other runs have.
+    common = set.intersection(*(set(table.index) for table in tables))
+    for run, table in zip(runs, tables, strict=True):
+        answers = table[table.index.isin(common)]
         metrics = json.loads((run / "metrics.json").read_text())
         figures[called(run.name, "agreement")] = mean_with_interval(answers["agreement"])
         figures[called(run.name, "accepted_length")] = mean_with_interval(answers["accepted_length"])
         figures[called(run.name, "steps")] = metrics["log"][-1]["step"]
         log = [entry for entry in metrics["log"] if "eval_token_accuracy" in entry]
         learning[run.name] = [([entry["step"]] * 3, [entry["eval_token_accuracy"]] * 3) for entry in log]
-        data.add(f"{len(answers)} instructions held out")
     path = Path(arguments.result)
     curves(learning, ("step", "agreement"), "Held-out instructions", path.with_suffix(".png"))
     content = report.result(
         command=command,
         model=", ".join(run.name for run in runs),
         revision=decoder_revision("embedded:smollm2-135m"),
-        data=", ".join(sorted(data)),
+        data=f"{len(common)} instructions held out",
         seed=0,
         figures=figures,
     )

@@ -28,7 +28,6 @@ from trainers.data import (
     ProtoGenCollator,
     category_id,
     load_examples,
-    split_by_instruction,
     with_continuations,
     with_teacher_answers,
 )
@@ -36,11 +35,10 @@ from trainers.files import locked
 from trainers.lora import add_lora, merge_lora
 from trainers.proto_bank import ProtoTokenBank, stack_entries
 from trainers.protogen_trainer import ProtoGenTrainer, last_complete_checkpoint
-from trainers.synthetic_instructions import normalized, synthetic_examples
 from trainers.teacher import read_teacher_answers
 from trainers.training_args import ProtoGenTrainingArguments
 
-from .teacher import teacher_info
+from .teacher import instructions_to_learn, teacher_info
 
 
 def train(
@@ -70,17 +68,19 @@ def train(
     if args.deepspeed_plugin and args.use_cpu:
         start_deepspeed_on_cpus()
     set_seed(args.seed)
-    train_examples, validation_examples = split_by_instruction(load_examples(data_args), data_args.validation_share)
     categories = None
     if model_args.m_scope == "per_category":
-        categories = sorted({example.category for example in train_examples})
+        categories = sorted({example.category for example in load_examples(data_args)})
     model = build_model(model_args, categories)
     if model_args.encoder_lora_rank:
         add_lora(model, model_args.encoder_lora_rank)
     processor = load_processor(model_args, model.config.max_answer_length)
-    train_examples, validation_examples = examples_to_learn(
-        train_examples, validation_examples, model_args, target_args, model, processor
-    )
+    train_examples, validation_examples = instructions_to_learn(data_args, target_args, processor)
+    if target_args.targets != "human":
+        info = teacher_info(model_args, target_args, model.decoder, processor)
+        answers = read_teacher_answers(target_args.teacher_answers, info)
+        train_examples = with_teacher_answers(train_examples, answers, target_args.targets)
+        validation_examples = with_teacher_answers(validation_examples, answers, "teacher")
     bank = None
     if args.needs_bank:
         bank = ProtoTokenBank(run.bank, bank_info(model_args, model.decoder))
@@ -88,8 +88,7 @@ def train(
         train_examples = [example for example in train_examples if example.id in bank]
         if not train_examples:
             raise ValueError(f"no training example is in the bank in {run.bank}; fit them first (--stage fit).")
-    train_examples = with_continuations(train_examples[: data_args.max_train_examples], target_args.continuations)
-    validation_examples = validation_examples[: data_args.max_validation_examples]
+    train_examples = with_continuations(train_examples, target_args.continuations)
     embeddings = answer_embeddings(train_examples, processor, study_args.teacher) if args.needs_embeddings else None
     trainer = ProtoGenTrainer(
         model=model,
@@ -176,39 +175,6 @@ def whole_model(
     return model
 
 
-def examples_to_learn(
-    train_examples: list[Example],
-    validation_examples: list[Example],
-    model_args: ModelArguments,
-    target_args: TargetArguments,
-    model: ProtoGenForConditionalGeneration,
-    processor: ProtoGenProcessor,
-) -> tuple[list[Example], list[Example]]:
-    """Both splits with the answers that are wanted, but for instructions that do not fit; training ones may be more."""
-    if target_args.instructions != "data":
-        synthetic = synthetic_examples(target_args.teacher_answers, target_args.num_synthetic)
-        held_out = {normalized(example.instruction) for example in validation_examples}
-        synthetic = [example for example in synthetic if normalized(example.instruction) not in held_out]
-        train_examples = synthetic + (train_examples if target_args.instructions == "both" else [])
-    lost = len(train_examples) + len(validation_examples)
-    train_examples = [example for example in train_examples if processor.fits(example.instruction)]
-    validation_examples = [example for example in validation_examples if processor.fits(example.instruction)]
-    lost -= len(train_examples) + len(validation_examples)
-    if lost:
-        print(f"leaving out {lost} examples whose instruction is longer than max_input_length or max_prompt_length")
-    if not train_examples or not validation_examples:
-        raise ValueError(
-            f"{len(train_examples)} training and {len(validation_examples)} validation examples are too few; "
-            "change validation_share or give more data."
-        )
-    if target_args.targets != "human":
-        info = teacher_info(model_args, target_args, model.decoder, processor)
-        answers = read_teacher_answers(target_args.teacher_answers, info)
-        train_examples = with_teacher_answers(train_examples, answers, target_args.targets)
-        validation_examples = with_teacher_answers(validation_examples, answers, "teacher")
-    return train_examples, validation_examples
-
-
 def answer_embeddings(examples: list[Example], processor: ProtoGenProcessor, teacher: str) -> dict[str, torch.Tensor]:
     """What the answers mean, by example id."""
     texts = [e.answer if e.answer_ids is None else processor.decode(e.answer_ids) for e in examples]
@@ -241,7 +207,7 @@ def calibrate(
         categories = model.config.categories
         category_ids = categories and torch.tensor([category_id(e.category, categories) for e in examples])
         texts = [e.instruction for e in examples], [e.context for e in examples], [e.target for e in examples]
-        return one_step_records(model, processor, *texts, category_ids, banked)
+        return one_step_records(model, processor, *texts, category_ids, banked).assign(id=[e.id for e in examples])
 
     calibrate_length(model.config, records(calibration))
     seen, found = records(calibration), records(test)
