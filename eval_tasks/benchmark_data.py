@@ -61,23 +61,22 @@ def triviaqa(data_dir: str | None = None, **_) -> datasets.DatasetDict:
 
 def dolly(data_dir: str | None = None, **_) -> datasets.DatasetDict:
     """The instructions that training holds out."""
-    if data_dir is None:
-        rows = datasets.load_dataset("databricks/databricks-dolly-15k", split="train").to_list()
-    else:
-        rows = local_rows(data_dir, "dolly")
-    return held_out_rows(rows, "instruction")
+    return held_out(data_dir, "dolly", ("databricks/databricks-dolly-15k", "train"), "instruction")
 
 
 def dolly_german(data_dir: str | None = None, **_) -> datasets.DatasetDict:
     """The same instructions in German, translated by machine."""
+    hub = ("argilla/databricks-dolly-15k-curated-multilingual", "de")
+    return held_out(data_dir, "dolly_german", hub, "instruction_original_en")
+
+
+def held_out(data_dir: str | None, name: str, hub: tuple[str, str], instruction_field: str) -> datasets.DatasetDict:
+    """The rows that training holds out of a file in `data_dir`, or of a data set on the Hub and its split."""
     if data_dir is None:
-        rows = datasets.load_dataset("argilla/databricks-dolly-15k-curated-multilingual", split="de").to_list()
+        hub_id, split = hub
+        rows = datasets.load_dataset(hub_id, split=split).to_list()
     else:
-        rows = local_rows(data_dir, "dolly_german")
-    return held_out_rows(rows, "instruction_original_en")
-
-
-def held_out_rows(rows: list[dict], instruction_field: str) -> datasets.DatasetDict:
+        rows = local_rows(data_dir, name)
     rows = [row for row in rows if is_held_out(row[instruction_field])]
     return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
 

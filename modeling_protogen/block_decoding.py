@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from .autoregressive import TextSoFar
-from .proto_tokens import build_layout, fill_slots
+from .proto_tokens import fill_slots
 
 
 @dataclass
@@ -133,7 +133,7 @@ def read_and_draft(
     Returns:
         Logits `(batch, size, vocab)` of the tokens that follow.
     """
-    config, embeds = model.config, model.decoder.get_input_embeddings()(new_tokens)
+    embeds = model.decoder.get_input_embeddings()(new_tokens)
     mask, length = new_mask, text.mask.shape[1] + new_tokens.shape[1]
     predicts = torch.zeros_like(new_mask, dtype=torch.bool)
     predicts[:, -1] = True
@@ -142,8 +142,7 @@ def read_and_draft(
         prediction = model.proto_predictor(
             given.encoder_states, given.encoder_mask, text.states, text.mask, given.category_ids
         )
-        lengths = torch.full((len(new_tokens),), size, device=new_tokens.device)
-        layout = build_layout(lengths, config.arrangement, config.chunk_size, config.max_chunks, config.num_e_tokens)
+        layout = model.layout(torch.full((len(new_tokens),), size, device=new_tokens.device))
         slots = fill_slots(layout, prediction.e, prediction.m, prediction.m_offsets)
         embeds = torch.cat([embeds, slots.to(embeds.dtype)], dim=1)
         mask = torch.cat([mask, layout.mask.long()], dim=1)

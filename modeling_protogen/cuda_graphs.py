@@ -60,13 +60,15 @@ class OneStepGraphs:
         self.shape = None
 
     def predict(self, *inputs: torch.Tensor | None) -> Prediction:
-        """As [`ProtoGenForConditionalGeneration.predict`]; the next call overwrites what it returns."""
+        """As [`ProtoGenForConditionalGeneration.predict`]; the next call overwrites all but the expected error."""
         names = ("input_ids", "attention_mask", "decoder_prompt_ids", "decoder_prompt_mask", "category_ids")
         given = {name: self._padded(name, x) for name, x in zip(names, inputs, strict=True) if x is not None}
         self.shape = tuple((name, *tensor.shape) for name, tensor in given.items())
         if self.shape not in self.predictions:
             self.predictions[self.shape] = Recording(self.model.predict, **given)
-        return self.predictions[self.shape](**given)
+        prediction = self.predictions[self.shape](**given)
+        # `generate` may return it as it is.
+        return replace(prediction, error_mean=prediction.error_mean.clone())
 
     def _padded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name == "category_ids":

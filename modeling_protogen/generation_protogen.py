@@ -225,7 +225,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
             prediction, quantiles = candidates(prediction, num_candidates, candidate_noise * config.proto_token_std)
             prompt = tuple(part.repeat_interleave(num_candidates, dim=0) for part in prompt)
         mean, sigma = prediction.log_length_mean, prediction.log_length_variance.sqrt()
-        error = prediction.error_mean.clone()
+        error = prediction.error_mean
         if length is None:
             lengths = self.clamp_lengths((mean + (num_length_sigmas + quantiles) * sigma).exp())
         else:

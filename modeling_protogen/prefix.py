@@ -43,8 +43,10 @@ def read_prefix(
         return output.past_key_values, output.last_hidden_state
 
     longest, groups = prefix_ids.shape[1], rows_of_like_lengths(prefix_mask)
-    keeps_all = all(type(layer) is DynamicLayer for layer in DynamicCache(config=decoder.config).layers)
-    if len(groups) == 1 or not keeps_all:
+    if len(groups) == 1:
+        return read(slice(None), longest)
+    cache = DynamicCache(config=decoder.config)
+    if not all(type(layer) is DynamicLayer for layer in cache.layers):  # Others keep a part of the prefix only.
         return read(slice(None), longest)
 
     # Back in the order of the batch.
@@ -54,7 +56,6 @@ def read_prefix(
         return torch.cat([F.pad(part, (0, 0, longest - part.shape[-2], 0)) for part in parts])[places]
 
     caches, states = zip(*(read(*group) for group in groups), strict=True)
-    cache = DynamicCache(config=decoder.config)
     for number, layers in enumerate(zip(*(part.layers for part in caches), strict=True)):
         cache.update(joined([layer.keys for layer in layers]), joined([layer.values for layer in layers]), number)
     return cache, joined(states)
