@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from .autoregressive import TextSoFar
-from .proto_tokens import fill_slots
+from .proto_tokens import fill_slots, predicting_positions
 
 
 @dataclass
@@ -135,8 +136,7 @@ def read_and_draft(
     """
     embeds = model.decoder.get_input_embeddings()(new_tokens)
     mask, length = new_mask, text.mask.shape[1] + new_tokens.shape[1]
-    predicts = torch.zeros_like(new_mask, dtype=torch.bool)
-    predicts[:, -1] = True
+    predicting = torch.ones_like(new_mask[:, :1], dtype=torch.bool)
     if size > 1:
         given = instruction()
         prediction = model.proto_predictor(
@@ -146,9 +146,7 @@ def read_and_draft(
         slots = fill_slots(layout, prediction.e, prediction.m, prediction.m_offsets)
         embeds = torch.cat([embeds, slots.to(embeds.dtype)], dim=1)
         mask = torch.cat([mask, layout.mask.long()], dim=1)
-        # The first slot that predicts drafts what the decoder's own prediction says better.
-        drafts = layout.predicts & (layout.predicts.long().cumsum(1) > 1)
-        predicts = torch.cat([predicts, drafts], dim=1)
-    logits = text.read(embeds, mask, predicts)
+        predicting = predicting_positions(layout, prefix_predicts=True)
+    logits = text.read(embeds, mask, F.pad(predicting, (new_tokens.shape[1] - 1, 0)))
     text.keep(length)
     return logits.view(len(new_tokens), size, -1)

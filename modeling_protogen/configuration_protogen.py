@@ -55,7 +55,8 @@ class ProtoGenConfig(PreTrainedConfig):
     m_position_offsets: bool = False
     # The real token before `e`: `bos` (the decoder's BOS) or `none`. With `decoder_sees_prompt` the prompt is the sink.
     sink: str = "bos"
-    # Whether the prompt's own tokens stand before the proto-tokens in the decoder, in the same pass.
+    # Whether the prompt's own tokens stand before the proto-tokens in the decoder, in the same pass. An answer's first
+    # token is then the decoder's own, predicted by the prompt's last one; `e` and `m` write those after it.
     decoder_sees_prompt: bool = False
 
     # What `e`, `m` and the length are predicted from: states of the `encoder`, those of the frozen `decoder` over the

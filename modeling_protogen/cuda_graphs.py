@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from .one_step_decoding import token_mask
 from .proto_predictor import Prediction
+from .proto_tokens import predicting_positions
 
 
 class Recording:
@@ -93,7 +94,7 @@ class OneStepGraphs:
         layout = self.model.layout(torch.full((len(prediction.e),), length, device=prediction.e.device))
         prompt = [predicted.arguments.get(name) for name in ("decoder_prompt_ids", "decoder_prompt_mask")]
         # Numbers of the slots, which are the same in all rows: a mask would be counted on the CPU.
-        places = layout.predicts[0].nonzero()[:, 0]
+        places = predicting_positions(layout, self.model.config.decoder_sees_prompt)[0].nonzero()[:, 0] - 1
 
         def logits():
             # Its cache grows by the answer.

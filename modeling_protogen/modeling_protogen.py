@@ -13,7 +13,7 @@ from .configuration_protogen import ProtoGenConfig
 from .generation_protogen import ProtoGenGenerationMixin
 from .prefix import read_prefix
 from .proto_predictor import AttentionPooling, Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
-from .proto_tokens import Layout, build_layout, fill_slots, position_ids
+from .proto_tokens import Layout, build_layout, fill_slots, position_ids, predicting_positions
 
 IGNORE_INDEX = -100
 # Logits that are in float32 at once: what a processor's cache holds. Larger slices are slower on CPUs as well.
@@ -117,6 +117,7 @@ def joined_inputs(
     layout: Layout,
     prefix_ids: torch.LongTensor,
     prefix_mask: torch.Tensor | None = None,
+    prefix_predicts: bool = False,
 ) -> tuple[dict[str, torch.Tensor], torch.BoolTensor]:
     """
     `[prefix][slots]` as the decoder takes it in one pass, and a mask `(batch, prefix + slots)` of the positions that
@@ -132,7 +133,7 @@ def joined_inputs(
         "position_ids": position_ids(mask),
         "use_cache": False,
     }
-    return inputs, F.pad(layout.predicts, (prefix_ids.shape[1], 0))
+    return inputs, F.pad(predicting_positions(layout, prefix_predicts), (prefix_ids.shape[1] - 1, 0))
 
 
 def answer_logits(
@@ -141,6 +142,7 @@ def answer_logits(
     layout: Layout,
     prefix_ids: torch.LongTensor,
     prefix_mask: torch.Tensor | None = None,
+    prefix_predicts: bool = False,
     prefix_cache: Cache | None = None,
     places: torch.LongTensor | None = None,
 ) -> torch.Tensor:
@@ -153,23 +155,29 @@ def answer_logits(
         layout (`Layout`): what the slots are.
         prefix_ids (`torch.LongTensor` of shape `(batch, prefix)`): sink or prompt; padded on the left; may be empty.
         prefix_mask (`torch.Tensor` of shape `(batch, prefix)`, *optional*): 1 for real tokens; all by default.
+        prefix_predicts (`bool`): whether an answer's first token is the prefix's own prediction, as after a prompt.
         prefix_cache (`Cache`, *optional*): the prefix's keys and values, from [`read_prefix`]; it grows by the slots.
             In training this saves the prefix's backward pass; without gradients one joined pass is faster.
-        places (`torch.LongTensor` of shape `(places,)`, *optional*): slots to predict from in all rows alike.
+        places (`torch.LongTensor` of shape `(places,)`, *optional*):
+            Slots to predict from in all rows alike; -1 is the prefix's last position.
 
     Returns:
         `torch.Tensor` of shape `(answer_tokens, vocab)`, in the decoder's dtype, ordered text after text; with `places`
         of shape `(batch, places, vocab)`.
     """
-    inputs, predicts = joined_inputs(decoder, slots, layout, prefix_ids, prefix_mask)
+    inputs, predicts = joined_inputs(decoder, slots, layout, prefix_ids, prefix_mask, prefix_predicts)
     if prefix_cache is not None:
+        start = prefix_ids.shape[1]
+        if prefix_predicts:  # Read again, what it predicts is at hand.
+            start -= 1
+            prefix_cache.crop(-1)
         inputs |= {
-            "inputs_embeds": slots.to(decoder.dtype),
-            "position_ids": inputs["position_ids"][:, prefix_ids.shape[1] :],
+            "inputs_embeds": inputs["inputs_embeds"][:, start:],
+            "position_ids": inputs["position_ids"][:, start:],
             "past_key_values": prefix_cache,
             "use_cache": True,
         }
-        predicts = layout.predicts
+        predicts = predicts[:, start:]
     if places is not None:
         predicts = places + predicts.shape[1] - slots.shape[1]
     # A boolean mask gathers the answer positions into one contiguous matrix before the language-model head: no logits
@@ -445,12 +453,12 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             scale = config.proto_token_noise * config.proto_token_std
             e, m = e + scale * torch.randn_like(e), m + scale * torch.randn_like(m)
         slots = fill_slots(layout, e, m, prediction.m_offsets)
-        prefix, cache = (decoder_prompt_ids, decoder_prompt_mask), prediction.prompt_cache
-        if not config.decoder_sees_prompt:
-            prefix = (sink_ids(config.decoder_config, config.sink, len(slots), slots.device),)
+        sees_prompt, prefix, cache = config.decoder_sees_prompt, decoder_prompt_ids, prediction.prompt_cache
+        if not sees_prompt:
+            prefix, decoder_prompt_mask = sink_ids(config.decoder_config, config.sink, len(slots), slots.device), None
         elif cache is None and slots.requires_grad:
-            cache, _ = read_prefix(self.decoder, *prefix)
-        return answer_logits(self.decoder, slots, layout, *prefix, prefix_cache=cache, places=places)
+            cache, _ = read_prefix(self.decoder, prefix, decoder_prompt_mask)
+        return answer_logits(self.decoder, slots, layout, prefix, decoder_prompt_mask, sees_prompt, cache, places)
 
     def clamp_lengths(self, lengths: torch.Tensor) -> torch.LongTensor:
         """Rounds lengths in tokens to the whole numbers that an answer can have; any shape."""

@@ -57,6 +57,16 @@ def test_a_batch_equals_its_texts_alone(build, decoder_dir, fields):
         torch.testing.assert_close(output.predicted_lengths[row], alone.predicted_lengths[0])
 
 
+@pytest.mark.parametrize("latent_source", ["encoder", "both", "none"])
+def test_the_first_token_after_a_prompt_is_the_decoders_own(build, decoder_dir, latent_source):
+    model, processor = build(decoder_dir, decoder_sees_prompt=True, latent_source=latent_source)
+    without_eos(model)
+    batch = processor(INSTRUCTIONS, CONTEXTS)
+    prompt = {"input_ids": batch["decoder_prompt_ids"], "attention_mask": batch["decoder_prompt_mask"]}
+    greedy = model.decoder.generate(**prompt, max_new_tokens=1, do_sample=False)
+    assert torch.equal(model.generate(**batch, length=8)[:, :1], greedy[:, -1:])
+
+
 def test_answers_are_cut_after_eos(build, llama_dir):
     model, processor = build(llama_dir)
     without_eos(model)

@@ -80,15 +80,21 @@ def test_logits_equal_one_text_at_a_time(build, decoder_dir, fields):
             prefix = one["decoder_prompt_ids"][0] if config.decoder_sees_prompt else torch.tensor([1])
             if config.sink == "none":
                 prefix = prefix[:0]
+            predicting = torch.cat([torch.zeros(len(prefix), dtype=torch.bool), predicting])
+            if config.decoder_sees_prompt:  # The prompt's last token predicts the answer's first.
+                predicting[predicting.nonzero()[0]] = False
+                predicting[len(prefix) - 1] = True
             inputs = torch.cat([model.decoder.get_input_embeddings()(prefix), slots])
-            logits = model.decoder(inputs_embeds=inputs[None]).logits[0, len(prefix) :]
-            expected.append(logits[predicting])
+            expected.append(model.decoder(inputs_embeds=inputs[None]).logits[0, predicting])
     torch.testing.assert_close(output.logits, torch.cat(expected), rtol=1e-4, atol=1e-4)
     assert output.lengths.tolist() == [len(answer.split()) + 1 for answer in ANSWERS]
 
 
+@pytest.mark.parametrize("prefix_predicts", [False, True])
 @pytest.mark.parametrize("group_tokens", [1024, 8])
-def test_reusing_the_prompts_cache_changes_neither_logits_nor_gradients(build, decoder_dir, group_tokens, monkeypatch):
+def test_reusing_the_prompts_cache_changes_neither_logits_nor_gradients(
+    build, decoder_dir, group_tokens, prefix_predicts, monkeypatch
+):
     model, processor = build(decoder_dir)
     batch = processor(INSTRUCTIONS, CONTEXTS)
     prompt = batch["decoder_prompt_ids"], batch["decoder_prompt_mask"]
@@ -101,7 +107,7 @@ def test_reusing_the_prompts_cache_changes_neither_logits_nor_gradients(build, d
         e = torch.linspace(-1, 1, 3 * 24).reshape(3, 1, 1, 24).requires_grad_()
         m = torch.linspace(1, -2, 3 * 24).reshape(3, 1, 24).requires_grad_()
         cache = read_prefix(model.decoder, *prompt)[0] if cached else None
-        logits = answer_logits(model.decoder, fill_slots(layout, e, m), layout, *prompt, cache)
+        logits = answer_logits(model.decoder, fill_slots(layout, e, m), layout, *prompt, prefix_predicts, cache)
         logits.square().mean().backward()
         results.append((logits.detach(), e.grad, m.grad))
     for joined, cached in zip(*results, strict=True):
