@@ -120,7 +120,7 @@ class ProtoGenProcessor(ProcessorMixin):
             encoded = [self._encode(*pair) for pair in zip(instructions, contexts, strict=True)]
             if answer_start is not None and self.encoder_reads_answer:
                 encoded = list(map(self._with_answer, encoded, answer_start))
-            batch = dict(self.tokenizer.pad({"input_ids": encoded}, padding_side="right", return_tensors="pt"))
+            batch = self._pad_right(encoded)
         prompts = [self._encode_prompt(*pair) for pair in zip(instructions, contexts, strict=True)]
         if answer_start is not None:
             prompts = [prompt + start for prompt, start in zip(prompts, answer_start, strict=True)]
@@ -143,9 +143,11 @@ class ProtoGenProcessor(ProcessorMixin):
         decoder's vocabulary, as `encoder_reads_answer`; ids and mask, `(batch, longer source)`.
         """
         rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
-        rows = list(map(self._with_answer, rows, answers))
-        batch = self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-        return batch["input_ids"].to(input_ids.device), batch["attention_mask"].to(input_ids.device)
+        batch = self._pad_right(list(map(self._with_answer, rows, answers)))
+        return tuple(batch[name].to(input_ids.device) for name in ("input_ids", "attention_mask"))
+
+    def _pad_right(self, rows: list[list[int]]) -> dict[str, torch.LongTensor]:
+        return dict(self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt"))
 
     def _with_answer(self, ids: list[int], answer: list[int]) -> list[int]:
         if not answer:

@@ -34,6 +34,7 @@ from eval_tasks.evaluation import (
     side_by_side,
     uncertainty_figures,
 )
+from eval_tasks.latency import best_device
 from eval_tasks.protogen_lm import ProtoGenLM
 from eval_tasks.report import result, write_csv, write_json, write_result
 
@@ -75,7 +76,7 @@ class EvaluationArguments:
 
 def load_method(kind: str, pretrained: str, **settings):
     """A model of the harness."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(best_device())
     if kind == "protogen":
         return ProtoGenLM(pretrained, device=device, **settings)
     if kind == "hf":
