@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from modeling_protogen.modeling_protogen import joined_inputs, sink_ids
 from modeling_protogen.proto_tokens import build_layout, fill_slots
 
+from .grouped_attention import use_grouped_attention
 from .proto_bank import BankEntry, BankInfo
 
 SCHEDULES = ["cosine", "constant"]
@@ -163,9 +164,7 @@ class ProtoTokenFitter:
         if info.sink == "bos" and decoder.config.get_text_config().bos_token_id is None:
             raise ValueError("sink=bos needs a decoder with a bos_token_id; this one has none: fit with sink=none.")
         self.decoder = decoder.requires_grad_(False).eval()
-        if decoder.device.type == "cpu":
-            # For short texts the backward pass of the fused kernel takes half as long again.
-            decoder.set_attn_implementation("eager")
+        use_grouped_attention(decoder)
         self.body, self.head = body_and_head(decoder)
         if args.fit_compile:
             self.body = torch.compile(self.body, dynamic=True)

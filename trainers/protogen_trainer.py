@@ -16,6 +16,7 @@ from modeling_protogen.modeling_protogen import IGNORE_INDEX, likeliest_tokens
 
 from .distillation import teacher_top_k
 from .files import write_atomically
+from .grouped_attention import use_grouped_attention
 from .losses import BANK_LOSSES, DECODER_LOSSES, EMBEDDING_LOSSES, LOSSES
 
 LOSS_WEIGHTS_NAME = "losses.safetensors"
@@ -78,6 +79,7 @@ class ProtoGenTrainer(Trainer):
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressLines)
+        use_grouped_attention(self.model.decoder)
         self.losses = nn.ModuleDict({name: LOSSES[name]() for name in self.args.losses}).to(self.args.device)
         if self.args.encoder_learning_rate == 0 and self.model.encoder is not None:
             self.model.encoder.requires_grad_(False)
