@@ -3,6 +3,7 @@
 import torch
 from transformers import Cache, PreTrainedModel
 
+from .prefix import cut_cache
 from .proto_tokens import position_ids
 
 
@@ -13,6 +14,7 @@ def own_logits(
     prompt_mask: torch.Tensor,
     answers: torch.LongTensor,
     is_token: torch.BoolTensor,
+    prompt_cache: Cache | None = None,
 ) -> torch.Tensor:
     """
     What the decoder says itself at each position of given answers, after the prompt and the answer's tokens before it.
@@ -21,6 +23,7 @@ def own_logits(
         prompt_ids, prompt_mask (`torch.Tensor` of shape `(batch, prompt)`): padded on the left.
         answers (`torch.LongTensor` of shape `(batch, length)`): any valid ids after the end.
         is_token (`torch.BoolTensor` of shape `(batch, length)`): where the answers are.
+        prompt_cache (`Cache`, *optional*): the prompt's keys and values, from [`read_prefix`].
 
     Returns:
         `torch.Tensor` of shape `(answer_tokens, vocab)`, answer after answer.
@@ -28,13 +31,22 @@ def own_logits(
     mask = torch.cat([prompt_mask.long(), is_token[:, :-1].long()], dim=1)
     # The prompt's last position predicts the first token, each token the next.
     predicts = torch.cat([torch.zeros_like(prompt_mask[:, :-1], dtype=torch.bool), is_token], dim=1)
-    return decoder(
-        input_ids=torch.cat([prompt_ids, answers[:, :-1]], dim=1),
+    ids, positions, length = torch.cat([prompt_ids, answers[:, :-1]], dim=1), position_ids(mask), prompt_ids.shape[1]
+    start = 0
+    if prompt_cache is not None:  # The prompt's last token is read again, for what it predicts.
+        start = length - 1
+        cut_cache(prompt_cache, start)
+    logits = decoder(
+        input_ids=ids[:, start:],
         attention_mask=mask,
-        position_ids=position_ids(mask),
-        use_cache=False,
-        logits_to_keep=predicts,
+        position_ids=positions[:, start:],
+        past_key_values=prompt_cache,
+        use_cache=prompt_cache is not None,
+        logits_to_keep=predicts[:, start:],
     ).logits
+    if prompt_cache is not None:
+        cut_cache(prompt_cache, length)
+    return logits
 
 
 class TextSoFar:
@@ -78,8 +90,7 @@ class TextSoFar:
 
     def keep(self, length: int) -> None:
         """Forgets all that was read after the first `length` positions."""
-        if length < self.mask.shape[1]:
-            self.cache.crop(length - self.mask.shape[1])
-            self.mask = self.mask[:, :length]
-            if self.wants_states:
-                self.states = self.states[:, :length]
+        cut_cache(self.cache, length)
+        self.mask = self.mask[:, :length]
+        if self.wants_states:
+            self.states = self.states[:, :length]

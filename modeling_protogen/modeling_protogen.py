@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_protogen import ProtoGenConfig
 from .generation_protogen import ProtoGenGenerationMixin
-from .prefix import read_prefix
+from .prefix import cut_cache, read_prefix
 from .proto_predictor import AttentionPooling, Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
 from .proto_tokens import Layout, build_layout, fill_slots, position_ids, predicting_positions
 
@@ -38,6 +38,7 @@ class ProtoGenOutput(ModelOutput):
         log_length_variance (`torch.FloatTensor` of shape `(batch,)`): its variance, in squared nats.
         error_mean, error_variance (`torch.FloatTensor` of shape `(batch,)`): of the share of wrong tokens.
         lengths (`torch.LongTensor` of shape `(batch,)`): answer lengths in tokens that `logits` covers.
+        prompt_cache (`Cache`, *optional*): the decoder's keys and values of the prompt, where it was read apart.
     """
 
     loss: torch.FloatTensor | None = None
@@ -51,6 +52,7 @@ class ProtoGenOutput(ModelOutput):
     error_mean: torch.FloatTensor | None = None
     error_variance: torch.FloatTensor | None = None
     lengths: torch.LongTensor | None = None
+    prompt_cache: Cache | None = None
 
 
 def reconstruction_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -156,8 +158,8 @@ def answer_logits(
         prefix_ids (`torch.LongTensor` of shape `(batch, prefix)`): sink or prompt; padded on the left; may be empty.
         prefix_mask (`torch.Tensor` of shape `(batch, prefix)`, *optional*): 1 for real tokens; all by default.
         prefix_predicts (`bool`): whether an answer's first token is the prefix's own prediction, as after a prompt.
-        prefix_cache (`Cache`, *optional*): the prefix's keys and values, from [`read_prefix`]; it grows by the slots.
-            In training this saves the prefix's backward pass; without gradients one joined pass is faster.
+        prefix_cache (`Cache`, *optional*): the prefix's keys and values, from [`read_prefix`]. In training this saves
+            the prefix's backward pass; without gradients one joined pass is faster.
         places (`torch.LongTensor` of shape `(places,)`, *optional*):
             Slots to predict from in all rows alike; -1 is the prefix's last position.
 
@@ -167,10 +169,9 @@ def answer_logits(
     """
     inputs, predicts = joined_inputs(decoder, slots, layout, prefix_ids, prefix_mask, prefix_predicts)
     if prefix_cache is not None:
-        start = prefix_ids.shape[1]
-        if prefix_predicts:  # Read again, what it predicts is at hand.
-            start -= 1
-            prefix_cache.crop(-1)
+        # Its last position is read again, for what it predicts.
+        start = prefix_ids.shape[1] - int(prefix_predicts)
+        cut_cache(prefix_cache, start)
         inputs |= {
             "inputs_embeds": inputs["inputs_embeds"][:, start:],
             "position_ids": inputs["position_ids"][:, start:],
@@ -182,7 +183,10 @@ def answer_logits(
         predicts = places + predicts.shape[1] - slots.shape[1]
     # A boolean mask gathers the answer positions into one contiguous matrix before the language-model head: no logits
     # at other positions, and none of the slowness of a linear layer on a strided bfloat16 slice on CPUs.
-    return decoder(**inputs, logits_to_keep=predicts).logits
+    logits = decoder(**inputs, logits_to_keep=predicts).logits
+    if prefix_cache is not None:
+        cut_cache(prefix_cache, prefix_ids.shape[1])
+    return logits
 
 
 class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel):
@@ -424,8 +428,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         decoder_prompt_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        The second half of `forward`: logits `(answer_tokens, vocab)` of answers of the given lengths `(batch,)`. The
-        prediction's prompt cache is used up.
+        The second half of `forward`: logits `(answer_tokens, vocab)` of answers of the given lengths `(batch,)`.
 
         Raises:
             ValueError: if a length is impossible, or the decoder is to see a prompt and there is none.
@@ -453,12 +456,13 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             scale = config.proto_token_noise * config.proto_token_std
             e, m = e + scale * torch.randn_like(e), m + scale * torch.randn_like(m)
         slots = fill_slots(layout, e, m, prediction.m_offsets)
-        sees_prompt, prefix, cache = config.decoder_sees_prompt, decoder_prompt_ids, prediction.prompt_cache
-        if not sees_prompt:
-            prefix, decoder_prompt_mask = sink_ids(config.decoder_config, config.sink, len(slots), slots.device), None
-        elif cache is None and slots.requires_grad:
-            cache, _ = read_prefix(self.decoder, prefix, decoder_prompt_mask)
-        return answer_logits(self.decoder, slots, layout, prefix, decoder_prompt_mask, sees_prompt, cache, places)
+        if not config.decoder_sees_prompt:
+            sink = sink_ids(config.decoder_config, config.sink, len(slots), slots.device)
+            return answer_logits(self.decoder, slots, layout, sink, places=places)
+        prompt = decoder_prompt_ids, decoder_prompt_mask
+        if prediction.prompt_cache is None and slots.requires_grad:
+            prediction.prompt_cache, _ = read_prefix(self.decoder, *prompt)
+        return answer_logits(self.decoder, slots, layout, *prompt, True, prediction.prompt_cache, places)
 
     def clamp_lengths(self, lengths: torch.Tensor) -> torch.LongTensor:
         """Rounds lengths in tokens to the whole numbers that an answer can have; any shape."""
@@ -511,6 +515,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             error_mean=prediction.error_mean,
             error_variance=prediction.error_variance,
             lengths=lengths,
+            prompt_cache=prediction.prompt_cache,
         )
         if labels is not None and return_loss and return_logits:
             output.reconstruction_loss = reconstruction_loss(logits, labels)

@@ -14,6 +14,13 @@ from .proto_tokens import position_ids
 GROUP_TOKENS = 1024
 
 
+def cut_cache(cache: Cache, length: int) -> None:
+    """Forgets what was read after the first `length` positions."""
+    # Counted from its end: 0 would be nothing left.
+    if cache.get_seq_length() > length:
+        cache.crop(length - cache.get_seq_length())
+
+
 def rows_of_like_lengths(mask: torch.Tensor) -> list[tuple[torch.LongTensor, int]]:
     """
     Groups of the rows of a mask `(batch, length)`, padded on the left: the rows' numbers, and their greatest length.

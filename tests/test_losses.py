@@ -200,6 +200,11 @@ def test_the_teacher_reads_the_prompt_and_the_tokens_before(decoder, prompts, gr
             torch.testing.assert_close(q[row], p.topk(5).values / p.topk(5).values.sum(), atol=1e-5, rtol=1e-4)
             read, row = [*read, token], row + 1
     assert row == len(ids) == 5
+    cache, _ = prefix.read_prefix(decoder, *prompts[:2])
+    for _ in range(2):  # What was read after the prompt is forgotten.
+        again = teacher_top_k(decoder, *prompts, top_k=5, prompt_cache=cache)
+        assert torch.equal(again[0], ids)
+        torch.testing.assert_close(again[1], q)
 
 
 def test_soft_targets_are_the_whole_distribution_or_one_token(decoder, prompts):

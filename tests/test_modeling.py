@@ -110,6 +110,7 @@ def test_reusing_the_prompts_cache_changes_neither_logits_nor_gradients(
         logits = answer_logits(model.decoder, fill_slots(layout, e, m), layout, *prompt, prefix_predicts, cache)
         logits.square().mean().backward()
         results.append((logits.detach(), e.grad, m.grad))
+        assert not cached or cache.get_seq_length() == prompt[0].shape[1]
     for joined, cached in zip(*results, strict=True):
         torch.testing.assert_close(joined, cached, rtol=1e-4, atol=1e-5)
 

@@ -122,7 +122,9 @@ class ProtoGenTrainer(Trainer):
             wanted["on_policy_targets"] = likeliest_tokens(outputs.logits, labels)
         decoder, prompt = self.accelerator.unwrap_model(model).decoder, ("decoder_prompt_ids", "decoder_prompt_mask")
         return {
-            name: teacher_top_k(decoder, *(inputs[key] for key in prompt), answers, self.args.teacher_top_k)
+            name: teacher_top_k(
+                decoder, *(inputs[key] for key in prompt), answers, self.args.teacher_top_k, outputs.prompt_cache
+            )
             for name, answers in wanted.items()
         }
 
