@@ -49,6 +49,7 @@ def capacity(run, model_args: ModelArguments, data_args, fit_args, capacity_args
         figures=capacity_figures(rows, threshold),
     )
     write_csv(output / "capacity.csv", rows)
-    title = f"{content['model']}: {capacity_args.capacity_texts} texts of each length"
+    shown = model_args.decoder if not run.decoders else f"{len(run.decoders)} decoders"
+    title = f"{shown}, {model_args.decoder_dtype}: {capacity_args.capacity_texts} texts of each length"
     capacity_picture(rows, threshold, title, output / "capacity.png")
     write_result(output / "capacity.json", content, ["C_tokens", "H_LM_bits"], ", .csv and .png beside it")
