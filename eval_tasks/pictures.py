@@ -65,10 +65,10 @@ def lines(
         axis.set_title(name)
         axis.set_xlabel(labels[0] if labels else x.replace("_", " "))
         if line:
-            is_crowded = len(axis.get_legend_handles_labels()[0]) > 6
-            if is_crowded:
+            beside = {}
+            if len(axis.get_legend_handles_labels()[0]) > 6:
                 figure.set_figwidth(figure.get_figwidth() + 4)
-            beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if is_crowded else {}
+                beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
             axis.legend(fontsize="small", **beside)
     axes[0][0].set_ylabel(labels[1] if labels else y.replace("_", " "))
     save(figure, title, path)
