@@ -172,7 +172,7 @@ class ProtoGenLM(HFLM):
         for label, (_, _, continuation) in zip(labels, requests, strict=True):
             label[: len(continuation)] = torch.tensor(continuation)
         labels = labels.to(self.device)
-        logits = self.protogen(**batch, labels=labels, return_loss=False).logits
+        logits = self.protogen(**batch, labels=labels, first_tokens=labels[:, 0], return_loss=False).logits
         is_token = labels != IGNORE_INDEX
         log_p = torch.zeros(labels.shape, device=self.device)
         log_p[is_token] = log_probabilities(logits, labels[is_token][:, None])[:, 0]

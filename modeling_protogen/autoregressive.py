@@ -3,7 +3,7 @@
 import torch
 from transformers import Cache, PreTrainedModel
 
-from .prefix import cut_cache
+from .prefix import cut_cache, logits_after, new_cache
 from .proto_tokens import position_ids
 
 
@@ -31,22 +31,15 @@ def own_logits(
     mask = torch.cat([prompt_mask.long(), is_token[:, :-1].long()], dim=1)
     # The prompt's last position predicts the first token, each token the next.
     predicts = torch.cat([torch.zeros_like(prompt_mask[:, :-1], dtype=torch.bool), is_token], dim=1)
-    ids, positions, length = torch.cat([prompt_ids, answers[:, :-1]], dim=1), position_ids(mask), prompt_ids.shape[1]
-    start = 0
-    if prompt_cache is not None:  # The prompt's last token is read again, for what it predicts.
-        start = length - 1
-        cut_cache(prompt_cache, start)
-    logits = decoder(
-        input_ids=ids[:, start:],
+    return logits_after(
+        decoder,
+        prompt_cache,
+        prompt_ids.shape[1] - 1,
         attention_mask=mask,
-        position_ids=positions[:, start:],
-        past_key_values=prompt_cache,
-        use_cache=prompt_cache is not None,
-        logits_to_keep=predicts[:, start:],
-    ).logits
-    if prompt_cache is not None:
-        cut_cache(prompt_cache, length)
-    return logits
+        predicts=predicts,
+        input_ids=torch.cat([prompt_ids, answers[:, :-1]], dim=1),
+        position_ids=position_ids(mask),
+    )
 
 
 class TextSoFar:
@@ -54,13 +47,20 @@ class TextSoFar:
     A batch of texts that the decoder has read: its keys and values, its last states `(batch, read, dim)` where they are
     wanted, and which of the positions count `(batch, read)`. What was read and turned out wrong is masked, so texts of
     a batch may grow at different paces.
+
+    Raises:
+        ValueError: for a batch and a decoder with a sliding window, of which masked positions would take a part.
     """
 
     def __init__(self, decoder: PreTrainedModel, ids: torch.LongTensor, mask: torch.Tensor, wants_states: bool):
         self.decoder = decoder
         self.wants_states = wants_states
         self.num_passes = 0
-        self.cache: Cache | None = None
+        self.cache = new_cache(decoder)
+        if len(ids) > 1 and any(self.cache.is_sliding):
+            raise ValueError(
+                "this decoder attends to a sliding window; texts that grow in blocks have to be decoded one by one."
+            )
         self.mask = mask[:, :0].long()
         self.states = None
         embeds = decoder.get_input_embeddings()(ids)
@@ -82,7 +82,7 @@ class TextSoFar:
             logits_to_keep=predicts,
         )
         self.num_passes += 1
-        self.cache, self.mask = output.past_key_values, whole
+        self.mask = whole
         if self.wants_states:
             new = output.hidden_states[-1]
             self.states = new if self.states is None else torch.cat([self.states, new], dim=1)

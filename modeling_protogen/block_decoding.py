@@ -142,11 +142,13 @@ def read_and_draft(
         prediction = model.proto_predictor(
             given.encoder_states, given.encoder_mask, text.states, text.mask, given.category_ids
         )
-        layout = model.layout(torch.full((len(new_tokens),), size, device=new_tokens.device))
+        # Where the first of its own tokens stands before the slots, that is the last new one.
+        known = int(model.config.reads_decoder_states)
+        layout = model.layout(torch.full((len(new_tokens),), known + size, device=new_tokens.device))
         slots = fill_slots(layout, prediction.e, prediction.m, prediction.m_offsets)
         embeds = torch.cat([embeds, slots.to(embeds.dtype)], dim=1)
         mask = torch.cat([mask, layout.mask.long()], dim=1)
-        predicting = predicting_positions(layout, prefix_predicts=True)
+        predicting = predicting_positions(layout, known + 1)[:, known:]
     logits = text.read(embeds, mask, F.pad(predicting, (new_tokens.shape[1] - 1, 0)))
     text.keep(length)
     return logits.view(len(new_tokens), size, -1)

@@ -8,6 +8,8 @@ from .proto_tokens import ARRANGEMENTS
 M_SCOPES = ("per_example", "per_category", "shared", "fixed")
 SINKS = ("bos", "none")
 LATENT_SOURCES = ("encoder", "decoder", "both", "none")
+# Proto-tokens fitted to texts are about so many times as large as the decoder's token embeddings.
+FITTED_SIZE = 16.0
 # One number for an answer, larger where it is less sure: 1 - the geometric mean of its tokens' probabilities, 1 - the
 # least of them, the mean entropy of its tokens in nats, the predicted standard deviation of the log length, and the
 # share of wrong tokens that the error head expects.
@@ -55,8 +57,8 @@ class ProtoGenConfig(PreTrainedConfig):
     m_position_offsets: bool = False
     # The real token before `e`: `bos` (the decoder's BOS) or `none`. With `decoder_sees_prompt` the prompt is the sink.
     sink: str = "bos"
-    # Whether the prompt's own tokens stand before the proto-tokens in the decoder, in the same pass. An answer's first
-    # token is then the decoder's own, predicted by the prompt's last one; `e` and `m` write those after it.
+    # Whether the prompt's own tokens stand before the proto-tokens in the decoder. An answer begins with the decoder's
+    # own tokens then (`num_own_tokens`); `e` and `m` write those after them.
     decoder_sees_prompt: bool = False
 
     # What `e`, `m` and the length are predicted from: states of the `encoder`, those of the frozen `decoder` over the
@@ -70,8 +72,9 @@ class ProtoGenConfig(PreTrainedConfig):
     num_pooling_layers: int = 1
     # Standard deviation of Gaussian noise on `e` and `m` in training, in units of `proto_token_std`.
     proto_token_noise: float = 0.0
-    # Standard deviation of freshly initialised proto-tokens: that of the decoder's input embeddings.
-    proto_token_std: float = 0.02
+    # Standard deviation of freshly initialised proto-tokens: about that of fitted ones, `FITTED_SIZE` times that of the
+    # decoder's input embeddings.
+    proto_token_std: float = 0.32
     # The predicted variance of the log length stays inside these bounds (log of squared nats).
     log_length_variance_range: list[float] | tuple[float, float] = (-6.0, 3.0)
     # Calibration on held-out answers: added to the mean of the log length, and a factor on its standard deviation.
@@ -177,6 +180,15 @@ class ProtoGenConfig(PreTrainedConfig):
     @property
     def reads_decoder_states(self) -> bool:
         return self.latent_source in ("decoder", "both")
+
+    @property
+    def num_own_tokens(self) -> int:
+        """
+        Tokens at an answer's beginning that the decoder writes as it would token by token: after a prompt the first.
+        Where proto-tokens are predicted from the decoder's states, the prompt has been read before they are known; then
+        the first token stands in front of them, and the second is the decoder's own too.
+        """
+        return int(self.decoder_sees_prompt) + int(self.reads_decoder_states)
 
     @property
     def eos_token_ids(self) -> list[int]:

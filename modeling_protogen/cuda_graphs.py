@@ -79,28 +79,33 @@ class OneStepGraphs:
             return F.pad(tensor, (missing, 0))
         return F.pad(tensor, (0, missing), value=self.model.encoder.config.pad_token_id if name == "input_ids" else 0)
 
-    def decode(self, prediction: Prediction, lengths: torch.LongTensor, *_) -> torch.Tensor:
-        """As [`ProtoGenForConditionalGeneration.decode`], of what `predict` returned last."""
+    def decode(
+        self, prediction: Prediction, lengths: torch.LongTensor, *_, first_tokens: torch.LongTensor | None = None
+    ) -> torch.Tensor:
+        """As [`ProtoGenForConditionalGeneration.decode`], of what `predict` returned last, prompt included."""
+        first = {} if first_tokens is None else {"first_tokens": first_tokens}
         longest = lengths.max().item()
         length = next(length for length in self.answer_lengths if length >= longest)
         key = (self.shape, length)
         if key not in self.answers:
-            self.answers[key] = self._record_answers(self.predictions[self.shape], length)
-        return self.answers[key]()[:, :longest][token_mask(lengths)]
+            self.answers[key] = self._record_answers(self.predictions[self.shape], length, first)
+        return self.answers[key](**first)[:, :longest][token_mask(lengths)]
 
-    def _record_answers(self, predicted: Recording, length: int) -> Recording:
+    def _record_answers(self, predicted: Recording, length: int, first: dict[str, torch.Tensor]) -> Recording:
         """Logits `(batch, length, vocab)`, made from where the recorded prediction leaves what it found."""
         prediction = predicted.output
         layout = self.model.layout(torch.full((len(prediction.e),), length, device=prediction.e.device))
         prompt = [predicted.arguments.get(name) for name in ("decoder_prompt_ids", "decoder_prompt_mask")]
         # Numbers of the slots, which are the same in all rows: a mask would be counted on the CPU.
-        places = predicting_positions(layout, self.model.config.decoder_sees_prompt)[0].nonzero()[:, 0] - 1
+        own = self.model.config.num_own_tokens
+        places = predicting_positions(layout, own)[0].nonzero()[:, 0] - own
 
-        def logits():
+        def logits(first_tokens=None):
             # Its cache grows by the answer.
             cache = copy.copy(prediction.prompt_cache)
             if cache is not None:
                 cache.layers = [copy.copy(layer) for layer in cache.layers]
-            return self.model.decode_layout(replace(prediction, prompt_cache=cache), layout, *prompt, places=places)
+            own_cache = replace(prediction, prompt_cache=cache)
+            return self.model.decode_layout(own_cache, layout, *prompt, first_tokens, places)
 
-        return Recording(logits)
+        return Recording(logits, **first)

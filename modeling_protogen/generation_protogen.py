@@ -160,7 +160,8 @@ class ProtoGenGenerationMixin(GenerationMixin):
             confidence_threshold (`float`, refine and adaptive): probability from which on a token is sure; 0.9 by
                 default.
             max_new_tokens (`int`, adaptive and verified): tokens at most; `config.max_answer_length` by default.
-            block_size (`int`, adaptive and verified): tokens of a draft at most; `config.chunk_size` by default.
+            block_size (`int`, adaptive and verified): tokens of a draft at most; `config.chunk_size` by default, or as
+                many as there are proto-tokens for.
             stop_strings (`list[str]`, adaptive and verified): an answer ends with the token that completes one of them.
             processor (`ProtoGenProcessor`, adaptive and verified): needed by `stop_strings`; and where it has
                 `encoder_reads_answer`, the encoder reads the answer so far before each draft.
@@ -235,8 +236,11 @@ class ProtoGenGenerationMixin(GenerationMixin):
                     f"length must lie in 1..{config.max_answer_length} tokens (config.max_answer_length); got {length}."
                 )
             lengths = lengths.expand(len(mean) // num_candidates).repeat_interleave(num_candidates)
-        logits = passes.decode(prediction, lengths, *prompt)
+        first = None if prediction.next_logits is None else sampling.pick(prediction.next_logits)
+        logits = passes.decode(prediction, lengths, *prompt, first_tokens=first)
         tokens = sampling.pick(logits)
+        if first is not None:  # What the others follow is not drawn again.
+            tokens[lengths.cumsum(0) - lengths] = first
         if mode == "refine":
             logits, tokens = refine(
                 self.decoder, prompt, logits, tokens, lengths, num_refinements, confidence_threshold, sampling
@@ -306,8 +310,10 @@ class ProtoGenGenerationMixin(GenerationMixin):
         confidence_threshold=0.9,
     ):
         config = self.config
-        longest_block = config.chunk_size * config.max_chunks
-        block_size = config.chunk_size if block_size is None else block_size
+        # Own tokens that a draft stands after: the last one written.
+        num_before = int(config.reads_decoder_states)
+        longest_block = config.chunk_size * config.max_chunks - num_before
+        block_size = min(config.chunk_size, longest_block) if block_size is None else block_size
         if not 1 <= block_size <= longest_block:
             raise ValueError(f"block_size must lie in 1..{longest_block} tokens; got {block_size}.")
         max_new_tokens = config.max_answer_length if max_new_tokens is None else max_new_tokens
@@ -323,7 +329,8 @@ class ProtoGenGenerationMixin(GenerationMixin):
         def source():
             if self.encoder is None or processor is None or not processor.encoder_reads_answer:
                 return given
-            return Instruction(*self.encode(*processor.add_answers(*instruction, answers.tokens)), category_ids)
+            written = [tokens[: len(tokens) - num_before] for tokens in answers.tokens]
+            return Instruction(*self.encode(*processor.add_answers(*instruction, written)), category_ids)
 
         text = TextSoFar(self.decoder, *prompt, config.reads_decoder_states)
         if mode == "adaptive":

@@ -9,9 +9,9 @@ from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedConfi
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .configuration_protogen import ProtoGenConfig
+from .configuration_protogen import FITTED_SIZE, ProtoGenConfig
 from .generation_protogen import ProtoGenGenerationMixin
-from .prefix import cut_cache, read_prefix
+from .prefix import logits_after, read_prefix
 from .proto_predictor import AttentionPooling, Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
 from .proto_tokens import Layout, build_layout, fill_slots, position_ids, predicting_positions
 
@@ -98,12 +98,24 @@ def log_probabilities(logits: torch.Tensor, ids: torch.LongTensor) -> torch.Tens
     return torch.cat([checkpoint(of_rows, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
+def gaussian_nll(mean: torch.Tensor, variance: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """
+    Gaussian negative log-likelihood `mean(((x - mean)^2 / variance + log variance) / 2)` (Nix & Weigend, 1994), without
+    its constant, in float32. Each element's gradient is multiplied by its standard deviation (beta = 0.5 of Seitzer et
+    al., 2022, https://arxiv.org/abs/2203.09168): a head that is sure would outweigh all that it shares its input with.
+
+    Args:
+        mean, variance, targets (`torch.Tensor` of shape `(batch,)`)
+    """
+    mean, variance = mean.float(), variance.float()
+    nll = F.gaussian_nll_loss(mean, targets, variance, reduction="none")
+    weighted = variance.detach().sqrt() * nll
+    return (weighted + (nll - weighted).detach()).mean()
+
+
 def length_nll(mean: torch.Tensor, variance: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """
-    Gaussian negative log-likelihood of the log length, `mean((log n - mean)^2 / variance + log variance) / 2`
-    (Nix & Weigend, 1994), without its constant. All arguments have shape `(batch,)`; lengths are in tokens.
-    """
-    return F.gaussian_nll_loss(mean.float(), lengths.float().log(), variance.float())
+    """[`gaussian_nll`] of the log length. All arguments have shape `(batch,)`; lengths are in tokens."""
+    return gaussian_nll(mean, variance, lengths.float().log())
 
 
 def sink_ids(decoder_config: PreTrainedConfig, sink: str, batch: int, device: torch.device) -> torch.LongTensor:
@@ -119,7 +131,7 @@ def joined_inputs(
     layout: Layout,
     prefix_ids: torch.LongTensor,
     prefix_mask: torch.Tensor | None = None,
-    prefix_predicts: bool = False,
+    num_own_tokens: int = 0,
 ) -> tuple[dict[str, torch.Tensor], torch.BoolTensor]:
     """
     `[prefix][slots]` as the decoder takes it in one pass, and a mask `(batch, prefix + slots)` of the positions that
@@ -133,9 +145,8 @@ def joined_inputs(
         "inputs_embeds": torch.cat([prefix, slots.to(decoder.dtype)], dim=1),
         "attention_mask": mask,
         "position_ids": position_ids(mask),
-        "use_cache": False,
     }
-    return inputs, F.pad(predicting_positions(layout, prefix_predicts), (prefix_ids.shape[1] - 1, 0))
+    return inputs, F.pad(predicting_positions(layout, num_own_tokens), (prefix_ids.shape[1] - num_own_tokens, 0))
 
 
 def answer_logits(
@@ -144,7 +155,7 @@ def answer_logits(
     layout: Layout,
     prefix_ids: torch.LongTensor,
     prefix_mask: torch.Tensor | None = None,
-    prefix_predicts: bool = False,
+    num_own_tokens: int = 0,
     prefix_cache: Cache | None = None,
     places: torch.LongTensor | None = None,
 ) -> torch.Tensor:
@@ -157,9 +168,10 @@ def answer_logits(
         layout (`Layout`): what the slots are.
         prefix_ids (`torch.LongTensor` of shape `(batch, prefix)`): sink or prompt; padded on the left; may be empty.
         prefix_mask (`torch.Tensor` of shape `(batch, prefix)`, *optional*): 1 for real tokens; all by default.
-        prefix_predicts (`bool`): whether an answer's first token is the prefix's own prediction, as after a prompt.
-        prefix_cache (`Cache`, *optional*): the prefix's keys and values, from [`read_prefix`]. In training this saves
-            the prefix's backward pass; without gradients one joined pass is faster.
+        num_own_tokens (`int`): answer tokens that the prefix's last positions predict, as after a prompt.
+        prefix_cache (`Cache`, *optional*): keys and values of the prefix, but for the tokens that it may lack at the
+            end, from [`read_prefix`]. In training this saves the prefix's backward pass; without gradients one joined
+            pass is faster.
         places (`torch.LongTensor` of shape `(places,)`, *optional*):
             Slots to predict from in all rows alike; -1 is the prefix's last position.
 
@@ -167,26 +179,14 @@ def answer_logits(
         `torch.Tensor` of shape `(answer_tokens, vocab)`, in the decoder's dtype, ordered text after text; with `places`
         of shape `(batch, places, vocab)`.
     """
-    inputs, predicts = joined_inputs(decoder, slots, layout, prefix_ids, prefix_mask, prefix_predicts)
-    if prefix_cache is not None:
-        # Its last position is read again, for what it predicts.
-        start = prefix_ids.shape[1] - int(prefix_predicts)
-        cut_cache(prefix_cache, start)
-        inputs |= {
-            "inputs_embeds": inputs["inputs_embeds"][:, start:],
-            "position_ids": inputs["position_ids"][:, start:],
-            "past_key_values": prefix_cache,
-            "use_cache": True,
-        }
-        predicts = predicts[:, start:]
+    inputs, predicts = joined_inputs(decoder, slots, layout, prefix_ids, prefix_mask, num_own_tokens)
     if places is not None:
-        predicts = places + predicts.shape[1] - slots.shape[1]
-    # A boolean mask gathers the answer positions into one contiguous matrix before the language-model head: no logits
-    # at other positions, and none of the slowness of a linear layer on a strided bfloat16 slice on CPUs.
-    logits = decoder(**inputs, logits_to_keep=predicts).logits
-    if prefix_cache is not None:
-        cut_cache(prefix_cache, prefix_ids.shape[1])
-    return logits
+        predicts = places - slots.shape[1]
+    # The prefix's last positions are read again where they predict. A boolean mask gathers the answer positions into
+    # one contiguous matrix before the language-model head: no logits at other positions, and none of the slowness of a
+    # linear layer on a strided bfloat16 slice on CPUs.
+    start = prefix_ids.shape[1] - num_own_tokens
+    return logits_after(decoder, prefix_cache, start, predicts=predicts, **inputs)
 
 
 class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel):
@@ -264,7 +264,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             decoder_name_or_path, revision=decoder_revision, dtype=decoder_dtype
         )
         if "proto_token_std" not in config_kwargs:
-            config_kwargs["proto_token_std"] = decoder.get_input_embeddings().weight.float().std().item()
+            std = decoder.get_input_embeddings().weight.float().std().item()
+            config_kwargs["proto_token_std"] = FITTED_SIZE * std
         config = cls.config_class(
             decoder_config=decoder.config.to_dict(),
             decoder_name_or_path=decoder_name_or_path,
@@ -382,7 +383,6 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         decoder_prompt_ids: torch.LongTensor | None = None,
         decoder_prompt_mask: torch.Tensor | None = None,
         category_ids: torch.LongTensor | None = None,
-        decoder_state_mask: torch.Tensor | None = None,
     ) -> Prediction:
         """
         The first half of `forward`, from the instruction to proto-tokens; arguments as there.
@@ -390,15 +390,14 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         Raises:
             ValueError: if the inputs that the configuration asks for are missing.
         """
-        cache, decoder_states = None, None
+        cache, decoder_states, next_logits = None, None, None
         states, mask = self.encode(input_ids, attention_mask)
         self._check_prompt(decoder_prompt_ids, self.config.latent_source != "encoder")
         if self.config.reads_decoder_states:
             cache, decoder_states = read_prefix(self.decoder, decoder_prompt_ids, decoder_prompt_mask)
-        if decoder_state_mask is None:
-            decoder_state_mask = decoder_prompt_mask
-        prediction = self.proto_predictor(states, mask, decoder_states, decoder_state_mask, category_ids)
-        prediction.prompt_cache = cache
+            next_logits = self.decoder.get_output_embeddings()(decoder_states[:, -1].contiguous())
+        prediction = self.proto_predictor(states, mask, decoder_states, decoder_prompt_mask, category_ids)
+        prediction.prompt_cache, prediction.next_logits = cache, next_logits
         return prediction
 
     def encode(
@@ -426,16 +425,22 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         lengths: torch.LongTensor,
         decoder_prompt_ids: torch.LongTensor | None = None,
         decoder_prompt_mask: torch.Tensor | None = None,
+        *,
+        first_tokens: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """
-        The second half of `forward`: logits `(answer_tokens, vocab)` of answers of the given lengths `(batch,)`.
+        The second half of `forward`: logits `(answer_tokens, vocab)` of answers of the given lengths `(batch,)`, which
+        begin with `first_tokens` `(batch,)` where the prompt has been read: the decoder's likeliest by default.
 
         Raises:
             ValueError: if a length is impossible, or the decoder is to see a prompt and there is none.
             RuntimeError: if no decoder is attached.
         """
         self._check_prompt(decoder_prompt_ids, self.config.decoder_sees_prompt)
-        return self.decode_layout(prediction, self.layout(lengths), decoder_prompt_ids, decoder_prompt_mask)
+        if first_tokens is None and prediction.next_logits is not None:
+            first_tokens = prediction.next_logits.argmax(-1)
+        prompt = decoder_prompt_ids, decoder_prompt_mask
+        return self.decode_layout(prediction, self.layout(lengths), *prompt, first_tokens)
 
     def layout(self, lengths: torch.LongTensor) -> Layout:
         """The slots of answers of the given lengths `(batch,)`, as [`build_layout`]."""
@@ -448,6 +453,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         layout: Layout,
         decoder_prompt_ids: torch.LongTensor | None = None,
         decoder_prompt_mask: torch.Tensor | None = None,
+        first_tokens: torch.LongTensor | None = None,
         places: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """As `decode`, of answers that are laid out; `places` as of [`answer_logits`]."""
@@ -462,7 +468,10 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         prompt = decoder_prompt_ids, decoder_prompt_mask
         if prediction.prompt_cache is None and slots.requires_grad:
             prediction.prompt_cache, _ = read_prefix(self.decoder, *prompt)
-        return answer_logits(self.decoder, slots, layout, *prompt, True, prediction.prompt_cache, places)
+        if config.reads_decoder_states:
+            prompt = torch.cat([prompt[0], first_tokens[:, None]], dim=1), F.pad(prompt[1], (0, 1), value=1)
+        own = config.num_own_tokens
+        return answer_logits(self.decoder, slots, layout, *prompt, own, prediction.prompt_cache, places)
 
     def clamp_lengths(self, lengths: torch.Tensor) -> torch.LongTensor:
         """Rounds lengths in tokens to the whole numbers that an answer can have; any shape."""
@@ -477,7 +486,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         category_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         length_labels: torch.LongTensor | None = None,
-        decoder_state_mask: torch.Tensor | None = None,
+        first_tokens: torch.LongTensor | None = None,
         return_loss: bool = True,
         return_logits: bool = True,
     ) -> ProtoGenOutput:
@@ -495,17 +504,17 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 predicted length.
             length_labels (`torch.LongTensor` of shape `(batch,)`, *optional*):
                 True lengths in tokens, where `labels` are cut; by default the length of `labels`.
-            decoder_state_mask (`torch.Tensor` of shape `(batch, prompt)`, *optional*):
-                Where the decoder's states are seen by the prediction of proto-tokens; `decoder_prompt_mask` by default.
+            first_tokens (`torch.LongTensor` of shape `(batch,)`, *optional*):
+                Answers begin with these where `config.num_own_tokens` is 2, not with the decoder's likeliest.
             return_loss (`bool`): whether to compute the losses when there are labels.
             return_logits (`bool`): whether to run the decoder at all. What compares proto-tokens themselves, or
                 lengths, needs neither logits nor the losses.
         """
         prompt = decoder_prompt_ids, decoder_prompt_mask
-        prediction = self.predict(input_ids, attention_mask, *prompt, category_ids, decoder_state_mask)
+        prediction = self.predict(input_ids, attention_mask, *prompt, category_ids)
         mean, variance = prediction.log_length_mean, prediction.log_length_variance
         lengths = self.clamp_lengths(mean.exp()) if labels is None else (labels != IGNORE_INDEX).sum(-1)
-        logits = self.decode(prediction, lengths, *prompt) if return_logits else None
+        logits = self.decode(prediction, lengths, *prompt, first_tokens=first_tokens) if return_logits else None
         output = ProtoGenOutput(
             logits=logits,
             e=prediction.e,

@@ -94,6 +94,7 @@ def candidates(prediction: Prediction, num_candidates: int, noise: float) -> tup
             e=shaken(prediction.e),
             m=shaken(prediction.m),
             **{name: repeated(getattr(prediction, name)) for name in names},
+            next_logits=None if prediction.next_logits is None else repeated(prediction.next_logits),
         ),
         quantiles.repeat(len(prediction.e)),
     )

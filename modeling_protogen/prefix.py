@@ -14,11 +14,50 @@ from .proto_tokens import position_ids
 GROUP_TOKENS = 1024
 
 
+def new_cache(decoder: PreTrainedModel) -> DynamicCache:
+    """An empty cache that [`cut_cache`] can cut, also where a layer attends to a sliding window."""
+    cache = DynamicCache(config=decoder.config)
+    cache.activate_past_recording()
+    return cache
+
+
 def cut_cache(cache: Cache, length: int) -> None:
     """Forgets what was read after the first `length` positions."""
     # Counted from its end: 0 would be nothing left.
     if cache.get_seq_length() > length:
         cache.crop(length - cache.get_seq_length())
+
+
+def logits_after(
+    decoder: PreTrainedModel,
+    cache: Cache | None,
+    start: int,
+    attention_mask: torch.Tensor,
+    predicts: torch.Tensor,
+    **inputs: torch.Tensor,
+) -> torch.Tensor:
+    """
+    The decoder's logits `(positions, vocab)` where `predicts`. With a cache of the inputs' first positions it reads
+    from position `start` only, and leaves the cache as it was.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch, length)`)
+        predicts (`torch.Tensor` of shape `(batch, length)`): or places from the end, `(places,)`, the same in all rows.
+        inputs: tensors of shape `(batch, length, ...)`.
+    """
+    if cache is None:
+        return decoder(attention_mask=attention_mask, logits_to_keep=predicts, use_cache=False, **inputs).logits
+    length = cache.get_seq_length()
+    cut_cache(cache, start)
+    logits = decoder(
+        attention_mask=attention_mask,
+        logits_to_keep=predicts[:, start:] if predicts.dim() == 2 else predicts,
+        past_key_values=cache,
+        use_cache=True,
+        **{name: tensor[:, start:] for name, tensor in inputs.items()},
+    ).logits
+    cut_cache(cache, length)
+    return logits
 
 
 def rows_of_like_lengths(mask: torch.Tensor) -> list[tuple[torch.LongTensor, int]]:
@@ -46,13 +85,16 @@ def read_prefix(
 
     def read(rows, length):
         ids, mask = prefix_ids[rows, -length:], prefix_mask[rows, -length:]
-        output = decoder.base_model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=True)
-        return output.past_key_values, output.last_hidden_state
+        cache = new_cache(decoder)
+        states = decoder.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return cache, states
 
     longest, groups = prefix_ids.shape[1], rows_of_like_lengths(prefix_mask)
     if len(groups) == 1:
         return read(slice(None), longest)
-    cache = DynamicCache(config=decoder.config)
+    cache = new_cache(decoder)
     if not all(type(layer) is DynamicLayer for layer in cache.layers):  # Others keep a part of the prefix only.
         return read(slice(None), longest)
 

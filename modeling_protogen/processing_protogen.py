@@ -92,14 +92,12 @@ class ProtoGenProcessor(ProcessorMixin):
             answer (`str` or `list[str | list[int]]`, *optional*): becomes `labels` and `length_labels`; a list of ids
                 is taken as it is.
             answer_start (`list[list[int]]`, *optional*): tokens of each answer that stand already: the decoder's prompt
-                ends with them, and is longer by them than `max_prompt_length` may say. Where answers are written block
-                by block, the last token is read together with the draft of the next, which cannot know its state.
+                ends with them, and is longer by them than `max_prompt_length` may say.
 
         Returns:
             `BatchFeature` of PyTorch tensors: `input_ids` and `attention_mask` `(batch, source)` for the encoder,
             `decoder_prompt_ids` and `decoder_prompt_mask` `(batch, prompt)`, padded on the left; with answers `labels`
-            `(batch, length)`, -100 after the end, and `length_labels` `(batch,)`, the uncut length in tokens; with
-            an `answer_start` `decoder_state_mask` `(batch, prompt)`, the states that proto-tokens are predicted from.
+            `(batch, length)`, -100 after the end, and `length_labels` `(batch,)`, the uncut length in tokens.
 
         Raises:
             ValueError: if an instruction is empty or longer than a window, or the lists differ in length.
@@ -125,9 +123,6 @@ class ProtoGenProcessor(ProcessorMixin):
         if answer_start is not None:
             prompts = [prompt + start for prompt, start in zip(prompts, answer_start, strict=True)]
         batch["decoder_prompt_ids"], batch["decoder_prompt_mask"] = pad_left(prompts)
-        if answer_start is not None and any(answer_start):
-            batch["decoder_state_mask"] = batch["decoder_prompt_mask"].clone()
-            batch["decoder_state_mask"][:, -1] = torch.tensor([not start for start in answer_start])
         if answer is not None:
             answers = [answer] if isinstance(answer, str) else list(answer)
             if len(answers) != len(instructions):

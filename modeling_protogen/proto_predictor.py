@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Cache
 
-from .configuration_protogen import ProtoGenConfig
+from .configuration_protogen import FITTED_SIZE, ProtoGenConfig
 
 # The log of the predicted variance of an answer's share of wrong tokens stays inside these bounds.
 LOG_ERROR_VARIANCE_RANGE = (-8.0, 0.0)
@@ -28,6 +28,8 @@ class Prediction:
         error_mean, error_variance (`torch.FloatTensor` of shape `(batch,)`): of the share of the answer's tokens that
             will be wrong.
         prompt_cache (`Cache`, *optional*): the decoder's keys and values of the prompt, where they were needed.
+        next_logits (`torch.Tensor` of shape `(batch, vocab)`, *optional*): the decoder's, after the prompt, where its
+            states were read.
     """
 
     e: torch.Tensor
@@ -38,6 +40,7 @@ class Prediction:
     error_mean: torch.Tensor
     error_variance: torch.Tensor
     prompt_cache: Cache | None = None
+    next_logits: torch.Tensor | None = None
 
 
 class ScaledLinear(nn.Linear):
@@ -162,12 +165,13 @@ class ProtoTokenPredictor(nn.Module):
             self.decoder_reading = nn.Sequential(nn.LayerNorm(decoder_dim), nn.Linear(decoder_dim, dim))
         num_layers = 0 if config.latent_source == "none" else config.num_pooling_layers
         self.pooling = AttentionPooling(dim, num_queries, config.num_pooling_heads, num_layers)
-        scale = config.proto_token_std, config.latent_dim
-        self.e_projection = Projection(dim, decoder_dim, *scale)
-        self.m_projection = Projection(dim, decoder_dim, *scale) if predicts_m else None
+        # The factor is not in the weights, so that training moves what they give in proportion to its size.
+        std = config.proto_token_std / FITTED_SIZE
+        self.e_projection = Projection(dim, decoder_dim, std, config.latent_dim)
+        self.m_projection = Projection(dim, decoder_dim, std, config.latent_dim) if predicts_m else None
         self.m_table = None
         if config.m_scope != "per_example":
-            self.m_table = ScaledEmbedding(len(config.categories or [0]), decoder_dim, config.proto_token_std)
+            self.m_table = ScaledEmbedding(len(config.categories or [0]), decoder_dim, std)
         self.m_offsets = None
         if config.m_position_offsets:
             self.m_offsets = ScaledEmbedding(config.chunk_size, decoder_dim, init_std=0.0)
@@ -213,15 +217,15 @@ class ProtoTokenPredictor(nn.Module):
             m = e.new_zeros(len(e), config.max_chunks, e.shape[-1])
         offsets = None
         if self.m_offsets is not None:
-            offsets = self.m_offsets(torch.arange(config.chunk_size, device=e.device))
+            offsets = FITTED_SIZE * self.m_offsets(torch.arange(config.chunk_size, device=e.device))
 
         length_mean, length_variance = self.length(pooled[:, -2])
         error_logit, error_variance = self.error(pooled[:, -1])
         # The bias starts at zero; predictions start at half the longest answer.
         length_mean = length_mean + math.log(max(config.max_answer_length / 2, 1))
         return Prediction(
-            e=e,
-            m=m,
+            e=FITTED_SIZE * e,
+            m=FITTED_SIZE * m,
             m_offsets=offsets,
             log_length_mean=length_mean + config.log_length_shift,
             log_length_variance=length_variance * config.log_length_scale**2,

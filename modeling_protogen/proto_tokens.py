@@ -12,14 +12,13 @@ each chunk has its own `(e, m)`, and the chunks' slots follow one another in the
     e_only       [e]*C
 
 In all but `halves` a slot's content does not depend on the answer's length: a longer layout holds every shorter one.
-After a prompt, whose last token predicts an answer's first token, the first slot that would predict it is left out.
+An answer's first tokens may be predicted by what stands before the slots; then the slots for them predict nothing.
 (Arrangements: table 1 of Mezentsev & Oseledets, arXiv:2505.21189.)
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 ARRANGEMENTS = ("e_m", "e_mN", "interleaved", "halves", "e_only")
 
@@ -103,15 +102,14 @@ def build_layout(
     )
 
 
-def predicting_positions(layout: Layout, prefix_predicts: bool) -> torch.BoolTensor:
+def predicting_positions(layout: Layout, num_own_tokens: int) -> torch.BoolTensor:
     """
-    Whether the prefix's last position, and each slot, predicts an answer token: `(batch, 1 + slots)`. With
-    `prefix_predicts` the first token is the prefix's, and no slot's.
+    Whether each of the prefix's last positions, and each slot, predicts an answer token: `(batch, num_own_tokens +
+    slots)`. The first `num_own_tokens` tokens are the prefix's, and no slot's.
     """
-    first = layout.predicts & (layout.predicts.cumsum(1) == 1)
-    if prefix_predicts:
-        return torch.cat([first.any(1, keepdim=True), layout.predicts & ~first], dim=1)
-    return F.pad(layout.predicts, (1, 0))
+    number = layout.predicts.cumsum(1)
+    is_own = number[:, -1:] > torch.arange(num_own_tokens, device=number.device)
+    return torch.cat([is_own, layout.predicts & (number > num_own_tokens)], dim=1)
 
 
 def fill_slots(layout: Layout, e: torch.Tensor, m: torch.Tensor, m_offsets: torch.Tensor | None = None) -> torch.Tensor:

@@ -22,6 +22,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -103,6 +105,8 @@ def save_decoder(folder: Path, kind: str, hidden_size: int = 24) -> Path:
     }
     if kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(**common, num_key_value_heads=2, tie_word_embeddings=True))
+    elif kind == "mistral":
+        model = MistralForCausalLM(MistralConfig(**common, num_key_value_heads=2, sliding_window=4))
     else:
         model = GPTNeoXForCausalLM(GPTNeoXConfig(**common, tie_word_embeddings=False))
     model.save_pretrained(folder)

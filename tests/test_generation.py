@@ -57,14 +57,29 @@ def test_a_batch_equals_its_texts_alone(build, decoder_dir, fields):
         torch.testing.assert_close(output.predicted_lengths[row], alone.predicted_lengths[0])
 
 
-@pytest.mark.parametrize("latent_source", ["encoder", "both", "none"])
-def test_the_first_token_after_a_prompt_is_the_decoders_own(build, decoder_dir, latent_source):
+@pytest.mark.parametrize(("latent_source", "own"), [("encoder", 1), ("none", 1), ("decoder", 2), ("both", 2)])
+def test_an_answer_begins_with_the_decoders_own_tokens(build, decoder_dir, latent_source, own):
     model, processor = build(decoder_dir, decoder_sees_prompt=True, latent_source=latent_source)
     without_eos(model)
     batch = processor(INSTRUCTIONS, CONTEXTS)
     prompt = {"input_ids": batch["decoder_prompt_ids"], "attention_mask": batch["decoder_prompt_mask"]}
-    greedy = model.decoder.generate(**prompt, max_new_tokens=1, do_sample=False)
-    assert torch.equal(model.generate(**batch, length=8)[:, :1], greedy[:, -1:])
+    greedy = model.decoder.generate(**prompt, max_new_tokens=own, do_sample=False)
+    assert torch.equal(model.generate(**batch, length=8)[:, :own], greedy[:, -own:])
+
+
+@torch.no_grad()
+def test_what_follows_a_drawn_first_token_was_predicted_after_it(build, decoder_dir):
+    model, processor = build(decoder_dir, decoder_sees_prompt=True, latent_source="decoder")
+    without_eos(model)
+    batch = processor(INSTRUCTIONS, CONTEXTS)
+    likeliest = model.generate(**batch, length=8)
+    torch.manual_seed(1)
+    output = model.generate(**batch, length=8, temperature=1.0, return_dict_in_generate=True)
+    assert not torch.equal(output.sequences[:, 0], likeliest[:, 0])
+    for row, tokens in enumerate(output.sequences):
+        prompt = processor(INSTRUCTIONS[row], CONTEXTS[row])["decoder_prompt_ids"]
+        p = model.decoder(torch.cat([prompt, tokens[None, :1]], dim=1)).logits[0, -2:].softmax(-1)
+        torch.testing.assert_close(output.token_confidences[row, :2], p[[0, 1], tokens[:2]], rtol=1e-3, atol=1e-5)
 
 
 def test_answers_are_cut_after_eos(build, llama_dir):

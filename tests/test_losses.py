@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import multiprocessing
 
 from modeling_protogen import ProtoGenOutput, prefix
+from modeling_protogen.modeling_protogen import gaussian_nll
 from trainers.distillation import teacher_top_k
 from trainers.losses import (
     BANK_LOSSES,
@@ -178,6 +179,17 @@ def test_length_nll_takes_true_lengths_or_those_of_the_labels():
     assert loss(outputs, {"labels": labels}).item() == pytest.approx(direct([3, 1]), rel=1e-5)
     batch = {"labels": labels, "length_labels": torch.tensor([30, 1])}
     assert loss(outputs, batch).item() == pytest.approx(direct([30, 1]), rel=1e-5)
+
+
+def test_the_gradient_of_a_sure_prediction_is_no_larger():
+    mean = torch.tensor([1.0, 2.0, 0.3], requires_grad=True)
+    variance = torch.tensor([0.01, 2.0, 1e-4], requires_grad=True)
+    targets = torch.tensor([1.2, 0.5, 0.301])
+    gaussian_nll(mean, variance, targets).backward()
+    sigma = variance.detach().sqrt()
+    error = mean.detach() - targets
+    torch.testing.assert_close(mean.grad, error / sigma / 3)
+    torch.testing.assert_close(variance.grad, sigma * (1 / sigma**2 - error**2 / sigma**4) / 2 / 3)
 
 
 @pytest.fixture

@@ -86,6 +86,7 @@ def test_one_step_scores_are_the_answers_probability(checkpoint):
                 decoder_prompt_ids=torch.tensor([prompt]),
                 decoder_prompt_mask=torch.ones(1, len(prompt)).long(),
                 labels=labels,
+                first_tokens=labels[:, 0],
             ).logits
         assert score == pytest.approx(logits.log_softmax(-1)[range(labels.numel()), labels[0]].sum().item(), rel=1e-4)
         assert is_likeliest == torch.equal(logits.argmax(-1), labels[0])

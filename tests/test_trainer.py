@@ -196,7 +196,13 @@ def test_every_loss_is_nearly_the_same_in_bf16(trainer_for, llama_dir, bank, tmp
         trainer = trainer_for(
             llama_dir, bank=bank, losses=losses, max_steps=1, bf16=bf16, output_dir=tmp_path / str(bf16)
         )
+        dtypes = set()
+        trainer.losses["reconstruction"].register_forward_pre_hook(
+            lambda _, inputs, dtypes=dtypes: dtypes.add((inputs[0].logits.dtype, inputs[0].e.dtype))
+        )
         trainer.train()
+        # A float32 copy of the logits would be the step's largest tensor.
+        assert dtypes == {(torch.bfloat16 if bf16 else torch.float32, torch.float32)}
         logs.append(trainer.state.log_history[0])
     for name in ALL_LOSSES:
         assert logs[1][f"loss_{name}"] == pytest.approx(logs[0][f"loss_{name}"], rel=0.05), name

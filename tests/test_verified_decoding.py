@@ -64,6 +64,16 @@ def test_the_answer_is_the_greedy_one(build, decoder_dir, fields, ends):
         assert verified(model, processor, batch_size)[0] == expected
 
 
+@pytest.mark.parametrize("decoder_dir", ["mistral"], indirect=True)
+def test_a_decoder_with_a_sliding_window_reads_one_text_at_a_time(build, decoder_dir):
+    model, processor = build(decoder_dir, decoder_sees_prompt=True, latent_source="decoder")
+    without_eos(model)
+    expected = [greedy(model, processor, *pair) for pair in zip(MORE, MORE_CONTEXTS, strict=True)]
+    assert verified(model, processor, 1)[0] == expected
+    with pytest.raises(ValueError, match="sliding window"):
+        verified(model, processor, 2)
+
+
 def test_right_drafts_are_kept_and_save_passes(build, llama_dir, monkeypatch):
     """A decoder that says the same token whatever it reads is drafted without error."""
     model, processor = build(llama_dir, decoder_sees_prompt=True)
@@ -168,24 +178,23 @@ def test_bad_requests_are_named(build, llama_dir):
         model.generate(input_ids=inputs["input_ids"], mode="verified")
 
 
-@pytest.mark.parametrize(("source", "rereads"), [("decoder", False), ("both", False), ("encoder", True)])
+@pytest.mark.parametrize(("source", "rereads"), [("decoder", False), ("both", True), ("encoder", True)])
 def test_drafts_are_what_training_on_continuations_sees(build, decoder_dir, source, rereads):
     model, processor = build(decoder_dir, latent_source=source, decoder_sees_prompt=True, m_position_offsets=True)
     processor.encoder_reads_answer = rereads
-    start, rest = [5, 9, 7], [8, 6, 11, 4]
-    batch = processor(INSTRUCTIONS[:2], CONTEXTS[:2], [rest, rest], [start, start])
+    start, last, rest = [5, 9], 7, [8, 6, 11, 4]
+    # The last token stands before the draft. Where the decoder's states are read, it is the answer's first in training.
+    before, after = ([*start, last], rest) if source == "encoder" else (start, [last, *rest])
+    batch = processor(INSTRUCTIONS[:2], CONTEXTS[:2], [after, after], [before, before])
+    plain = processor(INSTRUCTIONS[:2], CONTEXTS[:2], answer_start=[start, start])
     with torch.no_grad():
-        trained = model(**batch).logits.view(2, len(rest), -1)
-        prompt = [batch[name][:, :-1] for name in ("decoder_prompt_ids", "decoder_prompt_mask")]
+        trained = model(**batch, first_tokens=batch["labels"][:, 0]).logits.view(2, len(after), -1)[:, -len(rest) :]
+        prompt = [plain[name] for name in ("decoder_prompt_ids", "decoder_prompt_mask")]
         text = TextSoFar(model.decoder, *prompt, wants_states=source != "encoder")
-        plain = processor(INSTRUCTIONS[:2], CONTEXTS[:2])
-        instruction = [plain.get(name) for name in ("input_ids", "attention_mask")]
-        if rereads:
-            instruction = processor.add_answers(*instruction, [start, start])
-        last = torch.full((2, 1), start[-1])
-        given = Instruction(*model.encode(*instruction), None)
+        given = Instruction(*model.encode(batch.get("input_ids"), batch.get("attention_mask")), None)
+        last = torch.full((2, 1), last)
         drafted = read_and_draft(model, text, last, torch.ones_like(last), len(rest), lambda: given)
-    torch.testing.assert_close(drafted[:, 1:], trained[:, 1:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(drafted, trained, atol=1e-4, rtol=1e-4)
 
 
 def test_the_encoder_reads_the_answer_so_far(build, llama_dir, monkeypatch):

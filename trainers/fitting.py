@@ -438,7 +438,7 @@ class ProtoTokenFitter:
         self.num_positions += inputs["attention_mask"].numel()
         self.num_padding += layout.mask.numel() - layout.mask.sum().item()
         targets = torch.tensor([token for fit in fits for token in fit.text.token_ids], device=device)
-        return self.body(**inputs).last_hidden_state[predicts], targets
+        return self.body(use_cache=False, **inputs).last_hidden_state[predicts], targets
 
     def _seed(self, *names) -> int:
         digest = hashlib.sha256(repr((self.args.fit_seed, *names)).encode()).digest()

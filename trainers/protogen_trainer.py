@@ -18,6 +18,7 @@ from .distillation import teacher_top_k
 from .files import write_atomically
 from .grouped_attention import use_grouped_attention
 from .losses import BANK_LOSSES, DECODER_LOSSES, EMBEDDING_LOSSES, LOSSES
+from .mixed_precision import keep_logits
 
 LOSS_WEIGHTS_NAME = "losses.safetensors"
 # What the collator adds for the losses alone; the model does not take it.
@@ -85,6 +86,11 @@ class ProtoGenTrainer(Trainer):
             self.model.encoder.requires_grad_(False)
         # By whether the model was training.
         self._components = {True: defaultdict(list), False: defaultdict(list)}
+
+    def _prepare_for_training(self, *args):
+        prepared = super()._prepare_for_training(*args)
+        keep_logits(self.model)
+        return prepared
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         model_inputs = {name: value for name, value in inputs.items() if name not in LOSS_INPUTS}

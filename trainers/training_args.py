@@ -15,7 +15,7 @@ class ProtoGenTrainingArguments(TrainingArguments):
     `transformers.TrainingArguments` with the weights of the losses and the encoder's own learning rate.
 
     Other defaults than there: `ddp_find_unused_parameters=True`, `remove_unused_columns=False` (the collator reads
-    whole examples), `optim="adamw_torch"`, `report_to="none"`, `save_total_limit=2`, `disable_tqdm=False` at any
+    whole examples), `optim="adamw_torch_fused"`, `report_to="none"`, `save_total_limit=2`, `disable_tqdm=False` at any
     verbosity, and memory pinned only where there is an accelerator.
 
     Raises:
@@ -48,7 +48,7 @@ class ProtoGenTrainingArguments(TrainingArguments):
         default=True, metadata={"help": "Let processes look for parameters without a gradient."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
-    optim: str = field(default="adamw_torch", metadata={"help": "Optimiser, as in transformers."})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimiser, as in transformers."})
     report_to: str = field(default="none", metadata={"help": "Where to log: none, tensorboard, wandb, ..."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
 

@@ -67,7 +67,7 @@ class Reader:
             part = slice(first, first + size)
             inputs, predicts = self.inputs(e[part], m[part], lengths[part])
             with torch.no_grad():
-                states = self.decoder.base_model(**inputs).last_hidden_state[predicts]
+                states = self.decoder.base_model(use_cache=False, **inputs).last_hidden_state[predicts]
             for state in states.split(lengths[part]):
                 with torch.no_grad():
                     yield self.decoder.get_output_embeddings()(state).float()

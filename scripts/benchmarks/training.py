@@ -69,13 +69,16 @@ def gather(arguments, command: str, called: Callable[[str, str], str]) -> None:
         metrics = json.loads((run / "metrics.json").read_text())
         figures[called(run.name, "agreement")] = mean_with_interval(answers["agreement"])
         figures[called(run.name, "accepted_length")] = mean_with_interval(answers["accepted_length"])
-        figures[called(run.name, "steps")] = metrics["log"][-1]["step"]
+        # Which agree for certain.
+        config = ProtoGenForConditionalGeneration.config_class.from_pretrained(run / "model")
+        figures[called(run.name, "own_tokens")] = config.num_own_tokens
+        figures[called(run.name, "steps")] = steps = metrics["log"][-1]["step"]
         log = [entry for entry in metrics["log"] if "eval_token_accuracy" in entry]
         learning[run.name] = [([entry["step"]] * 3, [entry["eval_token_accuracy"]] * 3) for entry in log]
     path = Path(arguments.result)
     curves(learning, ("step", "agreement"), "Held-out instructions", path.with_suffix(".png"))
     content = report.result(
-        command=command,
+        command=f"{command} --max_steps {steps}",
         model=", ".join(run.name for run in runs),
         revision=decoder_revision("embedded:smollm2-135m"),
         data=f"{len(common)} instructions held out",

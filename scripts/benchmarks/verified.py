@@ -40,7 +40,7 @@ def add_commands(commands) -> None:
     command.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     command.add_argument("--timed-prompts", type=int, default=20, help="of each data set, in bfloat16")
     command.add_argument("--timed-tokens", type=int, default=64)
-    command.add_argument("--block-size", type=int, default=16)
+    command.add_argument("--block-size", type=int, help="tokens of a draft at most; each model's own by default")
     command.add_argument("--run", default="runs/verified", help="folder; an interrupted run goes on from it")
     command.set_defaults(run_command=verified)
 
@@ -94,7 +94,7 @@ def drafting_wrongly(write: Writer) -> Writer:
     return write_from_wrong
 
 
-def verified_writers(models: dict, processor: ProtoGenProcessor, block_size: int) -> dict[str, Writer]:
+def verified_writers(models: dict, processor: ProtoGenProcessor, block_size: int | None) -> dict[str, Writer]:
     writers = {name: protogen(model, processor, "verified", block_size=block_size) for name, model in models.items()}
     return writers | {WRONG: drafting_wrongly(writers["random"])}
 

@@ -20,7 +20,7 @@ from eval_tasks.report import write_csv, write_json
 from eval_tasks.sentence_encoder import sentence_embeddings
 from eval_tasks.text_metrics import one_step_metrics
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from modeling_protogen.configuration_protogen import UNCERTAINTY_SCORES
+from modeling_protogen.configuration_protogen import FITTED_SIZE, UNCERTAINTY_SCORES
 from modeling_protogen.proto_tokens import flatten_proto_tokens
 from trainers.data import (
     DataArguments,
@@ -145,7 +145,7 @@ def build_model(model_args: ModelArguments, categories: list[str] | None) -> Pro
     for name in ("max_input_length", "max_prompt_length", "encoder_reads_answer", "encoder_lora_rank"):
         fields.pop(name)
     if is_deepspeed_zero3_enabled():
-        fields["proto_token_std"] = spread_embedding_std(decoder, model_args.decoder_revision)
+        fields["proto_token_std"] = FITTED_SIZE * spread_embedding_std(decoder, model_args.decoder_revision)
     return ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(
         encoder, decoder, decoder_dtype=dtype, categories=categories, **fields
     )

@@ -1,10 +1,9 @@
 """Gaussian negative log-likelihood of the share of an answer's tokens that are wrong."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from modeling_protogen.modeling_protogen import IGNORE_INDEX, ProtoGenOutput, likeliest_tokens
+from modeling_protogen.modeling_protogen import IGNORE_INDEX, ProtoGenOutput, gaussian_nll, likeliest_tokens
 
 
 class ErrorNLLLoss(nn.Module):
@@ -14,7 +13,7 @@ class ErrorNLLLoss(nn.Module):
 
         L = 1/B sum_i ((d_i - mu_i)^2 / sigma_i^2 + log sigma_i^2) / 2
 
-    The share is data here: no gradient flows to the tokens.
+    with its gradient as of `gaussian_nll`. The share is data here: no gradient flows to the tokens.
 
     References:
         Nix & Weigend, 1994, "Estimating the mean and variance of the target probability distribution", ICNN.
@@ -31,4 +30,4 @@ class ErrorNLLLoss(nn.Module):
         labels = batch["labels"]
         wrong = likeliest_tokens(outputs.logits, labels) != labels
         share = wrong.sum(-1) / (labels != IGNORE_INDEX).sum(-1)
-        return F.gaussian_nll_loss(outputs.error_mean, share, outputs.error_variance)
+        return gaussian_nll(outputs.error_mean, outputs.error_variance, share)

@@ -12,7 +12,8 @@ class LengthNLLLoss(nn.Module):
 
         L = 1/B sum_i ((log n_i - mu_i)^2 / sigma_i^2 + log sigma_i^2) / 2
 
-    The variance is bounded by `ProtoGenConfig.log_length_variance_range`, so the loss cannot run away.
+    with its gradient as of `gaussian_nll`. The variance is bounded by `ProtoGenConfig.log_length_variance_range`, so
+    that the loss cannot run away.
 
     References:
         Nix & Weigend, 1994, "Estimating the mean and variance of the target probability distribution", ICNN.
