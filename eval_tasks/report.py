@@ -25,7 +25,9 @@ def result(command: str, model: str, revision: str | None, data: str, seed: int,
         model, revision, data, seed: what it was made with.
         figures (`dict`): from a name with its unit to a number, or to `[value, low, high]`.
     """
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    # Matrix products in bfloat16 are several times as fast with AMX.
+    amx = " AMX" if torch.cpu._is_amx_tile_supported() else ""
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{amx}"
     return {
         "command": command,
         "date": datetime.date.today().isoformat(),

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_protogen import FITTED_SIZE, ProtoGenConfig
 from .generation_protogen import ProtoGenGenerationMixin
-from .prefix import logits_after, read_prefix
+from .prefix import logits_after, read_prefix, rows_of_like_lengths
 from .proto_predictor import AttentionPooling, Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
 from .proto_tokens import Layout, build_layout, fill_slots, position_ids, predicting_positions
 
@@ -410,7 +410,17 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             raise ValueError(f"latent_source={self.config.latent_source} needs input_ids; the processor makes them.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        groups = rows_of_like_lengths(attention_mask)
+        if len(groups) == 1:
+            return self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, attention_mask
+        places = [(rows[:, None], attention_mask[rows].any(0).nonzero()[:, 0]) for rows, _ in groups]
+        parts = [
+            self.encoder(input_ids=input_ids[place], attention_mask=attention_mask[place]).last_hidden_state
+            for place in places
+        ]
+        states = parts[0].new_zeros(*input_ids.shape, parts[0].shape[-1])
+        for place, part in zip(places, parts, strict=True):
+            states = states.index_put(place, part)
         return states, attention_mask
 
     def _check_prompt(self, decoder_prompt_ids: torch.LongTensor | None, is_needed: bool):

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from .proto_tokens import position_ids
 
 # A pass over more tokens costs a CPU no less a token. A GPU is faster with few passes, padding and all.
-GROUP_TOKENS = 1024
+GROUP_TOKENS = 512
 
 
 def new_cache(decoder: PreTrainedModel) -> DynamicCache:
@@ -62,16 +62,18 @@ def logits_after(
 
 def rows_of_like_lengths(mask: torch.Tensor) -> list[tuple[torch.LongTensor, int]]:
     """
-    Groups of the rows of a mask `(batch, length)`, padded on the left: the rows' numbers, and their greatest length.
-    One group where a batch is small or on a GPU.
+    Groups of the rows of a mask `(batch, length)`: the rows' numbers, and how many positions the longest has. As many
+    rows of growing lengths in each as make `GROUP_TOKENS` positions; all in one group on a GPU.
     """
-    batch, longest = mask.shape
-    num_groups = min(batch, batch * longest // GROUP_TOKENS) if mask.device.type == "cpu" else 1
-    if num_groups < 2:
-        return [(torch.arange(batch, device=mask.device), longest)]
-    lengths = longest - mask.argmax(1)
-    groups = lengths.argsort(stable=True).tensor_split(num_groups)
-    return [(rows, lengths[rows].max().item()) for rows in groups]
+    lengths = mask.sum(1)
+    if mask.device.type != "cpu":
+        return [(torch.arange(len(mask), device=mask.device), mask.shape[1])]
+    groups = []
+    for row in lengths.argsort(stable=True):
+        if not groups or (len(groups[-1]) + 1) * lengths[row] > GROUP_TOKENS:
+            groups.append([])
+        groups[-1].append(row)
+    return [(torch.stack(rows), lengths[rows[-1]].item()) for rows in groups]
 
 
 @torch.no_grad()

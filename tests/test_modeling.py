@@ -1,5 +1,7 @@
 """The model against slow, direct computations with the same weights."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -319,14 +321,34 @@ def test_rows_of_like_lengths_give_the_same_states(build, decoder_dir, monkeypat
     batch = processor([*INSTRUCTIONS, "who"], [*CONTEXTS, None])
     ids, mask = batch["decoder_prompt_ids"], batch["decoder_prompt_mask"]
     cache, states = read_prefix(model.decoder, ids, mask)
-    monkeypatch.setattr(prefix, "GROUP_TOKENS", ids.numel() // 2)
-    (first, shortest), (second, longest) = prefix.rows_of_like_lengths(mask)
-    assert sorted([*first.tolist(), *second.tolist()]) == [0, 1, 2, 3]
-    assert mask[first].sum(1).max() == shortest <= mask[second].sum(1).min()
-    assert longest == ids.shape[1]
+    assert len(prefix.rows_of_like_lengths(mask)) == 1
+
+    monkeypatch.setattr(prefix, "GROUP_TOKENS", 2 * mask.sum(1).median().item())
+    groups = prefix.rows_of_like_lengths(mask)
+    assert len(groups) > 1
+    assert sorted(torch.cat([rows for rows, _ in groups]).tolist()) == [0, 1, 2, 3]
+    for (rows, length), (longer_rows, _) in pairwise(groups):
+        assert mask[rows].sum(1).max() == length <= mask[longer_rows].sum(1).min()
+        assert len(rows) * length <= prefix.GROUP_TOKENS
     grouped_cache, grouped = read_prefix(model.decoder, ids, mask)
     torch.testing.assert_close(grouped[mask.bool()], states[mask.bool()], atol=1e-5, rtol=1e-4)
     for layer, expected in zip(grouped_cache.layers, cache.layers, strict=True):
         is_text = mask.bool()[:, None].expand(layer.keys.shape[:3])
         torch.testing.assert_close(layer.keys[is_text], expected.keys[is_text], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(layer.values[is_text], expected.values[is_text], atol=1e-5, rtol=1e-4)
+
+
+def test_the_encoder_reads_rows_of_like_lengths_with_the_same_states_and_gradients(build, decoder_dir, monkeypatch):
+    model, processor = build(decoder_dir)
+    batch = processor(INSTRUCTIONS, CONTEXTS)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert (mask.sum(1) < mask.shape[1]).any(), "the instructions must be ragged"
+    found = []
+    for group_tokens in (512, 1):
+        monkeypatch.setattr(prefix, "GROUP_TOKENS", group_tokens)
+        model.zero_grad()
+        states = model.encode(ids, mask)[0]
+        states[mask.bool()].square().sum().backward()
+        found.append((states[mask.bool()], *(p.grad for p in model.encoder.parameters() if p.grad is not None)))
+    for joined, grouped in zip(*found, strict=True):
+        torch.testing.assert_close(joined, grouped, rtol=1e-4, atol=1e-5)
