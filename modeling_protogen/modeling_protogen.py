@@ -230,6 +230,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         self.post_init()
         self._freeze()
         self.graphs = None
+        # Called as [`read_prefix`], which training may replace by one that remembers what it has read.
+        self.read_prompt = read_prefix
 
     @classmethod
     def from_encoder_decoder_pretrained(
@@ -394,7 +396,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         states, mask = self.encode(input_ids, attention_mask)
         self._check_prompt(decoder_prompt_ids, self.config.latent_source != "encoder")
         if self.config.reads_decoder_states:
-            cache, decoder_states = read_prefix(self.decoder, decoder_prompt_ids, decoder_prompt_mask)
+            cache, decoder_states = self.read_prompt(self.decoder, decoder_prompt_ids, decoder_prompt_mask)
             next_logits = self.decoder.get_output_embeddings()(decoder_states[:, -1].contiguous())
         prediction = self.proto_predictor(states, mask, decoder_states, decoder_prompt_mask, category_ids)
         prediction.prompt_cache, prediction.next_logits = cache, next_logits
@@ -476,8 +478,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             sink = sink_ids(config.decoder_config, config.sink, len(slots), slots.device)
             return answer_logits(self.decoder, slots, layout, sink, places=places)
         prompt = decoder_prompt_ids, decoder_prompt_mask
-        if prediction.prompt_cache is None and slots.requires_grad:
-            prediction.prompt_cache, _ = read_prefix(self.decoder, *prompt)
+        if prediction.prompt_cache is None and (slots.requires_grad or self.read_prompt is not read_prefix):
+            prediction.prompt_cache, _ = self.read_prompt(self.decoder, *prompt)
         if config.reads_decoder_states:
             prompt = torch.cat([prompt[0], first_tokens[:, None]], dim=1), F.pad(prompt[1], (0, 1), value=1)
         own = config.num_own_tokens

@@ -36,6 +36,13 @@ class RunArguments:
         default_factory=list,
         metadata={"help": "Decoders that --stage capacity compares, with variants (scripts/decoders.py)."},
     )
+    prompt_store: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which training keeps what the decoder has read of prompts, for later epochs and other "
+            "runs: half of a step on a CPU, at 24 KB a token of prompt for SmolLM2-135M; none by default."
+        },
+    )
     smoke: bool = field(
         default=False,
         metadata={"help": "The whole recipe in seconds: few tokens, few texts, few steps, no real figures."},

@@ -33,6 +33,7 @@ from trainers.data import (
 )
 from trainers.files import locked
 from trainers.lora import add_lora, merge_lora
+from trainers.prompt_store import PromptStore
 from trainers.proto_bank import ProtoTokenBank, stack_entries
 from trainers.protogen_trainer import ProtoGenTrainer, last_complete_checkpoint
 from trainers.teacher import read_teacher_answers
@@ -72,6 +73,8 @@ def train(
     if model_args.m_scope == "per_category":
         categories = sorted({example.category for example in load_examples(data_args)})
     model = build_model(model_args, categories)
+    if run.prompt_store:
+        model.read_prompt = PromptStore(run.prompt_store, model.decoder)
     if model_args.encoder_lora_rank:
         add_lora(model, model_args.encoder_lora_rank)
     processor = load_processor(model_args, model.config.max_answer_length)

@@ -1,0 +1,106 @@
+"""What the frozen decoder has read of prompts, on disk: in every epoch, and in every run, it is the same."""
+
+import hashlib
+import json
+import uuid
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from modeling_protogen.prefix import new_cache, read_prefix
+
+from .files import write_atomically
+from .proto_bank import decoder_fingerprint
+
+INFO_NAME = "prompts.json"
+KEYS_AND_VALUES, STATES = "keys_and_values", "states"
+
+
+class PromptStore:
+    """
+    Stands in for [`read_prefix`] with one decoder: a prompt that is not in the folder is read and stored, one that is
+    there is loaded. Several processes may use a folder at once. A token takes `2 * layers * key/value width + dim`
+    numbers: 24 KB for SmolLM2-135M in bfloat16.
+
+    Args:
+        folder (`str` or `Path`): an existing store, or a place for a new one.
+        decoder (`PreTrainedModel`): its layers are of one shape and attend to all positions.
+
+    Raises:
+        ValueError: if the folder is another decoder's, or a layer attends to a part of the positions only.
+    """
+
+    def __init__(self, folder: str | Path, decoder: PreTrainedModel):
+        self.folder = Path(folder)
+        if not all(type(layer) is DynamicLayer for layer in new_cache(decoder).layers):
+            raise ValueError("a prompt store needs a decoder whose layers attend to all positions; leave it out.")
+        info = {"decoder": decoder_fingerprint(decoder), "dtype": str(decoder.dtype)}
+        path = self.folder / INFO_NAME
+        if not path.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda temporary: temporary.write_text(json.dumps(info, indent=2)))
+        elif json.loads(path.read_text()) != info:
+            raise ValueError(
+                f"{self.folder} holds prompts as another decoder, or dtype, read them: use another folder."
+            )
+        self._files = {}
+        self._names = set()
+        self._open_new_files()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def _open_new_files(self) -> None:
+        """Also those of other processes."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name not in self._names:
+                self._names.add(path.name)
+                file = safe_open(path, framework="pt")
+                self._files |= {name.partition(".")[0]: file for name in file.keys()}  # noqa: SIM118
+
+    def __call__(
+        self, decoder: PreTrainedModel, prefix_ids: torch.LongTensor, prefix_mask: torch.Tensor
+    ) -> tuple[Cache, torch.Tensor]:
+        """As [`read_prefix`]."""
+        names = [_name(ids[mask.bool()]) for ids, mask in zip(prefix_ids, prefix_mask, strict=True)]
+        if any(name not in self._files for name in names):
+            self._open_new_files()
+        missing = [row for row, name in enumerate(names) if name not in self._files]
+        if missing:
+            self._store([names[row] for row in missing], decoder, prefix_ids[missing], prefix_mask[missing])
+            self._open_new_files()
+        parts = [self._files[name] for name in names]
+        stored = [file.get_tensor(f"{name}.{KEYS_AND_VALUES}") for name, file in zip(names, parts, strict=True)]
+        states = [file.get_tensor(f"{name}.{STATES}") for name, file in zip(names, parts, strict=True)]
+        longest, device = prefix_ids.shape[1], prefix_ids.device
+        cache = new_cache(decoder)
+        layers = _padded(stored, longest).to(device).unflatten(1, (-1, 2)).unbind(1)
+        for number, layer in enumerate(layers):
+            cache.update(*layer.unbind(1), number)
+        return cache, _padded(states, longest).to(device)
+
+    def _store(self, names: list[str], decoder, ids: torch.LongTensor, mask: torch.Tensor) -> None:
+        cache, states = read_prefix(decoder, ids, mask)
+        # (batch, 2 * layers, heads, length, head_dim)
+        stored = torch.stack([part for layer in cache.layers for part in (layer.keys, layer.values)], dim=1)
+        tensors = {}
+        for row, (name, length) in enumerate(zip(names, mask.sum(1).tolist(), strict=True)):
+            tensors[f"{name}.{KEYS_AND_VALUES}"] = stored[row, ..., -length:, :].contiguous().cpu()
+            tensors[f"{name}.{STATES}"] = states[row, -length:].contiguous().cpu()
+        write_atomically(self.folder / f"{uuid.uuid4().hex}.safetensors", lambda path: save_file(tensors, path))
+
+
+def _name(ids: torch.LongTensor) -> str:
+    return hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:32]
+
+
+def _padded(parts: list[torch.Tensor], longest: int) -> torch.Tensor:
+    """Tensors `(..., length, dim)` as one `(batch, ..., longest, dim)`, zeros on the left."""
+    table = parts[0].new_zeros(len(parts), *parts[0].shape[:-2], longest, parts[0].shape[-1])
+    for row, part in zip(table, parts, strict=True):
+        row[..., longest - part.shape[-2] :, :] = part
+    return table
