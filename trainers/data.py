@@ -30,7 +30,9 @@ class DataArguments:
     )
     category_field: str | None = field(default="category", metadata={"help": "Column with the category."})
     validation_share: float = field(default=0.1, metadata={"help": "Share of instructions kept for validation."})
-    max_train_examples: int | None = field(default=None, metadata={"help": "Training examples used; all by default."})
+    max_train_examples: int | None = field(
+        default=None, metadata={"help": "Training examples used of the data; all by default."}
+    )
     max_validation_examples: int | None = field(default=None, metadata={"help": "Validation examples used."})
 
 

@@ -49,16 +49,18 @@ def write_instructions(
     path: str | Path,
     count: int,
     seed: int = 0,
-    batch_size: int = 64,
-    max_tokens: int = 64,
+    batch_size: int = 128,
+    max_tokens: int = 48,
     temperature: float = 1.0,
-    top_p: float = 0.99,
+    min_p: float = 0.02,
     min_words: int = 3,
     max_words: int = 60,
 ) -> list[str]:
     """
     Samples until the file holds `count` instructions, different from one another and ended by the decoder itself. A
-    batch depends on the seed and its number alone: an interrupted run goes on to the same instructions.
+    batch depends on the seed and its number alone: an interrupted run goes on to the same instructions. Tokens less
+    likely than `min_p` times the likeliest are never drawn (Nguyen et al., 2024, arXiv:2407.01082): the tail of a small
+    decoder's distribution makes instructions that mean nothing.
 
     Returns:
         `list[str]`: the first `count`.
@@ -84,7 +86,8 @@ def write_instructions(
                     attention_mask=torch.ones_like(inputs),
                     do_sample=True,
                     temperature=temperature,
-                    top_p=top_p,
+                    min_p=min_p,
+                    top_p=1.0,
                     top_k=0,
                     max_new_tokens=max_tokens,
                     eos_token_id=after[0],

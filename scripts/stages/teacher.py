@@ -44,21 +44,26 @@ def instructions_to_learn(
 ) -> tuple[list[Example], list[Example]]:
     """
     Examples to train on and to validate with: the data's, split, and the synthetic ones where asked; as many as are
-    wanted of each, but for those whose instruction does not fit.
+    wanted of each of them, but for those whose instruction does not fit.
 
     Raises:
         ValueError: if none are left for training or for validation.
     """
     train_examples, validation_examples = split_by_instruction(load_examples(data_args), data_args.validation_share)
+    train_examples = train_examples[: data_args.max_train_examples]
+    validation_examples = validation_examples[: data_args.max_validation_examples]
     if target_args.instructions != "data":
         synthetic = synthetic_examples(target_args.teacher_answers, target_args.num_synthetic)
         held_out = {normalized(example.instruction) for example in validation_examples}
         synthetic = [example for example in synthetic if normalized(example.instruction) not in held_out]
         train_examples = synthetic + (train_examples if target_args.instructions == "both" else [])
     # What does not fit one processor is no reason to take others instead: another run may leave out less.
-    wanted = train_examples[: data_args.max_train_examples], validation_examples[: data_args.max_validation_examples]
-    train_examples, validation_examples = ([e for e in part if processor.fits(e.instruction)] for part in wanted)
-    lost = sum(map(len, wanted)) - len(train_examples) - len(validation_examples)
+    wanted = len(train_examples) + len(validation_examples)
+    train_examples, validation_examples = (
+        [example for example in part if processor.fits(example.instruction)]
+        for part in (train_examples, validation_examples)
+    )
+    lost = wanted - len(train_examples) - len(validation_examples)
     if lost:
         print(f"leaving out {lost} examples whose instruction is longer than max_input_length or max_prompt_length")
     if not train_examples or not validation_examples:
