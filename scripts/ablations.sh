@@ -31,4 +31,4 @@ run encoder_lora --encoder_lora_rank 8 --encoder_learning_rate 1e-3 "$@"
 run noise --proto_token_noise 0.1 "$@"
 run soft_targets --losses '{"soft_reconstruction": 1.0, "length_nll": 0.1, "error_nll": 0.1}' "$@"
 run on_policy --losses '{"reconstruction": 1.0, "on_policy": 1.0, "length_nll": 0.1, "error_nll": 0.1}' "$@"
-python scripts/benchmark.py ablations
+python scripts/benchmark.py ablations --made-by "bash scripts/ablations.sh $*"

@@ -24,4 +24,4 @@ run b-encoder_without_prompt --decoder_sees_prompt false "$@"
 run c-encoder_with_prompt --latent_source both "$@"
 run d-on_policy --latent_source both --losses "$on_policy" "$@"
 run e-synthetic_instructions --latent_source both --losses "$on_policy" --instructions both "$@"
-python scripts/benchmark.py encoder --runs $runs
+python scripts/benchmark.py encoder --runs $runs --made-by "bash scripts/encoder_dolly.sh $*"

@@ -183,7 +183,10 @@ def test_trained_models_are_compared(call, recipe, tmp_path):
     assert 0 <= figures["siglip_top_1"][0] <= 1
     assert "siglip_retrieved_rouge_l" in figures
     assert "learning curves" in call(benchmark, "encoder", "--runs", runs, "--result", result)
-    assert "agreement_siglip" in read_result(result)["figures"]
+    figures = read_result(result)["figures"]
+    gain = figures["agreement_siglip"][0] - figures["agreement_mean_squared_error"][0]
+    assert figures["agreement_gain_siglip"][0] == pytest.approx(gain)
+    assert "agreement_gain_mean_squared_error" not in figures
     assert result.with_suffix(".png").is_file()
     call(benchmark, "ablations", "--runs", runs, "--result", result)
     assert "siglip_accepted_length" in read_result(result)["figures"]

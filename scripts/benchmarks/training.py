@@ -24,10 +24,12 @@ from trainers.proto_bank import ProtoTokenBank, stack_entries
 def add_commands(commands) -> None:
     command = commands.add_parser("encoder", help="gather the runs of scripts/encoder_dolly.sh")
     command.add_argument("--runs", default="runs/encoder_dolly")
+    command.add_argument("--made-by", default="bash scripts/encoder_dolly.sh", help="the command, for the result")
     command.add_argument("--result", default="runs/encoder_dolly.json")
     command.set_defaults(run_command=encoder)
     command = commands.add_parser("ablations", help="gather the runs of scripts/ablations.sh")
     command.add_argument("--runs", default="runs/ablations")
+    command.add_argument("--made-by", default="bash scripts/ablations.sh", help="the command, for the result")
     command.add_argument("--result", default="runs/ablations.json")
     command.set_defaults(run_command=ablations)
     command = commands.add_parser("length", help="how well a trained model foresees lengths")
@@ -50,39 +52,53 @@ def finished_runs(folder: str | Path, name: str) -> list[Path]:
 
 
 def encoder(arguments) -> None:
-    """Runs are called by a letter and what it stands for; figures by the letter."""
-    gather(arguments, "bash scripts/encoder_dolly.sh", lambda run, figure: f"{figure}_{run.split('-')[0]}")
+    """Runs are called by a letter and what it stands for; figures by the letter. Each run is held against the last."""
+    runs = finished_runs(arguments.runs, "answers.csv")
+    references = dict(zip(runs[1:], runs, strict=False))
+    gather(arguments, runs, references, lambda run, figure: f"{figure}_{run.split('-')[0]}")
 
 
 def ablations(arguments) -> None:
-    gather(arguments, "bash scripts/ablations.sh", lambda run, figure: f"{run}_{figure}")
+    """Each run is held against the base."""
+    runs = finished_runs(arguments.runs, "answers.csv")
+    base = Path(arguments.runs) / "base"
+    references = {run: base for run in runs if run != base and base in runs}
+    gather(arguments, runs, references, lambda run, figure: f"{run}_{figure}")
 
 
-def gather(arguments, command: str, called: Callable[[str, str], str]) -> None:
-    """Figures of all runs and their learning curves; `called` makes a figure's name of the run's and its own."""
-    runs, figures, learning = finished_runs(arguments.runs, "answers.csv"), {}, {}
-    tables = [pd.read_csv(run / "answers.csv", index_col="id") for run in runs]
+def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Callable[[str, str], str]) -> None:
+    """
+    Figures of all runs, what each gains on its reference, instruction by instruction, and learning curves. `called`
+    makes a figure's name of the run's and its own.
+    """
+    figures, learning = {}, {}
+    tables = {run: pd.read_csv(run / "answers.csv", index_col="id") for run in runs}
     # An encoder's window may leave out instructions that other runs have.
-    common = set.intersection(*(set(table.index) for table in tables))
-    for run, table in zip(runs, tables, strict=True):
-        answers = table[table.index.isin(common)]
-        metrics = json.loads((run / "metrics.json").read_text())
-        figures[called(run.name, "agreement")] = mean_with_interval(answers["agreement"])
-        figures[called(run.name, "accepted_length")] = mean_with_interval(answers["accepted_length"])
-        # Which agree for certain.
+    common = sorted(set.intersection(*(set(table.index) for table in tables.values())))
+    for run in runs:
+        answers, metrics = tables[run].loc[common], json.loads((run / "metrics.json").read_text())
         config = ProtoGenForConditionalGeneration.config_class.from_pretrained(run / "model")
-        figures[called(run.name, "own_tokens")] = config.num_own_tokens
-        figures[called(run.name, "steps")] = steps = metrics["log"][-1]["step"]
+        compared = ["agreement", "accepted_length"]
+        measured = {name: mean_with_interval(answers[name]) for name in compared}
+        if run in references:
+            gained = answers[compared] - tables[references[run]].loc[common, compared]
+            measured |= {f"{name}_gain": mean_with_interval(gained[name]) for name in compared}
+        # Which agree for certain.
+        measured["own_tokens"] = config.num_own_tokens
+        measured["steps"] = metrics["log"][-1]["step"]
+        measured["instructions"] = metrics["run"]["train_examples"]
+        figures |= {called(run.name, name): value for name, value in measured.items()}
         log = [entry for entry in metrics["log"] if "eval_token_accuracy" in entry]
         learning[run.name] = [([entry["step"]] * 3, [entry["eval_token_accuracy"]] * 3) for entry in log]
     path = Path(arguments.result)
     curves(learning, ("step", "agreement"), "Held-out instructions", path.with_suffix(".png"))
+    trained = metrics["run"]
     content = report.result(
-        command=f"{command} --max_steps {steps}",
-        model=", ".join(run.name for run in runs),
-        revision=decoder_revision("embedded:smollm2-135m"),
-        data=f"{len(common)} instructions held out",
-        seed=0,
+        command=arguments.made_by,
+        model=f"{trained['decoder']}, {trained['decoder_dtype']}; encoder {trained['encoder']}",
+        revision=decoder_revision(trained["decoder"]),
+        data=f"{len(common)} held-out instructions of {trained['data']}",
+        seed=trained["seed"],
         figures=figures,
     )
     report.write_result(path, content, beside=", with learning curves beside it")

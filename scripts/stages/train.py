@@ -106,7 +106,15 @@ def train(
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
         log = trainer.state.log_history
         before = next((entry for entry in log if "eval_loss" in entry and entry["step"] == 0), None)
-        metrics = {"before": before, "after": trainer.evaluate(), "log": log}
+        made_with = {
+            "encoder": model_args.encoder if model_args.has_encoder else None,
+            "decoder": model_args.decoder,
+            "decoder_dtype": model_args.decoder_dtype,
+            "data": data_args.data,
+            "train_examples": len(train_examples),
+            "seed": args.seed,
+        }
+        metrics = {"run": made_with, "before": before, "after": trainer.evaluate(), "log": log}
         if trainer.is_deepspeed_enabled:
             model = whole_model(trainer, model_args, categories)
         if trainer.is_world_process_zero():
