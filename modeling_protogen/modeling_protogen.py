@@ -240,6 +240,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         decoder_name_or_path: str,
         *,
         encoder_revision: str | None = None,
+        encoder_num_layers: int | None = None,
         decoder_revision: str | None = None,
         encoder_dtype: torch.dtype = torch.float32,
         decoder_dtype: torch.dtype | str = "auto",
@@ -253,6 +254,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 `latent_source` that has none.
             decoder_name_or_path (`str`): Hub id or folder of any `AutoModelForCausalLM`.
             encoder_revision, decoder_revision (`str`, *optional*): Hub revisions.
+            encoder_num_layers (`int`, *optional*): takes the encoder's first layers only; all by default.
             encoder_dtype (`torch.dtype`, defaults to float32): dtype of all that is trained.
             decoder_dtype (`torch.dtype` or `"auto"`): dtype of the frozen decoder; bfloat16 is much faster than float32
                 where the processor has it.
@@ -260,7 +262,10 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         """
         encoder = None
         if encoder_name_or_path is not None:
-            encoder = AutoModel.from_pretrained(encoder_name_or_path, revision=encoder_revision, dtype=encoder_dtype)
+            cut = {} if encoder_num_layers is None else {"num_hidden_layers": encoder_num_layers}
+            encoder = AutoModel.from_pretrained(
+                encoder_name_or_path, revision=encoder_revision, dtype=encoder_dtype, **cut
+            )
             config_kwargs["encoder_config"] = encoder.config.to_dict()
         decoder = AutoModelForCausalLM.from_pretrained(
             decoder_name_or_path, revision=decoder_revision, dtype=decoder_dtype

@@ -97,6 +97,9 @@ class ModelArguments:
 
     encoder: str = field(default="roberta-base", metadata={"help": "Encoder."})
     encoder_revision: str | None = field(default=None, metadata={"help": "Hub revision of the encoder."})
+    encoder_num_layers: int | None = field(
+        default=None, metadata={"help": "Takes the encoder's first layers only; all by default."}
+    )
     decoder: str = field(default="EleutherAI/pythia-160m", metadata={"help": "Frozen decoder."})
     decoder_revision: str | None = field(default=None, metadata={"help": "Hub revision of the decoder."})
     decoder_dtype: str = field(

@@ -306,6 +306,17 @@ def test_a_roberta_encoder_reads_its_whole_window_and_no_more(llama_dir, tmp_pat
     assert model(**batch).logits.isfinite().all()
 
 
+def test_the_first_layers_of_an_encoder(build, llama_dir, tmp_path):
+    whole, processor = build(llama_dir)
+    cut, _ = build(llama_dir, encoder_num_layers=1)
+    cut.save_pretrained(tmp_path)
+    batch = {name: value for name, value in processor(INSTRUCTIONS).items() if "decoder" not in name}
+    expected = whole.encoder(**batch, output_hidden_states=True).hidden_states[1]
+    reloaded = ProtoGenForConditionalGeneration.from_pretrained(tmp_path).eval()
+    for model in (cut, reloaded):
+        torch.testing.assert_close(model.encoder(**batch).last_hidden_state, expected)
+
+
 def test_bfloat16_decoder_with_float32_heads(build, llama_dir):
     model, processor = build(llama_dir, decoder_dtype=torch.bfloat16)
     assert model.decoder.dtype == torch.bfloat16

@@ -59,10 +59,10 @@ def encoder(arguments) -> None:
 
 
 def ablations(arguments) -> None:
-    """Each run is held against the base."""
+    """NAME-CHANGE is held against NAME, any other run against the base."""
     runs = finished_runs(arguments.runs, "answers.csv")
-    base = Path(arguments.runs) / "base"
-    references = {run: base for run in runs if run != base and base in runs}
+    references = {run: run.with_name(run.name.rpartition("-")[0] or "base") for run in runs if run.name != "base"}
+    references = {run: reference for run, reference in references.items() if reference in runs}
     gather(arguments, runs, references, lambda run, figure: f"{run}_{figure}")
 
 
