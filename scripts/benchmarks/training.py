@@ -87,9 +87,10 @@ def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Ca
         measured["own_tokens"] = config.num_own_tokens
         measured["steps"] = metrics["log"][-1]["step"]
         measured["instructions"] = metrics["run"]["train_examples"]
+        log = {entry["step"]: entry["eval_token_accuracy"] for entry in metrics["log"] if "eval_loss" in entry}
+        learning[run.name] = [([step] * 3, [agreement] * 3) for step, agreement in log.items()]
+        measured |= {f"agreement_at_{step}": agreement for step, agreement in log.items()}
         figures |= {called(run.name, name): value for name, value in measured.items()}
-        log = [entry for entry in metrics["log"] if "eval_token_accuracy" in entry]
-        learning[run.name] = [([entry["step"]] * 3, [entry["eval_token_accuracy"]] * 3) for entry in log]
     path = Path(arguments.result)
     curves(learning, ("step", "agreement"), "Held-out instructions", path.with_suffix(".png"))
     trained = metrics["run"]
