@@ -93,13 +93,13 @@ def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Ca
         figures |= {called(run.name, name): value for name, value in measured.items()}
     path = Path(arguments.result)
     curves(learning, ("step", "agreement"), "Held-out instructions", path.with_suffix(".png"))
-    trained = metrics["run"]
+    made_with = metrics["run"]
     content = report.result(
         command=arguments.made_by,
-        model=f"{trained['decoder']}, {trained['decoder_dtype']}; encoder {trained['encoder']}",
-        revision=decoder_revision(trained["decoder"]),
-        data=f"{len(common)} held-out instructions of {trained['data']}",
-        seed=trained["seed"],
+        model=f"{made_with['decoder']}, {made_with['decoder_dtype']}; encoder {made_with['encoder']}",
+        revision=decoder_revision(made_with["decoder"]),
+        data=f"{len(common)} held-out instructions of {made_with['data']}",
+        seed=made_with["seed"],
         figures=figures,
     )
     report.write_result(path, content, beside=", with learning curves beside it")
@@ -110,14 +110,14 @@ def length(arguments) -> None:
     path = run / "calibration.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: train first.")
-    config = ProtoGenForConditionalGeneration.config_class.from_pretrained(run / "model")
-    answers = pd.read_csv(run / "answers.csv")
+    made_with = json.loads((run / "metrics.json").read_text())["run"]
+    count = len(pd.read_csv(run / "answers.csv"))
     content = report.result(
         command=f"train.py --config {run.name}; python scripts/benchmark.py length --run {arguments.run}",
-        model=f"{config.encoder_config.model_type} encoder; lengths of {config.decoder_name_or_path} tokens",
-        revision=config.decoder_revision,
-        data=f"{len(answers) // 2} instructions held out; calibrated on {len(answers) - len(answers) // 2} others",
-        seed=0,
+        model=f"encoder {made_with['encoder']}; lengths in tokens of {made_with['decoder']}",
+        revision=decoder_revision(made_with["decoder"]),
+        data=f"{count // 2} held-out instructions of {made_with['data']}; calibrated on {count - count // 2} others",
+        seed=made_with["seed"],
         figures=json.loads(path.read_text())["figures"],
     )
     report.write_result(arguments.result, content)

@@ -1,19 +1,23 @@
 """What a training step costs: tokens a second, use of the processor, and how much of the time is not the decoder's."""
 
+import json
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from embedded import decoder_revision
 from tqdm import tqdm
 
 from eval_tasks import report
 from eval_tasks.latency import best_device
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.data import DataArguments, ProtoGenCollator, load_examples
+from trainers.prompt_store import PromptStore
 
 # Dense bfloat16 operations a second, from the makers' data sheets.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
@@ -89,26 +93,17 @@ def training_flops(model: ProtoGenForConditionalGeneration, batch: dict[str, tor
     return flops
 
 
-def training_speed(arguments) -> None:
-    run = Path(arguments.run)
-    if not (run / "model").is_dir():
-        raise FileNotFoundError(f"there is no model in {run}; train one first.")
-    device = best_device()
-    model = ProtoGenForConditionalGeneration.from_pretrained(run / "model").to(device)
-    model.decoder.to(torch.bfloat16)
-    model.train()
-    collate = ProtoGenCollator(ProtoGenProcessor.from_pretrained(run / "model"))
-    examples = [e for e in load_examples(DataArguments(data=arguments.data)) if collate.processor.fits(e.instruction)]
-    parts = [examples[at : at + arguments.batch_size] for at in range(0, len(examples), arguments.batch_size)]
+def timed_steps(
+    model: ProtoGenForConditionalGeneration, batches: list[dict[str, torch.Tensor]], warm_up: int
+) -> dict[str, float]:
+    """What the steps after the first `warm_up` cost."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     seconds, flops, tokens, prompt_tokens = [], 0, 0, 0
-    warm_up = 2
     with decoder_clock(model.decoder) as clock:
-        for step, part in zip(tqdm(range(arguments.steps + warm_up), desc="steps"), cycle(parts), strict=False):
+        for step, batch in enumerate(tqdm(batches, desc="steps")):
             if step == warm_up:
                 clock.update(forward=0.0, backward=0.0)
             began = now()
-            batch = {name: value.to(device) for name, value in collate(part).items()}
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -118,21 +113,49 @@ def training_speed(arguments) -> None:
                 tokens += (batch["labels"] != -100).sum().item()
                 prompt_tokens += batch["decoder_prompt_mask"].sum().item()
     total = sum(seconds)
-    figures = {
+    return {
         "answer_tokens_per_second": tokens / total,
         "prompt_tokens_per_second": prompt_tokens / total if model.config.decoder_sees_prompt else 0.0,
         "milliseconds_a_step": 1000 * float(np.median(seconds)),
         "share_of_time_outside_the_decoder": 1 - sum(clock.values()) / total,
         "teraflops_per_second": flops / total / 1e12,
     }
+
+
+def training_speed(arguments) -> None:
+    """Where the decoder sees the prompt, also with prompts that a [`PromptStore`] has read before."""
+    run = Path(arguments.run)
+    if not (run / "metrics.json").is_file():
+        raise FileNotFoundError(f"there is no trained model in {run}; train one first.")
+    made_with = json.loads((run / "metrics.json").read_text())["run"]
+    device = best_device()
+    model = ProtoGenForConditionalGeneration.from_pretrained(run / "model").to(device)
+    model.decoder.to(torch.bfloat16)
+    model.train()
+    collate = ProtoGenCollator(ProtoGenProcessor.from_pretrained(run / "model"))
+    examples = [e for e in load_examples(DataArguments(data=arguments.data)) if collate.processor.fits(e.instruction)]
+    parts = [examples[at : at + arguments.batch_size] for at in range(0, len(examples), arguments.batch_size)]
+    warm_up = 2
+    batches = [
+        {name: value.to(device) for name, value in collate(part).items()}
+        for part in islice(cycle(parts), warm_up + arguments.steps)
+    ]
+    figures = timed_steps(model, batches, warm_up)
     if device.type == "cuda":
         peak = next((value for name, value in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
         if peak is not None:
-            figures["model_flops_utilisation"] = flops / total / peak
+            figures["model_flops_utilisation"] = figures["teraflops_per_second"] * 1e12 / peak
+    if model.config.decoder_sees_prompt:
+        with tempfile.TemporaryDirectory() as folder:
+            model.read_prompt = PromptStore(folder, model.decoder)
+            for batch in batches:
+                model.read_prompt(model.decoder, batch["decoder_prompt_ids"], batch["decoder_prompt_mask"])
+            stored = timed_steps(model, batches, warm_up)
+        figures["milliseconds_a_step_with_stored_prompts"] = stored["milliseconds_a_step"]
     content = report.result(
         command=f"python scripts/benchmark.py training-speed --run {arguments.run} --batch-size {arguments.batch_size}",
-        model=f"model of {arguments.run}, decoder {model.config.decoder_name_or_path} in bfloat16",
-        revision=model.config.decoder_revision,
+        model=f"{made_with['decoder']}, bfloat16; encoder {made_with['encoder']}",
+        revision=decoder_revision(made_with["decoder"]),
         data=f"{arguments.steps} batches of {arguments.batch_size} examples of {arguments.data}",
         seed=0,
         figures=figures,
