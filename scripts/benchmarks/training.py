@@ -136,6 +136,7 @@ def losses(arguments) -> None:
         processor = ProtoGenProcessor.from_pretrained(run / "model")
         measured = compare_with_bank(model, processor, bank, known, held_out, metric_of(run.name))
         figures |= {f"{run.name}_{name}": value for name, value in measured.items()}
+    figures["held_out"] = len(held_out)
     figures["chance_reciprocal_rank"] = float((1 / np.arange(1, len(held_out) + 1)).mean())
     content = report.result(
         command="bash scripts/loss_comparison.sh",
