@@ -15,6 +15,8 @@ from .abstention import threshold_for_accuracy
 WANTED_SHARES = (0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 # The interval whose coverage the calibrated standard deviation fits exactly.
 LEVEL = 0.8
+# Where nearly all answers were cut at one length, what is seen has no spread at all; a variance needs some.
+LEAST_SCALE = 0.01
 
 
 def length_calibration(mean: np.ndarray, variance: np.ndarray, lengths: np.ndarray) -> tuple[float, float]:
@@ -29,7 +31,8 @@ def length_calibration(mean: np.ndarray, variance: np.ndarray, lengths: np.ndarr
     """
     shift = float(np.median(np.log(lengths) - mean))
     distance = np.abs(np.log(lengths) - mean - shift) / np.sqrt(variance)
-    return shift, float(np.quantile(distance, LEVEL) / norm.ppf((1 + LEVEL) / 2))
+    scale = np.quantile(distance, LEVEL) / norm.ppf((1 + LEVEL) / 2)
+    return shift, max(LEAST_SCALE, float(scale))
 
 
 def rank_correlations(records: pd.DataFrame, names: Sequence[str] = UNCERTAINTY_SCORES) -> dict[str, float]:

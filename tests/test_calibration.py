@@ -31,6 +31,16 @@ def test_lengths_are_covered_once_calibrated():
     assert covered.mean() == pytest.approx(0.8, abs=0.03)
 
 
+def test_lengths_without_spread_leave_a_model_that_can_be_loaded(build, llama_dir, tmp_path):
+    model, _ = build(llama_dir)
+    lengths = np.full(20, 16.0)
+    records = pd.DataFrame({"log_length_mean": np.log(lengths) - 1, "log_length_variance": 0.1, "length": lengths})
+    calibrate_length(model.config, records)
+    assert model.config.log_length_shift == pytest.approx(1)
+    model.save_pretrained(tmp_path)
+    assert ProtoGenForConditionalGeneration.from_pretrained(tmp_path).config.log_length_scale > 0
+
+
 def test_interpolation_is_numpys():
     points = [[0.1, 0.0], [0.4, 0.2], [0.5, 0.9]]
     x = torch.linspace(-1, 1, 41, dtype=torch.float64)

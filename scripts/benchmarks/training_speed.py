@@ -1,6 +1,8 @@
 """What a training step costs: tokens a second, use of the processor, and how much of the time is not the decoder's."""
 
 import json
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -153,7 +155,7 @@ def training_speed(arguments) -> None:
             stored = timed_steps(model, batches, warm_up)
         figures["milliseconds_a_step_with_stored_prompts"] = stored["milliseconds_a_step"]
     content = report.result(
-        command=f"python scripts/benchmark.py training-speed --run {arguments.run} --batch-size {arguments.batch_size}",
+        command=f"python scripts/benchmark.py {shlex.join(sys.argv[1:])}",
         model=f"{made_with['decoder']}, bfloat16; encoder {made_with['encoder']}",
         revision=decoder_revision(made_with["decoder"]),
         data=f"{arguments.steps} batches of {arguments.batch_size} examples of {arguments.data}",
