@@ -21,6 +21,16 @@ def new_cache(decoder: PreTrainedModel) -> DynamicCache:
     return cache
 
 
+def keeps_all_positions(cache: Cache) -> bool:
+    """Whether no layer keeps a part of what it read only, as those do that attend to a sliding window."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def padded_left(part: torch.Tensor, length: int) -> torch.Tensor:
+    """Keys, values or states `(..., positions, dim)` with zeros before them, `(..., length, dim)`."""
+    return F.pad(part, (0, 0, length - part.shape[-2], 0))
+
+
 def cut_cache(cache: Cache, length: int) -> None:
     """Forgets what was read after the first `length` positions."""
     # Counted from its end: 0 would be nothing left.
@@ -97,14 +107,14 @@ def read_prefix(
     if len(groups) == 1:
         return read(slice(None), longest)
     cache = new_cache(decoder)
-    if not all(type(layer) is DynamicLayer for layer in cache.layers):  # Others keep a part of the prefix only.
+    if not keeps_all_positions(cache):
         return read(slice(None), longest)
 
     # Back in the order of the batch.
     places = torch.cat([rows for rows, _ in groups]).argsort()
 
     def joined(parts):
-        return torch.cat([F.pad(part, (0, 0, longest - part.shape[-2], 0)) for part in parts])[places]
+        return torch.cat([padded_left(part, longest) for part in parts])[places]
 
     caches, states = zip(*(read(*group) for group in groups), strict=True)
     for number, layers in enumerate(zip(*(part.layers for part in caches), strict=True)):

@@ -40,7 +40,7 @@ class RunArguments:
         default=None,
         metadata={
             "help": "Folder in which training keeps what the decoder has read of prompts, for later epochs and other "
-            "runs: half of a step on a CPU, at 24 KB a token of prompt for SmolLM2-135M; none by default."
+            "runs, at 24 KB a token of prompt for SmolLM2-135M; none by default."
         },
     )
     smoke: bool = field(

@@ -193,5 +193,8 @@ def test_teacher_targets_from_the_command_line(call, recipe, tmp_path):  # noqa:
     append_lines(tmp_path / "more" / "teacher" / "instructions.jsonl", rows)
     assert "answers in" in call(train, *synthetic, "--stage", "teacher")
     assert "continuations need decoder_sees_prompt" in call(train, *synthetic, "--continuations", 2)
-    assert "model in" in call(train, *synthetic, "--continuations", 2, "--decoder_sees_prompt", "true")
+    prompts = tmp_path / "prompts"
+    last = [*synthetic, "--continuations", 2, "--decoder_sees_prompt", "true", "--prompt_store", prompts]
+    assert "model in" in call(train, *last)
+    assert list(prompts.glob("*.safetensors"))
     assert "set targets to teacher or both" in call(train, *synthetic, "--targets", "human")

@@ -9,9 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
-from modeling_protogen.prefix import new_cache, read_prefix
+from modeling_protogen.prefix import keeps_all_positions, new_cache, padded_left, read_prefix
 
 from .files import write_atomically
 from .proto_bank import decoder_fingerprint
@@ -36,7 +35,7 @@ class PromptStore:
 
     def __init__(self, folder: str | Path, decoder: PreTrainedModel):
         self.folder = Path(folder)
-        if not all(type(layer) is DynamicLayer for layer in new_cache(decoder).layers):
+        if not keeps_all_positions(new_cache(decoder)):
             raise ValueError("a prompt store needs a decoder whose layers attend to all positions; leave it out.")
         info = {"decoder": decoder_fingerprint(decoder), "dtype": str(decoder.dtype)}
         path = self.folder / INFO_NAME
@@ -55,12 +54,15 @@ class PromptStore:
         return len(self._files)
 
     def _open_new_files(self) -> None:
-        """Also those of other processes."""
-        for path in sorted(self.folder.glob("*.safetensors")):
+        """Those of other processes, and of earlier ones."""
+        for path in self.folder.glob("*.safetensors"):
             if path.name not in self._names:
-                self._names.add(path.name)
-                file = safe_open(path, framework="pt")
-                self._files |= {name.partition(".")[0]: file for name in file.keys()}  # noqa: SIM118
+                self._open(path)
+
+    def _open(self, path: Path) -> None:
+        self._names.add(path.name)
+        file = safe_open(path, framework="pt")
+        self._files |= {name.partition(".")[0]: file for name in file.keys()}  # noqa: SIM118
 
     def __call__(
         self, decoder: PreTrainedModel, prefix_ids: torch.LongTensor, prefix_mask: torch.Tensor
@@ -72,16 +74,15 @@ class PromptStore:
         missing = [row for row, name in enumerate(names) if name not in self._files]
         if missing:
             self._store([names[row] for row in missing], decoder, prefix_ids[missing], prefix_mask[missing])
-            self._open_new_files()
-        parts = [self._files[name] for name in names]
-        stored = [file.get_tensor(f"{name}.{KEYS_AND_VALUES}") for name, file in zip(names, parts, strict=True)]
-        states = [file.get_tensor(f"{name}.{STATES}") for name, file in zip(names, parts, strict=True)]
-        longest, device = prefix_ids.shape[1], prefix_ids.device
+
+        def stacked(kind):
+            parts = [self._files[name].get_tensor(f"{name}.{kind}") for name in names]
+            return torch.stack([padded_left(part, prefix_ids.shape[1]) for part in parts]).to(prefix_ids.device)
+
         cache = new_cache(decoder)
-        layers = _padded(stored, longest).to(device).unflatten(1, (-1, 2)).unbind(1)
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(stacked(KEYS_AND_VALUES).unflatten(1, (-1, 2)).unbind(1)):
             cache.update(*layer.unbind(1), number)
-        return cache, _padded(states, longest).to(device)
+        return cache, stacked(STATES)
 
     def _store(self, names: list[str], decoder, ids: torch.LongTensor, mask: torch.Tensor) -> None:
         cache, states = read_prefix(decoder, ids, mask)
@@ -91,16 +92,10 @@ class PromptStore:
         for row, (name, length) in enumerate(zip(names, mask.sum(1).tolist(), strict=True)):
             tensors[f"{name}.{KEYS_AND_VALUES}"] = stored[row, ..., -length:, :].contiguous().cpu()
             tensors[f"{name}.{STATES}"] = states[row, -length:].contiguous().cpu()
-        write_atomically(self.folder / f"{uuid.uuid4().hex}.safetensors", lambda path: save_file(tensors, path))
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+        self._open(path)
 
 
 def _name(ids: torch.LongTensor) -> str:
     return hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:32]
-
-
-def _padded(parts: list[torch.Tensor], longest: int) -> torch.Tensor:
-    """Tensors `(..., length, dim)` as one `(batch, ..., longest, dim)`, zeros on the left."""
-    table = parts[0].new_zeros(len(parts), *parts[0].shape[:-2], longest, parts[0].shape[-1])
-    for row, part in zip(table, parts, strict=True):
-        row[..., longest - part.shape[-2] :, :] = part
-    return table

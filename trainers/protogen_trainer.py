@@ -126,11 +126,14 @@ class ProtoGenTrainer(Trainer):
             wanted["label_targets"] = labels
         if "on_policy" in self.args.losses:
             wanted["on_policy_targets"] = likeliest_tokens(outputs.logits, labels)
-        decoder, prompt = self.accelerator.unwrap_model(model).decoder, ("decoder_prompt_ids", "decoder_prompt_mask")
+        if not wanted:
+            return {}
+        model, cache = self.accelerator.unwrap_model(model), outputs.prompt_cache
+        prompt = inputs["decoder_prompt_ids"], inputs["decoder_prompt_mask"]
+        if cache is None:
+            cache, _ = model.read_prompt(model.decoder, *prompt)
         return {
-            name: teacher_top_k(
-                decoder, *(inputs[key] for key in prompt), answers, self.args.teacher_top_k, outputs.prompt_cache
-            )
+            name: teacher_top_k(model.decoder, *prompt, answers, self.args.teacher_top_k, cache)
             for name, answers in wanted.items()
         }
 

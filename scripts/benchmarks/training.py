@@ -84,7 +84,7 @@ def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Ca
         if run in references:
             gained = answers[compared] - tables[references[run]].loc[common, compared]
             measured |= {f"{name}_gain": mean_with_interval(gained[name]) for name in compared}
-        # Which agree for certain.
+        # Which agree without any learning.
         measured["own_tokens"] = config.num_own_tokens
         measured["steps"] = metrics["log"][-1]["step"]
         measured["instructions"] = metrics["run"]["train_examples"]

@@ -44,7 +44,7 @@ def instructions_to_learn(
 ) -> tuple[list[Example], list[Example]]:
     """
     Examples to train on and to validate with: the data's, split, and the synthetic ones where asked; as many as are
-    wanted of each of them, but for those whose instruction does not fit.
+    wanted of each, but for those whose instruction does not fit.
 
     Raises:
         ValueError: if none are left for training or for validation.
@@ -58,12 +58,9 @@ def instructions_to_learn(
         synthetic = [example for example in synthetic if normalized(example.instruction) not in held_out]
         train_examples = synthetic + (train_examples if target_args.instructions == "both" else [])
     # What does not fit one processor is no reason to take others instead: another run may leave out less.
-    wanted = len(train_examples) + len(validation_examples)
-    train_examples, validation_examples = (
-        [example for example in part if processor.fits(example.instruction)]
-        for part in (train_examples, validation_examples)
-    )
-    lost = wanted - len(train_examples) - len(validation_examples)
+    wanted = train_examples, validation_examples
+    train_examples, validation_examples = ([e for e in part if processor.fits(e.instruction)] for part in wanted)
+    lost = sum(map(len, wanted)) - len(train_examples) - len(validation_examples)
     if lost:
         print(f"leaving out {lost} examples whose instruction is longer than max_input_length or max_prompt_length")
     if not train_examples or not validation_examples:
