@@ -18,7 +18,7 @@ from tqdm import tqdm
 from eval_tasks import report
 from eval_tasks.latency import best_device
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from trainers.data import DataArguments, ProtoGenCollator, load_examples
+from trainers.data import DataArguments, Example, ProtoGenCollator, load_examples
 from trainers.prompt_store import PromptStore
 
 # Dense bfloat16 operations a second, from the makers' data sheets.
@@ -96,16 +96,17 @@ def training_flops(model: ProtoGenForConditionalGeneration, batch: dict[str, tor
 
 
 def timed_steps(
-    model: ProtoGenForConditionalGeneration, batches: list[dict[str, torch.Tensor]], warm_up: int
+    model: ProtoGenForConditionalGeneration, collate: ProtoGenCollator, parts: list[list[Example]], warm_up: int
 ) -> dict[str, float]:
-    """What the steps after the first `warm_up` cost."""
+    """What a step for each of the parts costs, after the first `warm_up`; making its batch is a part of it."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     seconds, flops, tokens, prompt_tokens = [], 0, 0, 0
     with decoder_clock(model.decoder) as clock:
-        for step, batch in enumerate(tqdm(batches, desc="steps")):
+        for step, part in enumerate(tqdm(parts, desc="steps")):
             if step == warm_up:
                 clock.update(forward=0.0, backward=0.0)
             began = now()
+            batch = {name: value.to(model.device) for name, value in collate(part).items()}
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -138,11 +139,8 @@ def training_speed(arguments) -> None:
     examples = [e for e in load_examples(DataArguments(data=arguments.data)) if collate.processor.fits(e.instruction)]
     parts = [examples[at : at + arguments.batch_size] for at in range(0, len(examples), arguments.batch_size)]
     warm_up = 2
-    batches = [
-        {name: value.to(device) for name, value in collate(part).items()}
-        for part in islice(cycle(parts), warm_up + arguments.steps)
-    ]
-    figures = timed_steps(model, batches, warm_up)
+    parts = list(islice(cycle(parts), warm_up + arguments.steps))
+    figures = timed_steps(model, collate, parts, warm_up)
     if device.type == "cuda":
         peak = next((value for name, value in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
         if peak is not None:
@@ -150,9 +148,10 @@ def training_speed(arguments) -> None:
     if model.config.decoder_sees_prompt:
         with tempfile.TemporaryDirectory() as folder:
             model.read_prompt = PromptStore(folder, model.decoder)
-            for batch in batches:
-                model.read_prompt(model.decoder, batch["decoder_prompt_ids"], batch["decoder_prompt_mask"])
-            stored = timed_steps(model, batches, warm_up)
+            for batch in map(collate, parts):
+                prompt = batch["decoder_prompt_ids"].to(device), batch["decoder_prompt_mask"].to(device)
+                model.read_prompt(model.decoder, *prompt)
+            stored = timed_steps(model, collate, parts, warm_up)
         figures["milliseconds_a_step_with_stored_prompts"] = stored["milliseconds_a_step"]
     content = report.result(
         command=f"python scripts/benchmark.py {shlex.join(sys.argv[1:])}",
