@@ -190,6 +190,9 @@ def test_trained_models_are_compared(call, recipe, tmp_path):
     assert result.with_suffix(".png").is_file()
     call(benchmark, "ablations", "--runs", runs, "--result", result)
     assert "siglip_accepted_length" in read_result(result)["figures"]
+    metrics = runs / "mean_squared_error" / "metrics.json"
+    metrics.write_text(metrics.read_text().replace('"seed": 0', '"seed": 1'))
+    assert "differ in what they were made with" in call(benchmark, "ablations", "--runs", runs, "--result", result)
     call(benchmark, "length", "--run", runs / "siglip", "--result", result)
     assert {"coverage_80", "mae_tokens_linear"} <= set(read_result(result)["figures"])
     assert "train first" in call(benchmark, "losses", "--runs", tmp_path / "nothing")

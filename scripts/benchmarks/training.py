@@ -72,7 +72,7 @@ def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Ca
     Figures of all runs, what each gains on its reference, instruction by instruction, and learning curves. `called`
     makes a figure's name of the run's and its own.
     """
-    figures, learning = {}, {}
+    figures, learning, made_with = {}, {}, set()
     tables = {run: pd.read_csv(run / "answers.csv", index_col="id") for run in runs}
     # An encoder's window may leave out instructions that other runs have.
     common = sorted(set.intersection(*(set(table.index) for table in tables.values())))
@@ -88,19 +88,22 @@ def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Ca
         measured["own_tokens"] = config.num_own_tokens
         measured["steps"] = metrics["log"][-1]["step"]
         measured["instructions"] = metrics["run"]["train_examples"]
+        made_with.add(tuple(metrics["run"][name] for name in ["encoder", "decoder", "decoder_dtype", "data", "seed"]))
         log = {entry["step"]: entry["eval_token_accuracy"] for entry in metrics["log"] if "eval_loss" in entry}
         learning[run.name] = [([step] * 3, [agreement] * 3) for step, agreement in log.items()]
         measured |= {f"agreement_at_{step}": agreement for step, agreement in log.items()}
         figures |= {called(run.name, name): value for name, value in measured.items()}
+    if len(made_with) > 1:
+        raise ValueError(f"runs of {arguments.runs} differ in what they were made with: {sorted(made_with)}.")
+    [(encoder, decoder, dtype, data, seed)] = made_with
     path = Path(arguments.result)
     curves(learning, ("step", "agreement"), "Held-out instructions", path.with_suffix(".png"))
-    made_with = metrics["run"]
     content = report.result(
         command=arguments.made_by,
-        model=f"{made_with['decoder']}, {made_with['decoder_dtype']}; encoder {made_with['encoder']}",
-        revision=decoder_revision(made_with["decoder"]),
-        data=f"{len(common)} held-out instructions of {made_with['data']}",
-        seed=made_with["seed"],
+        model=f"{decoder}, {dtype}; encoder {encoder}",
+        revision=decoder_revision(decoder),
+        data=f"{len(common)} held-out instructions of {data}",
+        seed=seed,
         figures=figures,
     )
     report.write_result(path, content, beside=", with learning curves beside it")
