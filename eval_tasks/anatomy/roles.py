@@ -80,7 +80,8 @@ def probe_number(vectors: np.ndarray, values: np.ndarray, seed: int = 0) -> list
 def similarity_of_structure(a: np.ndarray, b: np.ndarray, resamples: int = 1000, seed: int = 0) -> list[float]:
     """
     Representational similarity: Spearman correlation of the two matrices of cosine distances between texts, with its
-    95 % interval over texts (bootstrap; pairs of a text with its own copy are left out).
+    95 % interval over texts (bootstrap; pairs of a text with its own copy are left out, and so are draws of fewer than
+    three different texts, which have no correlation).
 
     Args:
         a, b (`np.ndarray` of shape `(texts, dim)`; their dims may differ)
@@ -94,6 +95,8 @@ def similarity_of_structure(a: np.ndarray, b: np.ndarray, resamples: int = 1000,
     drawn = []
     for _ in range(resamples):
         rows = rng.integers(len(a), size=len(a))
+        if len(np.unique(rows)) < 3:
+            continue
         first, second = rows[upper[0]], rows[upper[1]]
         apart = first != second
         pairs = first[apart], second[apart]
