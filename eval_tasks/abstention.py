@@ -49,14 +49,16 @@ def threshold_for_accuracy(correct: np.ndarray, uncertainties: np.ndarray, wante
 def ranking_figures(quality: np.ndarray, uncertainties: np.ndarray, threshold: float = 0.5) -> dict[str, float]:
     """
     AUROC of uncertainty as a detector of answers whose quality is below the threshold (NaN where all are, or none), and
-    its rank correlation (Spearman) with quality; both arguments are `(answers,)`.
+    its rank correlation (Spearman) with quality (NaN where either is the same for all); both arguments are
+    `(answers,)`.
     """
     quality, uncertainties = np.asarray(quality, float), np.asarray(uncertainties, float)
     wrong = quality < threshold
     both = 0 < wrong.sum() < len(wrong)
+    vary = np.ptp(quality) > 0 and np.ptp(uncertainties) > 0
     return {
         "auroc_wrong": float(roc_auc_score(wrong, uncertainties)) if both else float("nan"),
-        "spearman_quality": float(spearmanr(uncertainties, quality).statistic),
+        "spearman_quality": float(spearmanr(uncertainties, quality).statistic) if vary else float("nan"),
     }
 
 
@@ -66,6 +68,10 @@ def expected_calibration_error(errors: np.ndarray, expected: np.ndarray, bins: i
     (Nguyen & O'Connor, 2015); both arguments are `(answers,)`.
     """
     errors, expected = np.asarray(errors, float), np.asarray(expected, float)
-    parts = np.array_split(np.argsort(expected, kind="stable"), min(bins, len(errors)))
-    gaps = [abs(errors[part].mean() - expected[part].mean()) * len(part) for part in parts]
+    gaps = [abs(errors[part].mean() - expected[part].mean()) * len(part) for part in equal_bins(expected, bins)]
     return float(sum(gaps) / len(errors))
+
+
+def equal_bins(values: np.ndarray, bins: int) -> list[np.ndarray]:
+    """Indices of like values, in bins of equal numbers."""
+    return np.array_split(np.argsort(values, kind="stable"), min(bins, len(values)))

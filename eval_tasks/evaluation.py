@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from . import pictures
+from .abstention import coverage_curve, equal_bins, expected_calibration_error, ranking_figures
 from .baselines.writing import Writer
 from .retention import f1_retention, retention_figures
 from .sentence_encoder import sentence_embeddings
@@ -149,19 +150,45 @@ def main_metric(table: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     """The rows of the first of these metrics that each task has."""
     parts = []
     for _, of_task in table.groupby("task", sort=False):
-        known = [metric for metric in metrics if metric in set(of_task["metric"])]
-        parts.append(of_task[of_task["metric"].isin(known[:1])])
+        present = [metric for metric in metrics if metric in set(of_task["metric"])]
+        parts.append(of_task[of_task["metric"].isin(present[:1])])
     return pd.concat(parts)
 
 
+def with_all_tasks(rated: pd.DataFrame) -> pd.DataFrame:
+    """
+    The rows as of `main_metric`, and those of several tasks once more as one, `all_tasks`, with as many of each: some
+    were trained on and others were not, and uncertainty is to tell them apart.
+    """
+    if rated["task"].nunique() < 2:
+        return rated
+    by_task = rated.groupby(["method", "task"], sort=False)
+    return pd.concat([rated, by_task.sample(by_task.size().min(), random_state=0).assign(task="all_tasks")])
+
+
 def uncertainty_figures(rated: pd.DataFrame, threshold: float) -> dict[str, float]:
-    """Retention of each method that says how sure it is, of rows as of `main_metric`; an error is 1 - value."""
+    """
+    Of rows as of `main_metric`, for each method that says how sure it is: retention, how well uncertainty tells right
+    from wrong, and its calibration as the error that is expected; an error is 1 - value, right is what has at most the
+    threshold's.
+    """
     figures = {}
-    known = rated[rated["uncertainty"].notna()]
-    for (method, task), part in known.groupby(["method", "task"], sort=False):
-        found = retention_figures(1 - part["value"].to_numpy(), part["uncertainty"].to_numpy(), threshold)
+    for (method, task), part in with_all_tasks(known(rated)).groupby(["method", "task"], sort=False):
+        errors, uncertainties = errors_and_uncertainties(part)
+        found = retention_figures(errors, uncertainties, threshold)
+        found |= ranking_figures(-errors, uncertainties, -threshold)
+        found["calibration_error"] = expected_calibration_error(errors, uncertainties)
         figures |= {f"{name}_{method}_{task}": value for name, value in found.items()}
     return figures
+
+
+def known(rated: pd.DataFrame) -> pd.DataFrame:
+    """The rows of methods that say how sure they are."""
+    return rated[rated["uncertainty"].notna()]
+
+
+def errors_and_uncertainties(rated: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    return 1 - rated["value"].to_numpy(), rated["uncertainty"].to_numpy()
 
 
 def side_by_side(cells: dict[tuple[str, str], dict], number: int = 12) -> str:
@@ -194,44 +221,59 @@ def shaded(sample: dict) -> str:
 
 
 def draw(cells: dict[tuple[str, str], dict], rated: pd.DataFrame, threshold: float, folder: Path) -> None:
-    """
-    For each task quality against speed, by category and by length, and F1-retention curves with those of a random and
-    of the best order; of rows as of `main_metric`.
-    """
+    """The pictures of each task, of rows as of `main_metric`."""
     for task, of_task in rated.groupby("task", sort=False):
-        metric = of_task["metric"].iloc[0].replace("_", " ")
-        by_category = {
-            category: {method: mean_with_interval(rows["value"]) for method, rows in part.groupby("method", sort=False)}
-            for category, part in of_task.groupby("category")
-            if part.groupby("method").size().min() > 1
-        }
-        if len(by_category) > 1:
-            pictures.bars(by_category, f"{task}: {metric}", folder / f"{task}_categories.png")
-        # Up to 1, 2, 4, ... words.
-        lengths = 2 ** np.ceil(np.log2(of_task["target_words"].clip(lower=1))).astype(int)
-        by_length = of_task.assign(words=lengths).groupby(["words", "method"]).filter(lambda rows: len(rows) > 1)
-        if by_length["words"].nunique() > 1:
-            path = folder / f"{task}_lengths.png"
-            labels = ("words of the target, at most", metric)
-            pictures.lines(by_length, "words", "value", task, path, line="method", log2=True, labels=labels)
-        points = {}
-        for method, part in of_task.groupby("method", sort=False):
-            rate = 1 / cells[method, task]["seconds_an_example"]
-            points[method] = [([rate] * 3, mean_with_interval(part["value"]))]
-        labels = ("examples a second", metric)
-        pictures.curves(points, labels, f"{task}: quality against speed", folder / f"{task}_speed.png", log_x=True)
-        drawn = {}
-        for method, part in of_task[of_task["uncertainty"].notna()].groupby("method", sort=False):
-            errors, uncertainties = 1 - part["value"].to_numpy(), part["uncertainty"].to_numpy()
-            orders = {"": uncertainties, ", best order": errors, ", random order": shuffled(uncertainties)}
-            for name, order in orders.items():
-                curve = f1_retention(errors, order, threshold)
-                drawn[f"{method}{name}"] = [
-                    ([x] * 3, [y] * 3) for x, y in zip(curve.retained, curve.value, strict=True)
-                ]
-        if drawn:
-            labels = ("share of answers kept", f"F1 of an error of at most {threshold}")
-            pictures.curves(drawn, labels, f"{task}: retention", folder / f"{task}_retention.png")
+        draw_quality(cells, of_task, task, folder)
+    for task, of_task in with_all_tasks(known(rated)).groupby("task", sort=False):
+        draw_uncertainty(of_task, threshold, task, folder)
+
+
+def draw_quality(cells: dict[tuple[str, str], dict], of_task: pd.DataFrame, task: str, folder: Path) -> None:
+    """Quality by category, by length and against speed."""
+    metric = of_task["metric"].iloc[0].replace("_", " ")
+    by_category = {
+        category: {method: mean_with_interval(rows["value"]) for method, rows in part.groupby("method", sort=False)}
+        for category, part in of_task.groupby("category")
+        if part.groupby("method").size().min() > 1
+    }
+    if len(by_category) > 1:
+        pictures.bars(by_category, f"{task}: {metric}", folder / f"{task}_categories.png")
+    # Up to 1, 2, 4, ... words.
+    lengths = 2 ** np.ceil(np.log2(of_task["target_words"].clip(lower=1))).astype(int)
+    by_length = of_task.assign(words=lengths).groupby(["words", "method"]).filter(lambda rows: len(rows) > 1)
+    if by_length["words"].nunique() > 1:
+        path = folder / f"{task}_lengths.png"
+        labels = ("words of the target, at most", metric)
+        pictures.lines(by_length, "words", "value", task, path, line="method", log2=True, labels=labels)
+    points = {}
+    for method, part in of_task.groupby("method", sort=False):
+        rate = 1 / cells[method, task]["seconds_an_example"]
+        points[method] = [([rate] * 3, mean_with_interval(part["value"]))]
+    labels = ("examples a second", metric)
+    pictures.curves(points, labels, f"{task}: quality against speed", folder / f"{task}_speed.png", log_x=True)
+
+
+def draw_uncertainty(of_task: pd.DataFrame, threshold: float, task: str, folder: Path) -> None:
+    """F1-retention beside that of a random and of the best order, accuracy against coverage, and calibration."""
+    retained, covered, calibrated = {}, {}, {"calibrated": [([end] * 3, [end] * 3) for end in (0, 1)]}
+    for method, part in of_task.groupby("method", sort=False):
+        errors, uncertainties = errors_and_uncertainties(part)
+        orders = {"": uncertainties, ", best order": errors, ", random order": shuffled(uncertainties)}
+        for name, order in orders.items():
+            curve = f1_retention(errors, order, threshold)
+            retained[f"{method}{name}"] = [([x] * 3, [y] * 3) for x, y in zip(curve.retained, curve.value, strict=True)]
+        coverage, accuracy = coverage_curve(errors <= threshold, uncertainties)
+        covered[method] = [([x] * 3, [y] * 3) for x, y in zip(coverage, accuracy, strict=True)]
+        calibrated[method] = [
+            ([uncertainties[alike].mean()] * 3, mean_with_interval(errors[alike]))
+            for alike in equal_bins(uncertainties, min(5, len(errors) // 2))  # an interval needs two
+        ]
+    labels = ("share of answers kept", f"F1 of an error of at most {threshold}")
+    pictures.curves(retained, labels, f"{task}: retention", folder / f"{task}_retention.png")
+    labels = ("share of answers given", f"share with an error of at most {threshold}")
+    pictures.curves(covered, labels, f"{task}: abstention", folder / f"{task}_coverage.png")
+    labels = ("uncertainty", "error")
+    pictures.curves(calibrated, labels, f"{task}: calibration", folder / f"{task}_calibration.png")
 
 
 def shuffled(values: np.ndarray) -> np.ndarray:

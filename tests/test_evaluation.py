@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import benchmark
+import numpy as np
 import pandas as pd
 import pytest
 import report
@@ -15,8 +16,9 @@ from test_scripts import call  # noqa: F401
 from transformers import AutoTokenizer, BertForMaskedLM
 
 from eval_tasks.baselines.masked_diffusion import masked_diffusion
-from eval_tasks.evaluation import WriterLM, quality_figures, sample_of, shaded
+from eval_tasks.evaluation import WriterLM, quality_figures, sample_of, shaded, uncertainty_figures
 from eval_tasks.report import read_result
+from eval_tasks.retention import f1_retention
 
 # Not by name: a library is called so too.
 SCRIPT = Path(__file__).parent.parent / "scripts" / "evaluate.py"
@@ -67,6 +69,7 @@ def test_methods_are_compared_question_by_question(call, recipe, tmp_path, monke
     assert -1 <= figures["greedy_protogen_dolly_embedding_similarity"][0] <= 1
     assert figures["greedy_protogen_dolly_bits_a_token"][0] > 0
     assert 0 < figures["f1_auc_one_step_protogen_dolly"] < 1
+    assert 0 <= figures["calibration_error_one_step_protogen_dolly"] <= 1
     cells = {path.stem: json.loads(path.read_text()) for path in (folder / "cells").iterdir()}
     assert set(cells) == {f"{method}--protogen_dolly" for method in ("one_step", "verified", "greedy")}
     answers = [
@@ -74,7 +77,8 @@ def test_methods_are_compared_question_by_question(call, recipe, tmp_path, monke
     ]
     assert answers[0] == answers[1]
     assert "background: rgba" in (folder / "examples.html").read_text()
-    assert (folder / "protogen_dolly_speed.png").is_file()
+    for picture in ("speed", "retention", "coverage", "calibration"):
+        assert (folder / f"protogen_dolly_{picture}.png").is_file()
     assert len((folder / "evaluation.csv").read_text().splitlines()) == 1 + 3 * 6 * 7
 
     # Nothing is answered again, and nothing of another kind is mixed in.
@@ -86,6 +90,25 @@ def test_methods_are_compared_question_by_question(call, recipe, tmp_path, monke
     page = (tmp_path / "runs" / "index.html").read_text()
     assert "data:image/png;base64," in page
     assert "https://" not in page
+
+
+def test_uncertainty_is_measured_of_each_task_and_of_as_many_answers_of_all():
+    rng = np.random.default_rng(0)
+    rated = pd.DataFrame({"method": "sure", "task": ["known"] * 20 + ["new"] * 200, "value": [1.0] * 20 + [0.0] * 200})
+    rated["uncertainty"] = 1 - rated["value"] + rng.uniform(-0.1, 0.1, 220)
+    unsure = rated.assign(method="unsure", uncertainty=np.nan)
+    with pytest.warns(UserWarning, match="not defined"):
+        figures = uncertainty_figures(pd.concat([rated, unsure]), 0.7)
+    assert not any("unsure" in name for name in figures)
+    assert figures["f1_auc_sure_all_tasks"] == figures["f1_auc_optimal_sure_all_tasks"]
+    halves = f1_retention(np.repeat([0.0, 1.0], 20), np.repeat([0.0, 1.0], 20), 0.7)
+    assert figures["f1_auc_sure_all_tasks"] == pytest.approx(halves.area)
+    assert figures["auroc_wrong_sure_all_tasks"] == 1
+    assert np.isnan(figures["f1_auc_sure_new"])
+    assert figures["calibration_error_sure_known"] < 0.1
+    alone = uncertainty_figures(rated[:20], 0.7)
+    assert {name.removesuffix("_sure_known") for name in alone} > {"f1_auc", "f1_at_95", "spearman_quality"}
+    assert not any("all_tasks" in name for name in alone)
 
 
 def test_parity_is_gathered(call, recipe, tmp_path):  # noqa: F811
