@@ -65,7 +65,6 @@ def capacity_picture(rows: list[dict], threshold: float, title: str, path: str |
     panel = settings.pop(0) if len(settings) > 1 else None
     rows["setting"] = rows[settings].map(lambda value: NAMES.get(value, value)).agg(" ".join, axis=1)
     rows["no sink"] = rows["sink"] == "none"
-    rows = rows.replace("_", " ", regex=True)
     lines(
         rows,
         x="length",
