@@ -191,7 +191,9 @@ def test_trained_models_are_compared(call, recipe, tmp_path):
     call(benchmark, "ablations", "--runs", runs, "--result", result)
     assert "siglip_accepted_length" in read_result(result)["figures"]
     metrics = runs / "mean_squared_error" / "metrics.json"
-    metrics.write_text(metrics.read_text().replace('"seed": 0', '"seed": 1'))
+    content = json.loads(metrics.read_text())
+    content["run"]["seed"] += 1
+    metrics.write_text(json.dumps(content))
     assert "differ in what they were made with" in call(benchmark, "ablations", "--runs", runs, "--result", result)
     call(benchmark, "length", "--run", runs / "siglip", "--result", result)
     assert {"coverage_80", "mae_tokens_linear"} <= set(read_result(result)["figures"])

@@ -72,7 +72,7 @@ def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Ca
     Figures of all runs, what each gains on its reference, instruction by instruction, and learning curves. `called`
     makes a figure's name of the run's and its own.
     """
-    figures, learning, made_with = {}, {}, set()
+    figures, learning, made_with, encoders = {}, {}, set(), set()
     tables = {run: pd.read_csv(run / "answers.csv", index_col="id") for run in runs}
     # An encoder's window may leave out instructions that other runs have.
     common = sorted(set.intersection(*(set(table.index) for table in tables.values())))
@@ -88,19 +88,22 @@ def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Ca
         measured["own_tokens"] = config.num_own_tokens
         measured["steps"] = metrics["log"][-1]["step"]
         measured["instructions"] = metrics["run"]["train_examples"]
-        made_with.add(tuple(metrics["run"][name] for name in ["encoder", "decoder", "decoder_dtype", "data", "seed"]))
+        made_with.add(tuple(metrics["run"][name] for name in ["decoder", "decoder_dtype", "data", "seed"]))
+        # A run may do without one.
+        encoders |= {metrics["run"]["encoder"]} - {None}
         log = {entry["step"]: entry["eval_token_accuracy"] for entry in metrics["log"] if "eval_loss" in entry}
         learning[run.name] = [([step] * 3, [agreement] * 3) for step, agreement in log.items()]
         measured |= {f"agreement_at_{step}": agreement for step, agreement in log.items()}
         figures |= {called(run.name, name): value for name, value in measured.items()}
-    if len(made_with) > 1:
-        raise ValueError(f"runs of {arguments.runs} differ in what they were made with: {sorted(made_with)}.")
-    [(encoder, decoder, dtype, data, seed)] = made_with
+    if len(made_with) > 1 or len(encoders) > 1:
+        differ = ", ".join(map(str, sorted(made_with) + sorted(encoders)))
+        raise ValueError(f"runs of {arguments.runs} differ in what they were made with: {differ}.")
+    [(decoder, dtype, data, seed)] = made_with
     path = Path(arguments.result)
     curves(learning, ("step", "agreement"), "Held-out instructions", path.with_suffix(".png"))
     content = report.result(
         command=arguments.made_by,
-        model=f"{decoder}, {dtype}; encoder {encoder}",
+        model=f"{decoder}, {dtype}; encoder {', '.join(encoders) or 'none'}",
         revision=decoder_revision(decoder),
         data=f"{len(common)} held-out instructions of {data}",
         seed=seed,
