@@ -155,11 +155,12 @@ def main_metric(table: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-def with_all_tasks(rated: pd.DataFrame) -> pd.DataFrame:
+def with_uncertainty(rated: pd.DataFrame) -> pd.DataFrame:
     """
-    The rows as of `main_metric`, and those of several tasks once more as one, `all_tasks`, with as many of each: some
-    were trained on and others were not, and uncertainty is to tell them apart.
+    The rows, as of `main_metric`, of methods that say how sure they are, and those of several tasks once more as one,
+    `all_tasks`, with as many of each: some were trained on and others were not, and uncertainty is to tell them apart.
     """
+    rated = rated[rated["uncertainty"].notna()]
     if rated["task"].nunique() < 2:
         return rated
     by_task = rated.groupby(["method", "task"], sort=False)
@@ -173,18 +174,13 @@ def uncertainty_figures(rated: pd.DataFrame, threshold: float) -> dict[str, floa
     threshold's.
     """
     figures = {}
-    for (method, task), part in with_all_tasks(known(rated)).groupby(["method", "task"], sort=False):
+    for (method, task), part in with_uncertainty(rated).groupby(["method", "task"], sort=False):
         errors, uncertainties = errors_and_uncertainties(part)
         found = retention_figures(errors, uncertainties, threshold)
         found |= ranking_figures(-errors, uncertainties, -threshold)
         found["calibration_error"] = expected_calibration_error(errors, uncertainties)
         figures |= {f"{name}_{method}_{task}": value for name, value in found.items()}
     return figures
-
-
-def known(rated: pd.DataFrame) -> pd.DataFrame:
-    """The rows of methods that say how sure they are."""
-    return rated[rated["uncertainty"].notna()]
 
 
 def errors_and_uncertainties(rated: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -224,7 +220,7 @@ def draw(cells: dict[tuple[str, str], dict], rated: pd.DataFrame, threshold: flo
     """The pictures of each task, of rows as of `main_metric`."""
     for task, of_task in rated.groupby("task", sort=False):
         draw_quality(cells, of_task, task, folder)
-    for task, of_task in with_all_tasks(known(rated)).groupby("task", sort=False):
+    for task, of_task in with_uncertainty(rated).groupby("task", sort=False):
         draw_uncertainty(of_task, threshold, task, folder)
 
 
@@ -255,15 +251,14 @@ def draw_quality(cells: dict[tuple[str, str], dict], of_task: pd.DataFrame, task
 
 def draw_uncertainty(of_task: pd.DataFrame, threshold: float, task: str, folder: Path) -> None:
     """F1-retention beside that of a random and of the best order, accuracy against coverage, and calibration."""
-    retained, covered, calibrated = {}, {}, {"calibrated": [([end] * 3, [end] * 3) for end in (0, 1)]}
+    retained, covered, calibrated = {}, {}, {"calibrated": pictures.exact_points((0, 1), (0, 1))}
     for method, part in of_task.groupby("method", sort=False):
         errors, uncertainties = errors_and_uncertainties(part)
         orders = {"": uncertainties, ", best order": errors, ", random order": shuffled(uncertainties)}
         for name, order in orders.items():
             curve = f1_retention(errors, order, threshold)
-            retained[f"{method}{name}"] = [([x] * 3, [y] * 3) for x, y in zip(curve.retained, curve.value, strict=True)]
-        coverage, accuracy = coverage_curve(errors <= threshold, uncertainties)
-        covered[method] = [([x] * 3, [y] * 3) for x, y in zip(coverage, accuracy, strict=True)]
+            retained[f"{method}{name}"] = pictures.exact_points(curve.retained, curve.value)
+        covered[method] = pictures.exact_points(*coverage_curve(errors <= threshold, uncertainties))
         calibrated[method] = [
             ([uncertainties[alike].mean()] * 3, mean_with_interval(errors[alike]))
             for alike in equal_bins(uncertainties, min(5, len(errors) // 2))  # an interval needs two

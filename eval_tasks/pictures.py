@@ -1,5 +1,6 @@
 """Pictures of rows and figures, with intervals over texts."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -127,6 +128,11 @@ def curves(
     axis.grid(alpha=0.3)
     axis.legend()
     save(figure, title, path)
+
+
+def exact_points(x: Iterable[float], y: Iterable[float]) -> list[tuple[list[float], list[float]]]:
+    """Points for `curves` whose coordinates have no intervals."""
+    return [([at] * 3, [value] * 3) for at, value in zip(x, y, strict=True)]
 
 
 def arms(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:

@@ -143,6 +143,7 @@ def test_similarity_of_structure_sees_structure_only():
     assert abs(value) < 0.2
     # Of four texts draws often repeat one or two, which say nothing of structure.
     assert roles.similarity_of_structure(vectors[:4], turned[:4], 100) == pytest.approx([1, 1, 1])
+    assert np.isnan(roles.similarity_of_structure(vectors[:2], turned[:2])).all()
 
 
 def test_bags_hold_the_tokens_whatever_their_order():

@@ -81,7 +81,7 @@ def similarity_of_structure(a: np.ndarray, b: np.ndarray, resamples: int = 1000,
     """
     Representational similarity: Spearman correlation of the two matrices of cosine distances between texts, with its
     95 % interval over texts (bootstrap; pairs of a text with its own copy are left out, and so are draws of fewer than
-    three different texts, which have no correlation).
+    three different texts, which have no correlation); NaN for so few texts.
 
     Args:
         a, b (`np.ndarray` of shape `(texts, dim)`; their dims may differ)
@@ -89,6 +89,8 @@ def similarity_of_structure(a: np.ndarray, b: np.ndarray, resamples: int = 1000,
     References:
         Kriegeskorte et al., 2008, "Representational similarity analysis", Frontiers in Systems Neuroscience 2.
     """
+    if len(a) < 3:
+        return [float("nan")] * 3
     distance_a, distance_b = (squareform(pdist(x, "cosine")) for x in (a, b))
     rng, upper = np.random.default_rng(seed), np.triu_indices(len(a), 1)
     value = spearmanr(distance_a[upper], distance_b[upper]).statistic

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from eval_tasks import report
 from eval_tasks.one_step import one_step_records
-from eval_tasks.pictures import curves
+from eval_tasks.pictures import curves, exact_points
 from eval_tasks.retrieval import nearest_rows, retrieval_ranks
 from eval_tasks.statistics import mean_with_interval
 from eval_tasks.text_metrics import rouge_l, share_of_equal
@@ -92,7 +92,7 @@ def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Ca
         # A run may do without one.
         encoders |= {metrics["run"]["encoder"]} - {None}
         log = {entry["step"]: entry["eval_token_accuracy"] for entry in metrics["log"] if "eval_loss" in entry}
-        learning[run.name] = [([step] * 3, [agreement] * 3) for step, agreement in log.items()]
+        learning[run.name] = exact_points(log, log.values())
         measured |= {f"agreement_at_{step}": agreement for step, agreement in log.items()}
         figures |= {called(run.name, name): value for name, value in measured.items()}
     if len(made_with) > 1 or len(encoders) > 1:
