@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from .statistics import mean_with_interval
 
@@ -51,7 +52,8 @@ def lines(
             at, mean, low, high = np.array(points).T
             is_dotted = dotted is not None and key[-1]
             label = None if line is None else f"{key[0]}, {dotted}" if is_dotted else str(key[0])
-            axis.plot(at, mean, ":" if is_dotted else "-", color=colour, marker="o", ms=4, label=label)
+            style = {"linestyle": ":", "markerfacecolor": "white"} if is_dotted else {}
+            axis.plot(at, mean, color=colour, marker="o", ms=4, label=label, **style)
             axis.fill_between(at, low, high, color=colour, alpha=0.12, linewidth=0)
         if threshold is not None:
             axis.axhline(threshold, color="grey", linewidth=0.8)
@@ -76,9 +78,12 @@ def lines(
 
 
 def bars(panels: dict[str, dict[str, list[float]]], title: str, path: str | Path) -> None:
-    """Bars with intervals: for each panel from a name to `[value, low, high]`."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False)
-    for axis, (name, figures) in zip(axes[0], panels.items(), strict=True):
+    """Bars with intervals: for each panel from a name to `[value, low, high]`; four panels a row."""
+    columns, rows = min(len(panels), 4), -(-len(panels) // 4)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.5 * columns, 4 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (name, figures) in zip(axes.flat, panels.items(), strict=False):
         value, low, high = np.array(list(figures.values())).T
         axis.bar(range(len(value)), value, color=[f"C{number % 10}" for number in range(len(value))], alpha=0.8)
         errors = arms(value, low, high)
@@ -124,7 +129,12 @@ def curves(
         (x, x_low, x_high), (y, y_low, y_high) = np.array(points).transpose(1, 2, 0)
         errors = {"xerr": arms(x, x_low, x_high), "yerr": arms(y, y_low, y_high)}
         axis.errorbar(x, y, **errors, fmt="-o", ms=4, elinewidth=0.8, label=name)
-    axis.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if log_x else "linear")
+    axis.set(xlabel=labels[0], ylabel=labels[1])
+    if log_x:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend()
     save(figure, title, path)
