@@ -2,6 +2,7 @@
 
 import base64
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,16 @@ def test_the_mean_of_weighted_hits_is_the_balanced_accuracy(monkeypatch):
     monkeypatch.setattr(roles, "cross_val_predict", lambda *_, **__: predicted)
     hits = roles.probe_categories(np.zeros((6, 2)), list(labels))
     assert hits.mean() == pytest.approx(balanced_accuracy_score(labels, predicted))
+
+
+def test_a_rare_category_is_left_out_of_the_probe(decoder, tmp_path):
+    fitted = random_texts(14)
+    fitted = replace(fitted, categories=["a"] * 6 + ["b"] * 6 + ["rare"] * 2)
+    # Tells the common categories apart; a probe that saw the rare one could not be always right about them.
+    meaning = np.random.default_rng(0).normal(size=(14, 4)) + 20 * np.array([[1]] * 6 + [[-1]] * 6 + [[1]] * 2)
+    figures = roles.study(Reader(decoder, "e_mN", "bos"), fitted, meaning, "", tmp_path, seed=0).figures
+    assert figures["probe_category_balanced_accuracy_chance"][0] == 1 / 2
+    assert figures["probe_category_balanced_accuracy_sentence_encoder"][0] == 1
 
 
 def test_similarity_of_structure_sees_structure_only():

@@ -141,17 +141,17 @@ def study(reader: Reader, fitted: FittedTexts, meaning: np.ndarray, title: str, 
     vectors["both"] = np.concatenate([vectors["e"], vectors["m"]], axis=1)
     numbers = {"length": np.array([len(ids) for ids in fitted.token_ids], dtype=float)} | profile(fitted.texts)
     numbers = {name: values for name, values in numbers.items() if values.std() > 0}
-    sizes = Counter(fitted.categories)
-    # Each of the five folds needs one of each category.
-    has_categories = len(sizes) > 1 and min(sizes.values()) >= 5
+    # Each of the five folds needs one of each category, so rarer ones are left out.
+    common = {category for category, size in Counter(fitted.categories).items() if size >= 5}
+    has_common = np.array([category in common for category in fitted.categories])
     for name, vector in {**vectors, "sentence_encoder": meaning}.items():
-        if has_categories:
-            hits = probe_categories(vector, fitted.categories, seed)
+        if len(common) > 1:
+            hits = probe_categories(vector[has_common], np.asarray(fitted.categories)[has_common], seed)
             figures[f"probe_category_balanced_accuracy_{name}"] = mean_with_interval(hits)
         for number, values in numbers.items():
             figures[f"probe_{number}_r2_{name}"] = probe_number(vector, values, seed)
-    if has_categories:
-        figures["probe_category_balanced_accuracy_chance"] = [1 / len(sizes)] * 3
+    if len(common) > 1:
+        figures["probe_category_balanced_accuracy_chance"] = [1 / len(common)] * 3
     tokens = bags_of_tokens(fitted.token_ids)
     for name, vector in vectors.items():
         figures[f"similarity_to_meaning_{name}"] = similarity_of_structure(vector, meaning)
