@@ -65,6 +65,20 @@ def probe_categories(vectors: np.ndarray, categories: list[str], seed: int = 0) 
     return weight * (predicted == labels)
 
 
+def category_figures(vectors: dict[str, np.ndarray], categories: list[str], seed: int) -> dict[str, list[float]]:
+    """The balanced accuracy of `probe_categories` from each of the vectors, and by chance."""
+    # Each of the five folds needs one of each category, so rarer ones are left out.
+    sizes = Counter(categories)
+    common = np.array([sizes[category] >= 5 for category in categories])
+    labels = np.asarray(categories)[common]
+    num_common = len(set(labels))
+    if num_common < 2:
+        return {}
+    hits = {name: probe_categories(vector[common], labels, seed) for name, vector in vectors.items()}
+    accuracies = {name: mean_with_interval(hit) for name, hit in hits.items()} | {"chance": [1 / num_common] * 3}
+    return {f"probe_category_balanced_accuracy_{name}": accuracy for name, accuracy in accuracies.items()}
+
+
 def probe_number(vectors: np.ndarray, values: np.ndarray, seed: int = 0) -> list[float]:
     """
     R² of a linear probe (ridge on standardised vectors `(texts, dim)`, 5-fold cross-validated) of a number `(texts,)`,
@@ -141,17 +155,11 @@ def study(reader: Reader, fitted: FittedTexts, meaning: np.ndarray, title: str, 
     vectors["both"] = np.concatenate([vectors["e"], vectors["m"]], axis=1)
     numbers = {"length": np.array([len(ids) for ids in fitted.token_ids], dtype=float)} | profile(fitted.texts)
     numbers = {name: values for name, values in numbers.items() if values.std() > 0}
-    # Each of the five folds needs one of each category, so rarer ones are left out.
-    common = {category for category, size in Counter(fitted.categories).items() if size >= 5}
-    has_common = np.array([category in common for category in fitted.categories])
-    for name, vector in {**vectors, "sentence_encoder": meaning}.items():
-        if len(common) > 1:
-            hits = probe_categories(vector[has_common], np.asarray(fitted.categories)[has_common], seed)
-            figures[f"probe_category_balanced_accuracy_{name}"] = mean_with_interval(hits)
+    probed = {**vectors, "sentence_encoder": meaning}
+    figures |= category_figures(probed, fitted.categories, seed)
+    for name, vector in probed.items():
         for number, values in numbers.items():
             figures[f"probe_{number}_r2_{name}"] = probe_number(vector, values, seed)
-    if len(common) > 1:
-        figures["probe_category_balanced_accuracy_chance"] = [1 / len(common)] * 3
     tokens = bags_of_tokens(fitted.token_ids)
     for name, vector in vectors.items():
         figures[f"similarity_to_meaning_{name}"] = similarity_of_structure(vector, meaning)
