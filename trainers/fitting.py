@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modeling_protogen.modeling_protogen import joined_inputs, sink_ids
@@ -237,7 +238,7 @@ class ProtoTokenFitter:
             self.start(fit, m)
         best, slots = (-1.0, -1.0), self.num_slots([fit.text for fit in fits])
         kept = {}
-        for step in range(self.args.fit_settle_steps + 1):
+        for step in tqdm(range(self.args.fit_settle_steps + 1), desc="settle m", leave=False):
             scores = []
             while len(scores) < len(fits):
                 part = self._scores_and_gradients(fits[len(scores) : len(scores) + slots])
