@@ -114,12 +114,14 @@ def test_uncertainty_is_measured_of_each_task_and_of_as_many_answers_of_all():
 def test_parity_is_gathered(call, recipe, tmp_path):  # noqa: F811
     content = yaml.safe_load(recipe.read_text())
     methods = content["methods"]
-    content |= {"methods": {"hf": methods["greedy"], "protogen": methods["verified"]}, "baseline": "hf"}
+    methods = {"hf": methods["greedy"], "protogen": methods["verified"], "one_step": methods["one_step"]}
+    content |= {"methods": methods, "baseline": "hf"}
     recipe.write_text(yaml.safe_dump(content))
     call(evaluate_script, "--config", recipe, "--gen_kwargs", "max_gen_toks=7")
     call(benchmark, "parity", "--run", tmp_path / "runs" / "tiny", "--result", tmp_path / "parity.json")
     figures = read_result(tmp_path / "parity.json")["figures"]
     assert (figures["answers_compared"], figures["answers_different"], figures["dolly_difference"]) == (6, 0, 0)
+    assert figures["dolly_accuracy_hf"] != figures["dolly_accuracy_one_step"]
     path = tmp_path / "runs" / "tiny" / "cells" / "protogen--protogen_dolly.json"
     cell = json.loads(path.read_text())
     assert max(len(sample["token_confidences"]) for sample in cell["samples"]) == 7

@@ -1,4 +1,6 @@
-"""A finished `evaluate.py --config evaluation/parity`: is `--model protogen` the decoder that it verifies with?"""
+"""A finished `evaluate.py --config evaluation/parity`: is `--model protogen` the decoder that it verifies with?
+
+One-step answers stand beside."""
 
 import json
 from pathlib import Path
@@ -15,12 +17,18 @@ def add_commands(commands) -> None:
     command.set_defaults(run_command=parity)
 
 
+def accuracy(cell: dict) -> float:
+    return float(np.mean([list(sample["metrics"].values()) for sample in cell["samples"]]))
+
+
 def parity(arguments) -> None:
     cells = Path(arguments.run) / "cells"
     figures, compared, different = {}, 0, 0
     for path in sorted(cells.glob("hf--*.json")):
         task = path.stem.removeprefix("hf--")
-        hf, protogen = (json.loads((cells / f"{method}--{task}.json").read_text()) for method in ("hf", "protogen"))
+        hf, protogen, one_step = (
+            json.loads((cells / f"{method}--{task}.json").read_text()) for method in ("hf", "protogen", "one_step")
+        )
         pairs = list(zip(hf["samples"], protogen["samples"], strict=True))
         for one, other in pairs:
             if [one[key] for key in ("task", "doc_id", "filter", "prompt")] != [
@@ -29,12 +37,14 @@ def parity(arguments) -> None:
                 raise ValueError(f"{task}: the two runs do not have the same questions; remove {cells} and run again.")
         compared += len(pairs)
         different += sum(one["answer"] != other["answer"] for one, other in pairs)
-        means = [
-            np.mean([list(sample["metrics"].values()) for sample in column]) for column in zip(*pairs, strict=True)
-        ]
         name = task.removeprefix("protogen_")
-        figures |= {f"{name}_difference": float(means[1] - means[0]), f"{name}_accuracy_hf": float(means[0])}
-        figures |= {f"{name}_seconds_an_example": protogen["seconds_an_example"]}
+        figures |= {
+            f"{name}_difference": accuracy(protogen) - accuracy(hf),
+            f"{name}_accuracy_hf": accuracy(hf),
+            f"{name}_accuracy_one_step": accuracy(one_step),
+            f"{name}_seconds_an_example": protogen["seconds_an_example"],
+            f"{name}_seconds_an_example_one_step": one_step["seconds_an_example"],
+        }
     if not figures:
         raise FileNotFoundError(
             f"there is nothing in {cells}; run scripts/evaluate.py --config evaluation/parity first."
