@@ -92,12 +92,18 @@ def format_figure(figure: float | list[float]) -> str:
 def markdown_table(content: dict, columns: list[str] = ()) -> str:
     """
     The figures of a result, one a row, with what made them below. With `columns` each row is a setting: figure
-    `SETTING_COLUMN` stands in row SETTING, column COLUMN.
+    `SETTING_COLUMN` stands in row SETTING, column COLUMN. All settings have the first column; the others may be blank.
+
+    Raises:
+        ValueError: if no setting has one of the columns.
     """
     figures = content["figures"]
     if columns:
         settings = [name.removesuffix(f"_{columns[0]}") for name in figures if name.endswith(f"_{columns[0]}")]
-        rows = [[setting, *(format_figure(figures[f"{setting}_{c}"]) for c in columns)] for setting in settings]
+        unknown = [c for c in columns if not any(f"{setting}_{c}" in figures for setting in settings)]
+        if unknown:
+            raise ValueError(f"no figure of the result is called SETTING_{unknown[0]}.")
+        rows = [[setting, *(format_figure(figures.get(f"{setting}_{c}", "")) for c in columns)] for setting in settings]
         header = ["setting", *(column.replace("_", " ") for column in columns)]
     else:
         rows = [[name.replace("_", " "), format_figure(value)] for name, value in figures.items()]

@@ -99,6 +99,10 @@ def test_tables_are_filled_between_their_markers(content):
     content["figures"] = {"slow_accuracy": 0.5, "slow_steps": 7, "fast_accuracy": 1.0, "fast_steps": 3}
     by_setting = report.fill_tables("<!-- result x accuracy steps -->\n<!-- end x -->", {"x": content})
     assert "| setting | accuracy | steps |\n| --- | --- | --- |\n| slow | 0.5 | 7 |\n| fast | 1 | 3 |" in by_setting
+    del content["figures"]["slow_steps"]
+    assert "| slow | 0.5 |  |\n| fast | 1 | 3 |" in report.markdown_table(content, ["accuracy", "steps"])
+    with pytest.raises(ValueError, match="no figure of the result is called SETTING_step"):
+        report.markdown_table(content, ["accuracy", "step"])
     with pytest.raises(ValueError, match=r"no result file y\.json"):
         report.fill_tables("<!-- result y -->", {"x": content})
     with pytest.raises(ValueError, match="has no '<!-- end x -->'"):
