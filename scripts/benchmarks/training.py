@@ -56,7 +56,10 @@ def encoder(arguments) -> None:
     """Runs are called by a letter and what it stands for; figures by the letter. Each run is held against the last."""
     runs = finished_runs(arguments.runs, "answers.csv")
     references = dict(zip(runs[1:], runs, strict=False))
-    gather(arguments, runs, references, lambda run, figure: f"{figure}_{run.split('-')[0]}")
+    learning = gather(arguments, runs, references, lambda run, figure: f"{figure}_{run.split('-')[0]}")
+    picture = Path(arguments.result).with_suffix(".png")
+    curves(learning, ("step", "agreement"), "Held-out instructions", picture)
+    print(f"learning curves in {picture}")
 
 
 def ablations(arguments) -> None:
@@ -67,10 +70,10 @@ def ablations(arguments) -> None:
     gather(arguments, runs, references, lambda run, figure: f"{run}_{figure}")
 
 
-def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Callable[[str, str], str]) -> None:
+def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Callable[[str, str], str]) -> dict:
     """
-    Figures of all runs, what each gains on its reference, instruction by instruction, and learning curves. `called`
-    makes a figure's name of the run's and its own.
+    Writes the figures of all runs, and what each gains on its reference, instruction by instruction. `called` makes a
+    figure's name of the run's and its own. Returns the learning curves.
     """
     figures, learning, made_with, encoders = {}, {}, set(), set()
     tables = {run: pd.read_csv(run / "answers.csv", index_col="id") for run in runs}
@@ -99,8 +102,6 @@ def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Ca
         differ = ", ".join(map(str, sorted(made_with) + sorted(encoders)))
         raise ValueError(f"runs of {arguments.runs} differ in what they were made with: {differ}.")
     [(decoder, dtype, data, seed)] = made_with
-    path = Path(arguments.result)
-    curves(learning, ("step", "agreement"), "Held-out instructions", path.with_suffix(".png"))
     content = report.result(
         command=arguments.made_by,
         model=f"{decoder}, {dtype}; encoder {', '.join(encoders) or 'none'}",
@@ -109,7 +110,8 @@ def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Ca
         seed=seed,
         figures=figures,
     )
-    report.write_result(path, content, beside=", with learning curves beside it")
+    report.write_result(arguments.result, content)
+    return learning
 
 
 def length(arguments) -> None:
