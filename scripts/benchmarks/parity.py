@@ -1,6 +1,4 @@
-"""A finished `evaluate.py --config evaluation/parity`: is `--model protogen` the decoder that it verifies with?
-
-One-step answers stand beside."""
+"""A finished `evaluate.py --config evaluation/parity`: is `--model protogen` the decoder that it verifies with?"""
 
 import json
 from pathlib import Path
@@ -18,6 +16,7 @@ def add_commands(commands) -> None:
 
 
 def accuracy(cell: dict) -> float:
+    """The mean of all metrics of a method's answers to a task."""
     return float(np.mean([list(sample["metrics"].values()) for sample in cell["samples"]]))
 
 
