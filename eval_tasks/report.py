@@ -5,6 +5,7 @@ import datetime
 import json
 import platform
 import re
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from .latency import best_device
 
 RESULT_FIELDS = ("command", "date", "versions", "machine", "device", "model", "revision", "data", "seed", "figures")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
+STARTED = time.monotonic()
 
 
 def result(command: str, model: str, revision: str | None, data: str, seed: int, figures: dict) -> dict:
     """
-    A result: what was measured, on what, and by which command.
+    A result: what was measured, on what, by which command, and in how many seconds; a command that went on where it had
+    been interrupted counts its last part.
 
     Args:
         command (`str`): the command that makes it.
@@ -34,6 +37,7 @@ def result(command: str, model: str, revision: str | None, data: str, seed: int,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "machine": f"{cpu}, {torch.get_num_threads()} threads",
         "device": str(best_device()),
+        "seconds": round(time.monotonic() - STARTED),
         "model": model,
         "revision": revision,
         "data": data,

@@ -80,7 +80,7 @@ def test_results_are_written_whole_and_read_back(content, tmp_path):
     report.write_json(path, content)
     assert report.read_result(path) == content
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
-    assert set(content) == set(report.RESULT_FIELDS)
+    assert set(content) == {*report.RESULT_FIELDS, "seconds"}
     path.write_text(json.dumps({"figures": {}}))
     with pytest.raises(ValueError, match="is not a result file: it lacks command"):
         report.read_result(path)
