@@ -68,7 +68,8 @@ def verified(arguments) -> None:
     figures |= time_verified(arguments, models, drafters, sources)
     content = report.result(
         command=f"python scripts/benchmark.py {shlex.join(sys.argv[1:])}",
-        model=f"{trained.config.decoder_name_or_path}, compared in float32, timed in bfloat16; drafts of "
+        # Its folder would say where it lies on this machine.
+        model=f"{Path(trained.config.decoder_name_or_path).name}, compared in float32, timed in bfloat16; drafts of "
         f"{', '.join([arguments.model, *arguments.beside])}; {arguments.assistant} assists",
         revision=trained.config.decoder_revision,
         data=", ".join(filter(None, (arguments.dolly, arguments.gsm8k))),
