@@ -7,6 +7,7 @@ reads the same text; of few-shot examples that do not fit in its window the firs
 """
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,8 @@ from modeling_protogen.modeling_protogen import IGNORE_INDEX, likeliest_tokens, 
 from modeling_protogen.processing_protogen import pad_left
 
 log = logging.getLogger(__name__)
+# The harness shows what its own loggers inform of.
+harness_log = logging.getLogger("lm_eval.protogen")
 # Options of `HFLM` that are for how a decoder reads and scores, not for how it is loaded.
 HARNESS_OPTIONS = {"max_length", "truncation", "add_bos_token", "prefix_token_id", "logits_cache", "softmax_dtype"}
 SCORINGS = ("one_step", "verified")
@@ -143,6 +146,19 @@ class ProtoGenLM(HFLM):
             )
         self.num_cut_contexts = 0
 
+    def _report_seconds(self, requests, start: float) -> None:
+        examples = {(request.task_name, request.doc_id) for request in requests}
+        if examples and self.rank == 0:
+            harness_log.info(
+                f"{len(examples)} examples, {(time.perf_counter() - start) / len(examples):.3g} seconds each"
+            )
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        start = time.perf_counter()
+        found = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        self._report_seconds(requests, start)
+        return found
+
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         is_rolling = bool(requests) and requests[0][0] is None
         if self.scoring == "verified" or is_rolling:
@@ -180,6 +196,7 @@ class ProtoGenLM(HFLM):
         return list(zip(log_p.sum(-1).tolist(), is_likeliest.tolist(), strict=True))
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        start = time.perf_counter()
         answers = []
         order = Collator(
             [(*request.args, request) for request in requests],
@@ -206,6 +223,7 @@ class ProtoGenLM(HFLM):
             progress.update(len(chunk))
         progress.close()
         self._report_cuts()
+        self._report_seconds(requests, start)
         return order.get_original(answers)
 
     def write(self, contexts: list[str], stop: list[str], kwargs: dict) -> list[tuple[str, dict]]:

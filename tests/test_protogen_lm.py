@@ -105,6 +105,19 @@ def test_one_step_answers_are_generates(checkpoint):
         assert request.args[1]["uncertainty"] == pytest.approx(output.uncertainties.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["generate_until", "loglikelihood"])
+def test_each_run_says_how_long_an_example_took(checkpoint, caplog, kind):
+    caplog.set_level("INFO", "lm_eval.protogen")
+    rest = {"until": [], "max_gen_toks": 4} if kind == "generate_until" else " cat"
+    requests = instances(kind, [[context, rest] for context in CONTEXTS])
+    for request in requests:
+        request.doc_id = 0
+    getattr(ProtoGenLM(str(checkpoint)), kind)(requests)
+    # A question of several choices is one example.
+    assert "1 examples, " in caplog.text
+    assert "seconds each" in caplog.text
+
+
 def test_the_encoder_reads_the_last_parts_that_fit(checkpoint, caplog):
     lm = ProtoGenLM(str(checkpoint))
     tokenizer, window = lm.processor.tokenizer, lm.processor.max_input_length
