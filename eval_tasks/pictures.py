@@ -69,7 +69,7 @@ def lines(
         axis.set_xlabel(labels[0] if labels else x.replace("_", " "))
         if line:
             beside = {}
-            if len(axis.get_legend_handles_labels()[0]) > 6:
+            if len(axis.get_legend_handles_labels()[0]) > 4:
                 figure.set_figwidth(figure.get_figwidth() + 4)
                 beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
             axis.legend(fontsize="small", **beside)
