@@ -81,9 +81,12 @@ class TargetArguments:
         default=0,
         metadata={"help": "Training examples more for each teacher answer, that go on from random places in it."},
     )
+    validation_continuations: int = field(
+        default=0, metadata={"help": "The same of each held-out answer, measured in answers.csv beside the beginnings."}
+    )
 
     def __post_init__(self):
-        if self.continuations and self.targets == "human":
+        if (self.continuations or self.validation_continuations) and self.targets == "human":
             raise ValueError("continuations are of the teacher's answers: set targets to teacher or both.")
         if self.instructions != "data" and self.targets == "human":
             raise ValueError(

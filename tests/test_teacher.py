@@ -2,6 +2,8 @@
 
 import json
 
+import benchmark
+import pandas as pd
 import pytest
 import torch
 import train
@@ -10,6 +12,7 @@ from conftest import CONTEXTS, INSTRUCTIONS
 from test_scripts import call, recipe  # noqa: F401  (fixtures)
 from transformers import AutoTokenizer
 
+from eval_tasks.report import read_result
 from modeling_protogen import ProtoGenProcessor
 from trainers import synthetic_instructions, teacher
 from trainers.data import Example, ProtoGenCollator, fitting_targets, with_teacher_answers
@@ -195,6 +198,17 @@ def test_teacher_targets_from_the_command_line(call, recipe, tmp_path):  # noqa:
     assert "continuations need decoder_sees_prompt" in call(train, *synthetic, "--continuations", 2)
     prompts = tmp_path / "prompts"
     last = [*synthetic, "--continuations", 2, "--decoder_sees_prompt", "true", "--prompt_store", prompts]
+    last[last.index("--output_dir") + 1] = tmp_path / "runs" / "base"
+    last += ["--validation_continuations", 1, "--teacher_answers", tmp_path / "more" / "teacher"]
     assert "model in" in call(train, *last)
     assert list(prompts.glob("*.safetensors"))
+    answers = pd.read_csv(tmp_path / "runs" / "base" / "answers.csv")
+    later = answers[answers["answer_start"] > 0]
+    ids, starts = zip(*later["id"].str.split("-from-"), strict=True)
+    assert list(map(int, starts)) == later["answer_start"].tolist()
+    assert set(ids) <= set(answers["id"][answers["answer_start"] == 0])
+    call(benchmark, "ablations", "--runs", tmp_path / "runs", "--result", tmp_path / "result.json")
+    figures = read_result(tmp_path / "result.json")["figures"]
+    assert figures["base_later_agreement"][0] == pytest.approx(later["agreement"].mean())
+    assert figures["base_agreement"][0] == pytest.approx(answers["agreement"][answers["answer_start"] == 0].mean())
     assert "set targets to teacher or both" in call(train, *synthetic, "--targets", "human")

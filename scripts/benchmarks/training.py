@@ -72,21 +72,27 @@ def ablations(arguments) -> None:
 
 def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Callable[[str, str], str]) -> dict:
     """
-    Writes the figures of all runs, and what each gains on its reference, instruction by instruction. `called` makes a
-    figure's name of the run's and its own. Returns the learning curves.
+    Writes the figures of all runs, and what each gains on its reference, instruction by instruction; those of what goes
+    on from the middle of an answer are called `later_...`. `called` makes a figure's name of the run's and its own.
+    Returns the learning curves.
     """
     figures, learning, made_with, encoders = {}, {}, set(), set()
     tables = {run: pd.read_csv(run / "answers.csv", index_col="id") for run in runs}
     # An encoder's window may leave out instructions that other runs have.
     common = sorted(set.intersection(*(set(table.index) for table in tables.values())))
+    starts = tables[runs[0]].loc[common, "answer_start"]
+    beginnings, later = list(starts.index[starts == 0]), list(starts.index[starts > 0])
     for run in runs:
-        answers, metrics = tables[run].loc[common], json.loads((run / "metrics.json").read_text())
+        metrics = json.loads((run / "metrics.json").read_text())
         config = ProtoGenForConditionalGeneration.config_class.from_pretrained(run / "model")
-        compared = ["agreement", "accepted_length"]
-        measured = {name: mean_with_interval(answers[name]) for name in compared}
-        if run in references:
-            gained = answers[compared] - tables[references[run]].loc[common, compared]
-            measured |= {f"{name}_gain": mean_with_interval(gained[name]) for name in compared}
+        measured = {}
+        for part, ids in {"": beginnings, "later_": later}.items():
+            for name in ("agreement", "accepted_length") if ids else ():
+                values = tables[run].loc[ids, name]
+                measured[f"{part}{name}"] = mean_with_interval(values)
+                if run in references:
+                    gained = values - tables[references[run]].loc[ids, name]
+                    measured[f"{part}{name}_gain"] = mean_with_interval(gained)
         # Which agree without any learning.
         measured["own_tokens"] = config.num_own_tokens
         measured["steps"] = metrics["log"][-1]["step"]
@@ -106,7 +112,7 @@ def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Ca
         command=arguments.made_by,
         model=f"{decoder}, {dtype}; encoder {', '.join(encoders) or 'none'}",
         revision=decoder_revision(decoder),
-        data=f"{len(common)} held-out instructions of {data}",
+        data=f"{len(beginnings)} held-out instructions of {data}",
         seed=seed,
         figures=figures,
     )
@@ -120,7 +126,7 @@ def length(arguments) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: train first.")
     made_with = json.loads((run / "metrics.json").read_text())["run"]
-    count = len(pd.read_csv(run / "answers.csv"))
+    count = (pd.read_csv(run / "answers.csv")["answer_start"] == 0).sum()
     content = report.result(
         command=f"train.py --config {run.name}; python scripts/benchmark.py length --run {arguments.run}",
         model=f"encoder {made_with['encoder']}; lengths in tokens of {made_with['decoder']}",

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from arguments import ModelArguments, RunArguments, TargetArguments, bank_info, load_processor
 from embedded import resolve
@@ -62,7 +61,8 @@ def train(
         return
     if args.needs_bank:
         check_bank(run, model_args)
-    if target_args.continuations and not model_args.decoder_sees_prompt:
+    goes_on = target_args.continuations or target_args.validation_continuations
+    if goes_on and not model_args.decoder_sees_prompt:
         raise ValueError("the decoder reads what an answer goes on from: continuations need decoder_sees_prompt: true.")
     if model_args.encoder_reads_answer and not (target_args.continuations and model_args.has_encoder):
         raise ValueError("encoder_reads_answer needs an encoder, and continuations for it to read.")
@@ -120,7 +120,8 @@ def train(
         if trainer.is_world_process_zero():
             if model_args.encoder_lora_rank:
                 merge_lora(model)
-            calibrate(model, processor, train_examples, validation_examples, bank, output_dir)
+            measured = with_continuations(validation_examples, target_args.validation_continuations)
+            calibrate(model, processor, train_examples, measured, bank, output_dir)
             model.save_pretrained(output_dir / "model")
             processor.save_pretrained(output_dir / "model")
             held_out = [{"instruction": e.instruction, "context": e.context} for e in validation_examples]
@@ -202,10 +203,13 @@ def calibrate(
     folder: Path,
 ) -> None:
     """
-    Calibrates the model on every other validation example and measures it on the rest; too few are left alone. With a
-    bank, the distance to its nearest text is measured as an uncertainty too; a checkpoint alone cannot have it.
+    Calibrates the model on every other validation example and measures it on the rest, and on those that go on from
+    the middle of an answer; too few are left alone. With a bank, the distance to its nearest text is measured as an
+    uncertainty too; a checkpoint alone cannot have it.
     """
-    calibration, test = validation_examples[::2], validation_examples[1::2]
+    beginnings = [example for example in validation_examples if not example.answer_start]
+    later = [example for example in validation_examples if example.answer_start]
+    calibration, test = beginnings[::2], beginnings[1::2]
     if len(test) < 2:
         print("too few validation examples to calibrate lengths and uncertainty on")
         return
@@ -217,11 +221,13 @@ def calibrate(
     def records(examples):
         categories = model.config.categories
         category_ids = categories and torch.tensor([category_id(e.category, categories) for e in examples])
+        starts = [e.answer_start for e in examples]
         texts = [e.instruction for e in examples], [e.context for e in examples], [e.target for e in examples]
-        return one_step_records(model, processor, *texts, category_ids, banked).assign(id=[e.id for e in examples])
+        rows = one_step_records(model, processor, *texts, starts, category_ids, banked)
+        return rows.assign(id=[e.id for e in examples], answer_start=list(map(len, starts)))
 
     calibrate_length(model.config, records(calibration))
-    seen, found = records(calibration), records(test)
+    seen, found, goes_on = records(calibration), records(test), records(later)
     calibrate_uncertainty(model.config, seen)
 
     def prompt_lengths(examples):
@@ -238,4 +244,5 @@ def calibrate(
     scores = UNCERTAINTY_SCORES if bank is None else (*UNCERTAINTY_SCORES, "bank_distance")
     figures |= {f"rank_correlation_{name}": value for name, value in rank_correlations(found, scores).items()}
     write_json(folder / "calibration.json", {"uncertainty_score": model.config.uncertainty_score, "figures": figures})
-    write_csv(folder / "answers.csv", pd.concat([seen, found]).to_dict("records"))
+    rows = [row for part in (seen, found, goes_on) for row in part.to_dict("records")]
+    write_csv(folder / "answers.csv", rows)
