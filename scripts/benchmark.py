@@ -10,8 +10,9 @@ fit again and again and looks whether anything is lost. `controlled-world` compa
 decoder's own where each instruction has one right answer. `fit-settings`, `encoder`, `ablations` and
 `losses` gather the runs of scripts/fit_settings.sh, encoder_dolly.sh, ablations.sh and loss_comparison.sh, `length` the
 calibration of a trained model; `training-speed` times its training. `decode` times one-step answers of many lengths
-and batch sizes against greedy ones and bare passes; `verified` compares verified answers with greedy ones, token by
-token and in time. `parity` gathers the run of evaluate.py that compares lm-eval's own model with verified ProtoGen.
+and batch sizes against greedy ones and bare passes, and with `--trained` draws quality against speed; `verified`
+compares verified answers with greedy ones, token by token and in time. `parity` gathers the run of evaluate.py that
+compares lm-eval's own model with verified ProtoGen.
 """
 
 import argparse

@@ -560,6 +560,14 @@ def test_decoding_is_timed_and_verified(call, recipe, tmp_path, llama_dir, encod
 
     call(train, "--config", recipe, "--max_steps", 1, "--decoder_sees_prompt", "true")
     model = tmp_path / "run" / "model"
+    quick = ["decode", *measure[1:7], "--data", data, "--lengths", 4, "--batch-sizes", 1, "--batch-tokens", 4]
+    quick += ["--rounds", 2, "--soak-calls", 0, "--trained", model, "--quality-prompts", 2]
+    call(benchmark, *quick, "--result", result)
+    figures = read_result(result)["figures"]
+    assert figures["quality_prompts"] == 2
+    assert figures["verified_rouge_l"] == figures["greedy_rouge_l"]
+    assert {"adaptive@0.9_seconds_an_answer", "refine@4_rouge_l"} <= set(figures)
+    assert (tmp_path / "decode_quality.png").is_file()
     verify = ["verified", "--model", model, "--assistant", f"{llama_dir}@first:1", "--dolly", data, "--beside", model]
     verify += ["--prompts", 5, "--tokens", 8, "--timed-prompts", 2, "--timed-tokens", 8, "--block-size", 4]
     call(benchmark, *verify, "--run", tmp_path / "verified")

@@ -4,6 +4,7 @@ import random
 import shlex
 import sys
 import time
+from collections import defaultdict
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -16,13 +17,16 @@ from embedded import decoder_revision, resolve
 from tqdm import tqdm
 
 from eval_tasks import report
-from eval_tasks.baselines.autoregressive import autoregressive
+from eval_tasks.baselines.autoregressive import autoregressive, prompt_lookup
 from eval_tasks.baselines.one_pass import protogen
 from eval_tasks.baselines.writing import Writer
+from eval_tasks.benchmark_data import is_held_out
 from eval_tasks.latency import best_device, interleaved_seconds, peak_gigabytes, ratio_with_interval
-from eval_tasks.pictures import lines
+from eval_tasks.pictures import curves, lines
+from eval_tasks.statistics import mean_with_interval
+from eval_tasks.text_metrics import rouge_l
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from trainers.data import DataArguments, load_examples
+from trainers.data import DataArguments, Example, load_examples
 
 
 def add_commands(commands) -> None:
@@ -36,6 +40,8 @@ def add_commands(commands) -> None:
     command.add_argument("--batch-tokens", type=int, default=64)
     command.add_argument("--rounds", type=int, default=9)
     command.add_argument("--soak-calls", type=int, default=1000)
+    command.add_argument("--trained", help="folder or Hub id of a trained model: its quality against its speed")
+    command.add_argument("--quality-prompts", type=int, default=40, help="held out, at --batch-tokens")
     command.add_argument("--result", default="runs/benchmark_decode.json", help="pictures and a .csv stand beside it")
     command.set_defaults(run_command=decode)
 
@@ -54,11 +60,15 @@ def decode(arguments) -> None:
         .eval()
         for sees in (False, True)
     )
+    if arguments.trained:
+        trained_model = ProtoGenForConditionalGeneration.from_pretrained(arguments.trained, dtype=dtype)
+        trained = trained_model.to(device).eval(), ProtoGenProcessor.from_pretrained(arguments.trained)
     if device.type == "cuda":
         for each in (model, sees_prompt):
             # One shape of inputs, so that nothing is recorded while it is timed.
             each.use_cuda_graphs([*arguments.lengths, arguments.batch_tokens], input_multiple=128)
-    prompts = [e.instruction for e in load_examples(DataArguments(data=arguments.data)) if not e.context]
+    examples = [e for e in load_examples(DataArguments(data=arguments.data)) if not e.context]
+    prompts = [e.instruction for e in examples]
     static = {"cache_implementation": "static"} if device.type == "cuda" else {}
     greedy = autoregressive(model.decoder, processor, **static)
     one_step, with_prompt = protogen(model, processor), protogen(sees_prompt, processor)
@@ -114,15 +124,24 @@ def decode(arguments) -> None:
             modes | {"one_step_without_prompt": one_step}, prompts, min(arguments.lengths), arguments.soak_calls
         )
 
+    path = Path(arguments.result)
+    model_name = f"{arguments.encoder}, {arguments.decoder}, {arguments.dtype}; heads untrained"
+    if arguments.trained:
+        held_out = [e for e in examples if is_held_out(e.instruction)][: arguments.quality_prompts]
+        measured = quality(*trained, held_out, arguments.batch_tokens)
+        draw_quality(measured, path.with_name(f"{path.stem}_quality.png"))
+        for name, of_name in measured.items():
+            figures |= {f"{name}_{figure}": value for figure, value in of_name.items()}
+        figures["quality_prompts"] = len(held_out)
+        model_name += f", but for quality: {arguments.trained}"
     content = report.result(
         command=f"python scripts/benchmark.py {shlex.join(sys.argv[1:])}",
-        model=f"{arguments.encoder}, {arguments.decoder}, {arguments.dtype}; heads untrained",
+        model=model_name,
         revision=decoder_revision(arguments.decoder),
         data=f"instructions of {arguments.data} without context",
         seed=0,
         figures=figures,
     )
-    path = Path(arguments.result)
     report.write_csv(path.with_suffix(".csv"), rows)
     pictures(pd.DataFrame(rows), arguments.batch_tokens, path)
     report.write_result(path, content, beside=", .csv and pictures beside it")
@@ -138,6 +157,48 @@ def cell_seconds(
         return write(texts, [None] * batch, length, exactly=True)
 
     return interleaved_seconds({name: partial(call, write) for name, write in writers.items()}, rounds=rounds)
+
+
+def quality(
+    model: ProtoGenForConditionalGeneration, processor: ProtoGenProcessor, examples: list[Example], tokens: int
+) -> dict[str, dict[str, list[float]]]:
+    """
+    Answers of a trained model in each of its modes, beside its decoder's, one prompt at a time: ROUGE-L with people's
+    answers and seconds an answer, with intervals. `NAME@SETTING` is a mode with a confidence threshold, or so many
+    refinements.
+    """
+    writers = {
+        "greedy": autoregressive(model.decoder, processor),
+        "prompt_lookup": prompt_lookup(model.decoder, processor),
+        "one_step": protogen(model, processor),
+        **{f"refine@{k}": protogen(model, processor, "refine", num_refinements=k) for k in (1, 2, 4)},
+        **{f"adaptive@{p}": protogen(model, processor, "adaptive", confidence_threshold=p) for p in (0.3, 0.6, 0.9)},
+        "verified": protogen(model, processor, "verified"),
+    }
+    answers = {}
+
+    def call(name, number):
+        example = examples[number % len(examples)]
+        answers[name, example.id] = writers[name]([example.instruction], [""], tokens).texts[0]
+
+    seconds = interleaved_seconds({name: partial(call, name) for name in writers}, rounds=len(examples))
+    references = [example.answer for example in examples]
+    return {
+        name: {
+            "rouge_l": mean_with_interval(rouge_l([answers[name, e.id] for e in examples], references)),
+            "seconds_an_answer": mean_with_interval(seconds[name]),
+        }
+        for name in writers
+    }
+
+
+def draw_quality(measured: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """A point for each way to write, a line through those that differ in a setting alone."""
+    points = defaultdict(list)
+    for name, figures in measured.items():
+        mean, low, high = figures["seconds_an_answer"]
+        points[name.split("@")[0]].append(([1 / mean, 1 / high, 1 / low], figures["rouge_l"]))
+    curves(points, ("answers a second", "ROUGE-L"), "Quality against speed, one prompt at a time", path, log_x=True)
 
 
 def soak(writers: dict[str, Writer], prompts: list[str], longest: int, calls: int) -> dict[str, float]:
