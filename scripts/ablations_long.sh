@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Answers of 64 tokens on Dolly: one pair (e, m) for all of them, or several chunks in the same pass, and how well what
-# goes on from the middle of an answer is written by models that learned so or did not (`later_...`). The base is (c) of
+# goes on from the middle of an answer is written by models that learned so or did not (`..._later`). The base is (c) of
 # scripts/encoder_dolly.sh, and each run changes one thing; what is called NAME-CHANGE changes it in NAME. Options go to
 # every training, such as --data FILE or --max_steps N.
 set -euo pipefail
@@ -18,9 +18,7 @@ run() {
 }
 
 run base --chunk_size 64 "$@"
-run chunks_of_32 --chunk_size 32 --max_chunks 2 "$@"
 run chunks_of_16 --chunk_size 16 --max_chunks 4 "$@"
-run chunks_of_8 --chunk_size 8 --max_chunks 8 "$@"
 run continuations --chunk_size 64 --continuations 2 "$@"
 run continuations-read_by_encoder --chunk_size 64 --continuations 2 --encoder_reads_answer true "$@"
 python scripts/benchmark.py ablations --runs $runs --result $runs.json \

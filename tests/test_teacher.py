@@ -209,6 +209,6 @@ def test_teacher_targets_from_the_command_line(call, recipe, tmp_path):  # noqa:
     assert set(ids) <= set(answers["id"][answers["answer_start"] == 0])
     call(benchmark, "ablations", "--runs", tmp_path / "runs", "--result", tmp_path / "result.json")
     figures = read_result(tmp_path / "result.json")["figures"]
-    assert figures["base_later_agreement"][0] == pytest.approx(later["agreement"].mean())
+    assert figures["base_agreement_later"][0] == pytest.approx(later["agreement"].mean())
     assert figures["base_agreement"][0] == pytest.approx(answers["agreement"][answers["answer_start"] == 0].mean())
     assert "set targets to teacher or both" in call(train, *synthetic, "--targets", "human")

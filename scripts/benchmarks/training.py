@@ -73,7 +73,7 @@ def ablations(arguments) -> None:
 def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Callable[[str, str], str]) -> dict:
     """
     Writes the figures of all runs, and what each gains on its reference, instruction by instruction; those of what goes
-    on from the middle of an answer are called `later_...`. `called` makes a figure's name of the run's and its own.
+    on from the middle of an answer are called `..._later`. `called` makes a figure's name of the run's and its own.
     Returns the learning curves.
     """
     figures, learning, made_with, encoders = {}, {}, set(), set()
@@ -86,13 +86,13 @@ def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Ca
         metrics = json.loads((run / "metrics.json").read_text())
         config = ProtoGenForConditionalGeneration.config_class.from_pretrained(run / "model")
         measured = {}
-        for part, ids in {"": beginnings, "later_": later}.items():
+        for part, ids in {"": beginnings, "_later": later}.items():
             for name in ("agreement", "accepted_length") if ids else ():
                 values = tables[run].loc[ids, name]
-                measured[f"{part}{name}"] = mean_with_interval(values)
+                measured[f"{name}{part}"] = mean_with_interval(values)
                 if run in references:
                     gained = values - tables[references[run]].loc[ids, name]
-                    measured[f"{part}{name}_gain"] = mean_with_interval(gained)
+                    measured[f"{name}_gain{part}"] = mean_with_interval(gained)
         # Which agree without any learning.
         measured["own_tokens"] = config.num_own_tokens
         measured["steps"] = metrics["log"][-1]["step"]
