@@ -61,8 +61,8 @@ def decode(arguments) -> None:
         for sees in (False, True)
     )
     if arguments.trained:
-        trained_model = ProtoGenForConditionalGeneration.from_pretrained(arguments.trained, dtype=dtype)
-        trained = trained_model.to(device).eval(), ProtoGenProcessor.from_pretrained(arguments.trained)
+        trained = ProtoGenForConditionalGeneration.from_pretrained(arguments.trained, dtype=dtype).to(device).eval()
+        trained_processor = ProtoGenProcessor.from_pretrained(arguments.trained)
     if device.type == "cuda":
         for each in (model, sees_prompt):
             # One shape of inputs, so that nothing is recorded while it is timed.
@@ -127,8 +127,9 @@ def decode(arguments) -> None:
     path = Path(arguments.result)
     model_name = f"{arguments.encoder}, {arguments.decoder}, {arguments.dtype}; heads untrained"
     if arguments.trained:
-        held_out = [e for e in examples if is_held_out(e.instruction)][: arguments.quality_prompts]
-        measured = quality(*trained, held_out, arguments.batch_tokens)
+        fitting = [e for e in examples if trained_processor.fits(e.instruction) and is_held_out(e.instruction)]
+        held_out = fitting[: arguments.quality_prompts]
+        measured = quality(trained, trained_processor, held_out, arguments.batch_tokens)
         draw_quality(measured, path.with_name(f"{path.stem}_quality.png"))
         for name, of_name in measured.items():
             figures |= {f"{name}_{figure}": value for figure, value in of_name.items()}
