@@ -9,7 +9,11 @@ import torch
 
 from .autoregressive import TextSoFar
 from .block_decoding import Answers, Instruction, read_and_draft
+from .draft_length import DraftLength
 from .sampling import Sampling, log_probability
+
+# A draft is some more positions in a pass that there is anyway: it has to be worth this many kept tokens.
+BREAK_EVEN = 0.25
 
 
 def adaptive_decoding(
@@ -23,7 +27,8 @@ def adaptive_decoding(
 ) -> None:
     """
     Each pass reads the tokens that the last one wrote, and proto-tokens after them; it writes the decoder's own next
-    token and the drafted ones as long as each has the probability `confidence_threshold`.
+    token and the drafted ones as long as each has the probability `confidence_threshold`. The first draft is a whole
+    block; how long the next ones are is each answer's own matter, so that answers do not depend on the batch.
 
     Args:
         model (`ProtoGenForConditionalGeneration`)
@@ -34,18 +39,23 @@ def adaptive_decoding(
     tokens = sampling.pick(text.next_logits)
     mask = torch.ones_like(tokens)
     answers.extend(tokens, log_probability(text.next_logits, tokens), mask[:, 0])
+    draft_lengths = [DraftLength(block_size / 2, BREAK_EVEN) for _ in tokens]
     while answers.unfinished:
-        size = min(block_size, answers.room)
+        wanted = [0 if done else length.next() for done, length in zip(answers.is_done, draft_lengths, strict=True)]
+        size = min(block_size, answers.room, 1 + max(wanted))
         logits = read_and_draft(model, text, tokens, mask, size, instruction)
         tokens = sampling.pick(logits)
         log_p = log_probability(logits, tokens)
-        is_kept = log_p.exp() >= confidence_threshold
+        places = torch.arange(size, device=tokens.device)
+        is_drafted = places <= torch.tensor(wanted, device=tokens.device)[:, None]
         # The decoder's own token stays, however sure.
-        is_kept[:, 0] = True
+        is_kept = (places == 0) | is_drafted & (log_p.exp() >= confidence_threshold)
         num_kept = is_kept.long().cumprod(1).sum(1)
-        if size > 1:
-            answers.note_draft(num_kept - 1)
+        drafted = [row for row, length in enumerate(wanted) if length and size > 1]
+        answers.note_draft(num_kept - 1, drafted)
+        for row in drafted:
+            draft_lengths[row].note(num_kept[row].item() - 1)
         answers.extend(tokens, log_p, num_kept)
-        source = torch.arange(size, device=tokens.device) - size + num_kept[:, None]
+        source = places - size + num_kept[:, None]
         tokens = tokens.gather(1, source.clamp_min(0))[:, -num_kept.max() :]
         mask = (source >= 0).long()[:, -num_kept.max() :]

@@ -80,9 +80,9 @@ class Answers:
         """Tokens that the shortest unfinished answer may still get."""
         return self.max_new_tokens - min(len(self.tokens[row]) for row in self.unfinished)
 
-    def note_draft(self, kept: torch.LongTensor) -> None:
-        """Counts a draft for each unfinished answer, and the tokens `(batch,)` that are kept of it."""
-        for row in self.unfinished:
+    def note_draft(self, kept: torch.LongTensor, rows: list[int]) -> None:
+        """Counts a draft for each of these rows, and the tokens that are kept of it, of `(batch,)`."""
+        for row in rows:
             self.num_kept[row] += kept[row].item()
             self.num_drafts[row] += 1
 

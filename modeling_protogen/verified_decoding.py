@@ -10,15 +10,13 @@ import torch.nn.functional as F
 
 from .autoregressive import TextSoFar
 from .block_decoding import Answers, Instruction, read_and_draft
+from .draft_length import DraftLength
 from .sampling import Sampling, log_probability
 
 # A draft and its verification are two passes over some more positions than the two passes without: they have to be
 # worth this many kept tokens.
 BREAK_EVEN = 0.4
-# The running mean of kept tokens starts here; the latest draft counts this much in it.
-EXPECTED, LATEST = 2.0, 0.5
-# Tokens written without a draft once drafts do not pay; doubled each time they still do not, up to the second number.
-FIRST_PAUSE, LONGEST_PAUSE = 4, 64
+EXPECTED = 2.0
 
 
 def accept(
@@ -60,8 +58,7 @@ def verified_decoding(
     """
     Each round reads the last token and proto-tokens after it in one pass, which gives the next token for certain and
     drafts those that follow; a second pass verifies the drafts. Where all are wrong that is two passes for two tokens,
-    as without drafts. A draft is about twice as long as what was kept of the last ones, and there is none for a while
-    where that does not pay.
+    as without drafts.
 
     Args:
         model (`ProtoGenForConditionalGeneration`)
@@ -69,13 +66,12 @@ def verified_decoding(
         text (`TextSoFar`): the prompts.
         block_size (`int`): tokens of a draft at most, the certain one included.
     """
-    usually_kept, pause, waiting = EXPECTED, FIRST_PAUSE, 0
+    draft_length = DraftLength(EXPECTED, BREAK_EVEN)
     last = sampling.pick(text.next_logits)
     one = torch.ones_like(last)
     answers.extend(last, log_probability(text.next_logits, last), one[:, 0])
     while answers.unfinished:
-        size = 1 if waiting else min(block_size, answers.room - 1, 2 + round(2 * usually_kept))
-        waiting = max(0, waiting - 1)
+        size = min(block_size, answers.room - 1, 1 + draft_length.next())
         start = text.mask.shape[1]
         logits = read_and_draft(model, text, last, one, max(size, 1), instruction)
         block = sampling.pick(logits)
@@ -91,16 +87,11 @@ def verified_decoding(
         is_kept = torch.arange(size - 1, device=kept.device) < kept[:, None]
         written = torch.cat([block, last[:, None]], dim=1).scatter(1, 1 + kept[:, None], last[:, None])
         log_p = log_probability(own, written[:, 1:])
-        usually_kept += LATEST * (kept[answers.unfinished].float().mean().item() - usually_kept)
-        answers.note_draft(kept)
+        draft_length.note(kept[answers.unfinished].float().mean().item())
+        answers.note_draft(kept, answers.unfinished)
         answers.extend(written, torch.cat([next_log_p, log_p], dim=1), kept + 2)
         # Past the last token, one of the block is for certain.
         longest = kept.max().item()
         text.keep(start + 2 + longest)
         text.mask[:, start + 2 :] = is_kept[:, :longest]
         last = last[:, None]
-
-        if usually_kept >= BREAK_EVEN:
-            pause = FIRST_PAUSE
-        else:
-            waiting, pause = pause, min(2 * pause, LONGEST_PAUSE)

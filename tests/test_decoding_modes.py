@@ -23,11 +23,11 @@ def slow_adaptive(model, processor, instruction, context, block_size, threshold)
     prompt = inputs["decoder_prompt_ids"][inputs["decoder_prompt_mask"].bool()][None]
     embed, states = model.decoder.get_input_embeddings(), model.encode(inputs.get("input_ids"))
     answer = [model.decoder(prompt).logits[0, -1].argmax().item()]
-    new = 1
+    new, usually_kept, pause, waiting = 1, block_size / 2, 4, 0
     while len(answer) < TOKENS:
         text = torch.cat([prompt, torch.tensor([answer])], dim=1)
         known = model.decoder(text[:, :-new], output_hidden_states=True).hidden_states[-1]
-        size = min(block_size, TOKENS - len(answer))
+        size = 1 if waiting else min(block_size, TOKENS - len(answer), 2 + round(2 * usually_kept))
         prediction = model.proto_predictor(*states, known, torch.ones(known.shape[:2], dtype=torch.long))
         # Where the decoder's states are read, the slots are those of an answer that begins with the last token.
         skipped = 2 if config.latent_source in ("decoder", "both") else 1
@@ -46,6 +46,11 @@ def slow_adaptive(model, processor, instruction, context, block_size, threshold)
         while new < size and p[new].max() >= threshold:
             new += 1
         answer += p[:new].argmax(-1).tolist()
+        waiting = max(0, waiting - 1)
+        if size > 1:
+            usually_kept = (usually_kept + new - 1) / 2
+            if usually_kept < 0.25:
+                waiting, pause = pause, 2 * pause
     return answer
 
 
@@ -69,12 +74,15 @@ def test_adaptive_decoding_is_the_slow_loop(build, decoder_dir, fields):
 
 def test_adaptive_decoding_that_is_never_sure_is_greedy(build, decoder_dir):
     model, processor = build(decoder_dir, decoder_sees_prompt=True)
+    without_eos(model)
     inputs = processor(MORE, MORE_CONTEXTS)
     output = model.generate(
         **inputs, mode="adaptive", max_new_tokens=TOKENS, confidence_threshold=1.1, return_dict_in_generate=True
     )
     assert answers_of(output) == [greedy(model, processor, *pair) for pair in zip(MORE, MORE_CONTEXTS, strict=True)]
     assert (output.accepted_lengths == 0).all()
+    # Where drafts do not pay they get rare.
+    assert (output.num_drafts < TOKENS / 2).all()
 
 
 def test_refining_all_of_it_ends_at_the_greedy_answer(build, decoder_dir):
