@@ -56,10 +56,7 @@ def encoder(arguments) -> None:
     """Runs are called by a letter and what it stands for; figures by the letter. Each run is held against the last."""
     runs = finished_runs(arguments.runs, "answers.csv")
     references = dict(zip(runs[1:], runs, strict=False))
-    learning = gather(arguments, runs, references, lambda run, figure: f"{figure}_{run.split('-')[0]}")
-    picture = Path(arguments.result).with_suffix(".png")
-    curves(learning, ("step", "agreement"), "Held-out instructions", picture)
-    print(f"learning curves in {picture}")
+    gather(arguments, runs, references, lambda run, figure: f"{figure}_{run.split('-')[0]}")
 
 
 def ablations(arguments) -> None:
@@ -70,11 +67,11 @@ def ablations(arguments) -> None:
     gather(arguments, runs, references, lambda run, figure: f"{run}_{figure}")
 
 
-def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Callable[[str, str], str]) -> dict:
+def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Callable[[str, str], str]) -> None:
     """
     Writes the figures of all runs, and what each gains on its reference, instruction by instruction; those of what goes
     on from the middle of an answer are called `..._later`. `called` makes a figure's name of the run's and its own.
-    Returns the learning curves.
+    Draws the learning curves.
     """
     figures, learning, made_with, encoders = {}, {}, set(), set()
     tables = {run: pd.read_csv(run / "answers.csv", index_col="id") for run in runs}
@@ -116,8 +113,9 @@ def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Ca
         seed=seed,
         figures=figures,
     )
-    report.write_result(arguments.result, content)
-    return learning
+    picture = Path(arguments.result).with_suffix(".png")
+    curves(learning, ("step", "agreement"), "Held-out instructions", picture)
+    report.write_result(arguments.result, content, beside=f", learning curves in {picture.name} beside it")
 
 
 def length(arguments) -> None:
