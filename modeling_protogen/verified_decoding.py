@@ -16,6 +16,7 @@ from .sampling import Sampling, log_probability
 # A draft and its verification are two passes over some more positions than the two passes without: they have to be
 # worth this many kept tokens.
 BREAK_EVEN = 0.4
+# What the first draft is expected to keep.
 EXPECTED = 2.0
 
 

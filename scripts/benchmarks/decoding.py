@@ -208,7 +208,7 @@ def soak(writers: dict[str, Writer], prompts: list[str], longest: int, calls: in
     memory grows from then on, and the time of a call over that of the first time.
     """
     rng, process, rows = random.Random(0), psutil.Process(), []
-    for _ in range(calls // 2):
+    for _ in range(-(-calls // 2)):
         size, length = rng.choice((1, 2)), rng.choice((longest, max(1, longest // 4)))
         rows.append((rng.choice(list(writers)), rng.sample(prompts, size), length))
     seconds = []
