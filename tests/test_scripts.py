@@ -207,6 +207,7 @@ def test_trained_models_are_compared(call, recipe, tmp_path):
     figures = read_result(result)["figures"]
     assert 0 < figures["share_of_time_outside_the_decoder"] < 1
     assert figures["answer_tokens_per_second"] > 0
+    assert 0 < figures["model_flops_utilisation"] < 1
 
 
 def test_an_interrupted_fit_keeps_every_text_that_ended(call, recipe, tmp_path, monkeypatch):

@@ -16,13 +16,13 @@ from embedded import decoder_revision
 from tqdm import tqdm
 
 from eval_tasks import report
-from eval_tasks.latency import best_device
+from eval_tasks.latency import best_device, synchronize
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.data import DataArguments, Example, ProtoGenCollator, load_examples
 from trainers.prompt_store import PromptStore
 
 # Dense bfloat16 operations a second, from the makers' data sheets.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+DATA_SHEET_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 
 def add_commands(commands) -> None:
@@ -36,9 +36,28 @@ def add_commands(commands) -> None:
 
 
 def now() -> float:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    synchronize()
     return time.perf_counter()
+
+
+def peak_flops(device: torch.device) -> float:
+    """
+    Bfloat16 operations a second that the device can do: of the data sheet for known GPUs, of the fastest of ten large
+    matrix products for others and for CPUs.
+    """
+    if device.type == "cuda":
+        for name, flops in DATA_SHEET_FLOPS.items():
+            if name in torch.cuda.get_device_name(device):
+                return flops
+    size = 2048
+    matrix = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+
+    def seconds():
+        began = now()
+        matrix @ matrix
+        return now() - began
+
+    return 2 * size**3 / min(seconds() for _ in range(10))
 
 
 @contextmanager
@@ -76,8 +95,8 @@ def decoder_clock(decoder) -> Iterator[dict[str, float]]:
 def training_flops(model: ProtoGenForConditionalGeneration, batch: dict[str, torch.Tensor]) -> float:
     """
     Multiplications and additions of one step, two a weight and token and pass: the encoder forwards and back to its
-    weights and inputs, the decoder over the prompt forwards, over the answer forwards and back to its inputs. Attention
-    itself is left out.
+    weights and inputs, the decoder over the prompt forwards, over the answer forwards and back to its inputs. Padding
+    and attention itself are left out.
     """
 
     def weights(module):
@@ -107,7 +126,10 @@ def timed_steps(
                 clock.update(forward=0.0, backward=0.0)
             began = now()
             batch = {name: value.to(model.device) for name, value in collate(part).items()}
-            model(**batch).loss.backward()
+            # As the recipes' `bf16: true`.
+            with torch.autocast(model.device.type, torch.bfloat16):
+                loss = model(**batch).loss
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             if step >= warm_up:
@@ -141,10 +163,9 @@ def training_speed(arguments) -> None:
     warm_up = 2
     parts = list(islice(cycle(parts), warm_up + arguments.steps))
     figures = timed_steps(model, collate, parts, warm_up)
-    if device.type == "cuda":
-        peak = next((value for name, value in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
-        if peak is not None:
-            figures["model_flops_utilisation"] = figures["teraflops_per_second"] * 1e12 / peak
+    peak = peak_flops(device)
+    figures["peak_teraflops_per_second"] = peak / 1e12
+    figures["model_flops_utilisation"] = figures["teraflops_per_second"] * 1e12 / peak
     if model.config.decoder_sees_prompt:
         with tempfile.TemporaryDirectory() as folder:
             model.read_prompt = PromptStore(folder, model.decoder)
