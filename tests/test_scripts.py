@@ -171,7 +171,7 @@ def test_trained_models_are_compared(call, recipe, tmp_path):
     _, held_out = split_by_instruction(load_examples(DataArguments(data=str(tmp_path / "data.jsonl"))), 0.3)
     assert sum(example.id in bank for example in held_out) == min(9, len(held_out))
     for loss in ("siglip", "mean_squared_error"):
-        losses = json.dumps({loss: 1.0, "length_nll": 0.1})
+        losses = json.dumps({loss: 1.0, "reconstruction": 0.1, "length_nll": 0.1})
         options = ["--output_dir", runs / loss, "--bank", runs / "bank", "--losses", losses]
         assert "model in" in call(train, "--config", recipe, *options)
     content = json.loads((runs / "siglip" / "calibration.json").read_text())
@@ -189,7 +189,10 @@ def test_trained_models_are_compared(call, recipe, tmp_path):
     assert "agreement_gain_mean_squared_error" not in figures
     assert result.with_suffix(".png").is_file()
     call(benchmark, "ablations", "--runs", runs, "--result", result)
-    assert "siglip_accepted_length" in read_result(result)["figures"]
+    figures = read_result(result)["figures"]
+    assert "siglip_accepted_length" in figures
+    after = json.loads((runs / "siglip" / "metrics.json").read_text())["after"]
+    assert figures["siglip_eval_loss_reconstruction"] == after["eval_loss_reconstruction"]
     metrics = runs / "mean_squared_error" / "metrics.json"
     content = json.loads(metrics.read_text())
     content["run"]["seed"] += 1

@@ -97,6 +97,11 @@ def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Ca
         made_with.add(tuple(metrics["run"][name] for name in ["decoder", "decoder_dtype", "data", "seed"]))
         # A run may do without one.
         encoders |= {metrics["run"]["encoder"]} - {None}
+        # Over the last steps, and over held-out texts: as large on both is too little learned, not too few texts.
+        for name in ("loss_reconstruction", "eval_loss_reconstruction"):
+            logged = [entry[name] for entry in metrics["log"] if name in entry]
+            if logged:
+                measured[name] = logged[-1]
         log = {entry["step"]: entry["eval_token_accuracy"] for entry in metrics["log"] if "eval_loss" in entry}
         learning[run.name] = exact_points(log, log.values())
         measured |= {f"agreement_at_{step}": agreement for step, agreement in log.items()}
