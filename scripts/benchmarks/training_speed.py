@@ -16,7 +16,7 @@ from embedded import decoder_revision
 from tqdm import tqdm
 
 from eval_tasks import report
-from eval_tasks.latency import best_device, synchronize
+from eval_tasks.latency import best_device, interleaved_seconds, synchronize
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.data import DataArguments, Example, ProtoGenCollator, load_examples
 from trainers.prompt_store import PromptStore
@@ -51,13 +51,8 @@ def peak_flops(device: torch.device) -> float:
                 return flops
     size = 2048
     matrix = torch.randn(size, size, dtype=torch.bfloat16, device=device)
-
-    def seconds():
-        began = now()
-        matrix @ matrix
-        return now() - began
-
-    return 2 * size**3 / min(seconds() for _ in range(10))
+    seconds = interleaved_seconds({"product": lambda _: matrix @ matrix}, rounds=10)["product"]
+    return 2 * size**3 / seconds.min()
 
 
 @contextmanager
@@ -163,9 +158,8 @@ def training_speed(arguments) -> None:
     warm_up = 2
     parts = list(islice(cycle(parts), warm_up + arguments.steps))
     figures = timed_steps(model, collate, parts, warm_up)
-    peak = peak_flops(device)
-    figures["peak_teraflops_per_second"] = peak / 1e12
-    figures["model_flops_utilisation"] = figures["teraflops_per_second"] * 1e12 / peak
+    figures["peak_teraflops_per_second"] = peak_flops(device) / 1e12
+    figures["model_flops_utilisation"] = figures["teraflops_per_second"] / figures["peak_teraflops_per_second"]
     if model.config.decoder_sees_prompt:
         with tempfile.TemporaryDirectory() as folder:
             model.read_prompt = PromptStore(folder, model.decoder)
