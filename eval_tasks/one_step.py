@@ -39,8 +39,9 @@ def one_step_records(
 
     Returns:
         A row for each instruction: `answer` and `target` (texts), `agreement` and `accepted_length` with the target at
-        its own length, `wrong_share` of the target's tokens in the answer at its predicted length, `length` of the
-        target in tokens before any cut, `log_length_mean`, `log_length_variance`, and all of `UNCERTAINTY_SCORES`.
+        its own length, `exact_match` and `wrong_share` of the target's tokens in the answer at its predicted length,
+        `length` of the target in tokens before any cut, `log_length_mean`, `log_length_variance`, and all of
+        `UNCERTAINTY_SCORES`.
     """
     model.eval()
     rows = []
@@ -74,6 +75,7 @@ def _rows(model, processor, inputs, banked) -> Iterator[dict]:
             "target": references[row],
             "agreement": (agree[row].sum() / num_tokens[row]).item(),
             "accepted_length": agree[row].int().cumprod(-1).sum().item(),
+            "exact_match": float(answer.strip() == references[row].strip()),
             "wrong_share": 1 - share_of_equal(written.tolist(), target.tolist()),
             "length": lengths[row].item(),
             "log_length_mean": forced.log_length_mean[row].item(),

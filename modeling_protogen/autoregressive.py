@@ -3,8 +3,9 @@
 import torch
 from transformers import Cache, PreTrainedModel
 
-from .prefix import cut_cache, logits_after, new_cache
+from .prefix import cut_cache, logits_after, new_cache, states_of
 from .proto_tokens import position_ids
+from .slot_adapters import slots_at_the_end
 
 
 @torch.no_grad()
@@ -44,17 +45,17 @@ def own_logits(
 
 class TextSoFar:
     """
-    A batch of texts that the decoder has read: its keys and values, its last states `(batch, read, dim)` where they are
-    wanted, and which of the positions count `(batch, read)`. What was read and turned out wrong is masked, so texts of
-    a batch may grow at different paces.
+    A batch of texts that the decoder has read: its keys and values, its hidden states of the layers that are wanted
+    `(batch, read, layers, dim)`, and which of the positions count `(batch, read)`. What was read and turned out wrong
+    is masked, so texts of a batch may grow at different paces.
 
     Raises:
         ValueError: for a batch and a decoder with a sliding window, of which masked positions would take a part.
     """
 
-    def __init__(self, decoder: PreTrainedModel, ids: torch.LongTensor, mask: torch.Tensor, wants_states: bool):
+    def __init__(self, decoder: PreTrainedModel, ids: torch.LongTensor, mask: torch.Tensor, layers: list[int]):
         self.decoder = decoder
-        self.wants_states = wants_states
+        self.layers = layers
         self.num_passes = 0
         self.cache = new_cache(decoder)
         if len(ids) > 1 and any(self.cache.is_sliding):
@@ -69,22 +70,28 @@ class TextSoFar:
         # Of the next token, `(batch, 1, vocab)`.
         self.next_logits = self.read(embeds, mask.long(), last)[:, None]
 
-    def read(self, embeds: torch.Tensor, mask: torch.LongTensor, predicts: torch.BoolTensor) -> torch.Tensor:
-        """Reads on, `(batch, new, dim)`; returns logits `(positions, vocab)` where `predicts` `(batch, new)`."""
+    def read(
+        self, embeds: torch.Tensor, mask: torch.LongTensor, predicts: torch.BoolTensor, num_slots: int = 0
+    ) -> torch.Tensor:
+        """
+        Reads on, `(batch, new, dim)`, of which the last `num_slots` are slots; returns logits `(positions, vocab)`
+        where `predicts` `(batch, new)`.
+        """
         whole = torch.cat([self.mask, mask], dim=1)
-        output = self.decoder(
-            inputs_embeds=embeds,
-            attention_mask=whole,
-            position_ids=position_ids(whole)[:, self.mask.shape[1] :],
-            past_key_values=self.cache,
-            use_cache=True,
-            output_hidden_states=self.wants_states,
-            logits_to_keep=predicts,
-        )
+        with slots_at_the_end(num_slots):
+            output = self.decoder(
+                inputs_embeds=embeds,
+                attention_mask=whole,
+                position_ids=position_ids(whole)[:, self.mask.shape[1] :],
+                past_key_values=self.cache,
+                use_cache=True,
+                output_hidden_states=bool(self.layers),
+                logits_to_keep=predicts,
+            )
         self.num_passes += 1
         self.mask = whole
-        if self.wants_states:
-            new = output.hidden_states[-1]
+        if self.layers:
+            new = states_of(output, self.layers)
             self.states = new if self.states is None else torch.cat([self.states, new], dim=1)
         return output.logits
 
@@ -92,5 +99,5 @@ class TextSoFar:
         """Forgets all that was read after the first `length` positions."""
         cut_cache(self.cache, length)
         self.mask = self.mask[:, :length]
-        if self.wants_states:
+        if self.states is not None:
             self.states = self.states[:, :length]

@@ -136,7 +136,7 @@ def read_and_draft(
     """
     embeds = model.decoder.get_input_embeddings()(new_tokens)
     mask, length = new_mask, text.mask.shape[1] + new_tokens.shape[1]
-    predicting = torch.ones_like(new_mask[:, :1], dtype=torch.bool)
+    predicting, num_slots = torch.ones_like(new_mask[:, :1], dtype=torch.bool), 0
     if size > 1:
         given = instruction()
         prediction = model.proto_predictor(
@@ -144,11 +144,13 @@ def read_and_draft(
         )
         # Where the first of its own tokens stands before the slots, that is the last new one.
         known = int(model.config.reads_decoder_states)
-        layout = model.layout(torch.full((len(new_tokens),), known + size, device=new_tokens.device))
-        slots = fill_slots(layout, prediction.e, prediction.m, prediction.m_offsets)
+        lengths = torch.full((len(new_tokens),), known + size, device=new_tokens.device)
+        layout = model.layout(lengths, prediction.e.shape[1])
+        slots = fill_slots(layout, prediction.e, prediction.m)
+        num_slots = slots.shape[1]
         embeds = torch.cat([embeds, slots.to(embeds.dtype)], dim=1)
         mask = torch.cat([mask, layout.mask.long()], dim=1)
         predicting = predicting_positions(layout, known + 1)[:, known:]
-    logits = text.read(embeds, mask, F.pad(predicting, (new_tokens.shape[1] - 1, 0)))
+    logits = text.read(embeds, mask, F.pad(predicting, (new_tokens.shape[1] - 1, 0)), num_slots)
     text.keep(length)
     return logits.view(len(new_tokens), size, -1)

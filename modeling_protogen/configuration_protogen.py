@@ -8,12 +8,15 @@ from .proto_tokens import ARRANGEMENTS
 M_SCOPES = ("per_example", "per_category", "shared", "fixed")
 SINKS = ("bos", "none")
 LATENT_SOURCES = ("encoder", "decoder", "both", "none")
+FIRST_TOKENS = ("slots", "decoder")
+# Width of an attention head of the predictor.
+HEAD_DIM = 64
 # Proto-tokens fitted to texts are about so many times as large as the decoder's token embeddings.
 FITTED_SIZE = 16.0
 # One number for an answer, larger where it is less sure: 1 - the geometric mean of its tokens' probabilities, 1 - the
-# least of them, the mean entropy of its tokens in nats, the predicted standard deviation of the log length, and the
-# share of wrong tokens that the error head expects.
-UNCERTAINTY_SCORES = ("confidence", "least_confidence", "entropy", "length_sigma", "predicted_error")
+# least of them, 1 - the product of them and of the durations' (`upsamples_prompt`), the mean entropy of its tokens in
+# nats, the predicted standard deviation of the log length, and the share of wrong tokens that the error head expects.
+UNCERTAINTY_SCORES = ("confidence", "least_confidence", "sequence", "entropy", "length_sigma", "predicted_error")
 
 
 class ProtoGenConfig(PreTrainedConfig):
@@ -53,25 +56,33 @@ class ProtoGenConfig(PreTrainedConfig):
     m_scope: str = "per_example"
     # Category names, in the order of the trained vectors; needed by `per_category`.
     categories: list[str] | None = None
-    # Adds a trained vector to `m` for each position in a chunk, zero at the start.
-    m_position_offsets: bool = False
     # The real token before `e`: `bos` (the decoder's BOS) or `none`. With `decoder_sees_prompt` the prompt is the sink.
     sink: str = "bos"
-    # Whether the prompt's own tokens stand before the proto-tokens in the decoder. An answer begins with the decoder's
-    # own tokens then (`num_own_tokens`); `e` and `m` write those after them.
+    # Whether the prompt's own tokens stand before the proto-tokens in the decoder.
     decoder_sees_prompt: bool = False
+    # Who writes an answer's first tokens after a prompt: the `slots`, as all others; or the `decoder`, whose own
+    # prediction they are then (`num_own_tokens`): right for its own answers, and never learned for any others.
+    first_tokens: str = "slots"
+    # Rank of the low-rank weights that act in the decoder's linear layers at the slots only; 0 means none. The
+    # decoder's own weights stay as they are, and so does all that it computes for real tokens.
+    slot_adapter_rank: int = 0
 
     # What `e`, `m` and the length are predicted from: states of the `encoder`, those of the frozen `decoder` over the
     # prompt, `both`, or `none`: trained vectors, the same for every instruction, which then speaks through the prompt
-    # alone. All but `encoder` need `decoder_sees_prompt`; `decoder` and `none` have no encoder at all.
+    # alone, in `decoder_sees_prompt`. `decoder` and `none` have no encoder at all.
     latent_source: str = "encoder"
-    # Dimensions of the subspace that predicted proto-tokens lie in; `None` means all of the decoder's.
-    latent_dim: int | None = None
-    # Attention heads of the pooling that reads those states; must divide their width. How often they are read.
-    num_pooling_heads: int = 8
-    num_pooling_layers: int = 1
-    # Standard deviation of Gaussian noise on `e` and `m` in training, in units of `proto_token_std`.
-    proto_token_noise: float = 0.0
+    # The decoder's hidden states that are read, 0 being its input embeddings; `None` means these, the middle layer's
+    # and the last.
+    decoder_layers_read: list[int] | None = None
+    # Whether queries start from the prompt's states, each repeated over as many of the answer's tokens as it accounts
+    # for, and may copy its tokens' embeddings: for answers that repeat the prompt's words in their order. Trained by
+    # the loss `duration`.
+    upsamples_prompt: bool = False
+    # The predictor: its width, a multiple of 64; layers that mix the source's states in both directions; and layers of
+    # queries that attend to one another and to the source. Without a source there are none of either.
+    predictor_dim: int = 384
+    num_source_layers: int = 2
+    num_query_layers: int = 3
     # Standard deviation of freshly initialised proto-tokens: about that of fitted ones, `FITTED_SIZE` times that of the
     # decoder's input embeddings.
     proto_token_std: float = 0.32
@@ -92,6 +103,8 @@ class ProtoGenConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.max_answer_length is None:
             self.max_answer_length = self.chunk_size * self.max_chunks
+        if self.latent_source == "none":
+            self.num_source_layers = self.num_query_layers = 0
         # `register_for_auto_class` records one auto class; the model is a sequence-to-sequence one as well.
         self.auto_map = {
             "AutoConfig": "configuration_protogen.ProtoGenConfig",
@@ -116,13 +129,12 @@ class ProtoGenConfig(PreTrainedConfig):
         require_choice("m_scope", M_SCOPES)
         require_choice("sink", SINKS)
         require_choice("latent_source", LATENT_SOURCES)
+        require_choice("first_tokens", FIRST_TOKENS)
         require_choice("uncertainty_score", UNCERTAINTY_SCORES)
-        counts = "num_e_tokens", "chunk_size", "max_chunks", "max_answer_length", "num_pooling_heads"
-        for name in (*counts, "num_pooling_layers", "latent_dim"):
-            require(
-                getattr(self, name) is None or getattr(self, name) >= 1,
-                f"{name}={getattr(self, name)} must be at least 1.",
-            )
+        for name in ("num_e_tokens", "chunk_size", "max_chunks", "max_answer_length"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("slot_adapter_rank", "num_source_layers", "num_query_layers"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative.")
         require(
             self.max_answer_length <= self.chunk_size * self.max_chunks,
             f"max_answer_length={self.max_answer_length} does not fit in max_chunks={self.max_chunks} chunks of "
@@ -133,9 +145,10 @@ class ProtoGenConfig(PreTrainedConfig):
             f"num_e_tokens={self.num_e_tokens} needs arrangement e_m or e_mN; "
             f"{self.arrangement} places a single e by itself.",
         )
-        if self.arrangement == "e_only":
-            require(self.m_scope == "per_example", "arrangement e_only has no m, so m_scope must stay per_example.")
-            require(not self.m_position_offsets, "arrangement e_only has no m for m_position_offsets to shift.")
+        require(
+            self.arrangement != "e_only" or self.m_scope == "per_example",
+            "arrangement e_only has no m, so m_scope must stay per_example.",
+        )
         require(
             (self.m_scope == "per_category") == bool(self.categories),
             "categories must be given with m_scope=per_category, and only then.",
@@ -150,15 +163,28 @@ class ProtoGenConfig(PreTrainedConfig):
             "or give decoder_config.bos_token_id.",
         )
         require(
-            self.latent_source == "encoder" or self.decoder_sees_prompt,
-            f"latent_source={self.latent_source} needs the prompt in the decoder: set decoder_sees_prompt.",
+            self.latent_source != "none" or self.decoder_sees_prompt,
+            "latent_source=none lets the instruction speak through the prompt alone: set decoder_sees_prompt.",
         )
         require(
-            self.latent_source_dim % self.num_pooling_heads == 0,
-            f"num_pooling_heads={self.num_pooling_heads} does not divide the width {self.latent_source_dim} of the "
-            f"states that are pooled.",
+            self.predictor_dim >= 1 and self.predictor_dim % HEAD_DIM == 0,
+            f"predictor_dim={self.predictor_dim} must be a multiple of {HEAD_DIM}, the width of an attention head.",
         )
-        require(self.proto_token_noise >= 0, f"proto_token_noise={self.proto_token_noise} must not be negative.")
+        last = self.decoder_text_config.num_hidden_layers
+        read = self.decoder_layers_read or []
+        require(
+            all(0 <= layer <= last for layer in read),
+            f"decoder_layers_read={read} must lie in 0..{last}, the decoder's number of layers.",
+        )
+        require(
+            not self.upsamples_prompt or 0 in self.layers_read,
+            "upsamples_prompt needs the decoder's input embeddings over the prompt: latent_source=decoder or both, and "
+            "0 in decoder_layers_read.",
+        )
+        require(
+            self.num_own_tokens < 2 or last in self.layers_read,
+            f"first_tokens=decoder needs the last layer, {last}, in decoder_layers_read: it is read there.",
+        )
         require(self.log_length_scale > 0, f"log_length_scale={self.log_length_scale} must be positive.")
         low, high = self.log_length_variance_range
         require(low < high, f"log_length_variance_range={low, high} is empty.")
@@ -169,11 +195,6 @@ class ProtoGenConfig(PreTrainedConfig):
         return self.decoder_config.get_text_config()
 
     @property
-    def latent_source_dim(self) -> int:
-        """Width of the states that are pooled: the encoder's where there is one."""
-        return (self.encoder_config if self.has_encoder else self.decoder_text_config).hidden_size
-
-    @property
     def has_encoder(self) -> bool:
         return self.latent_source in ("encoder", "both")
 
@@ -182,13 +203,24 @@ class ProtoGenConfig(PreTrainedConfig):
         return self.latent_source in ("decoder", "both")
 
     @property
+    def layers_read(self) -> list[int]:
+        """The decoder's hidden states that proto-tokens are predicted from, in growing order."""
+        if not self.reads_decoder_states:
+            return []
+        last = self.decoder_text_config.num_hidden_layers
+        return sorted({0, last // 2, last} if self.decoder_layers_read is None else {*self.decoder_layers_read})
+
+    @property
     def num_own_tokens(self) -> int:
         """
-        Tokens at an answer's beginning that the decoder writes as it would token by token: after a prompt the first.
-        Where proto-tokens are predicted from the decoder's states, the prompt has been read before they are known; then
-        the first token stands in front of them, and the second is the decoder's own too.
+        Tokens at an answer's beginning that the decoder writes as it would token by token: with
+        `first_tokens="decoder"` the first after a prompt. Where proto-tokens are predicted from the decoder's states,
+        the prompt has been read before they are known; then the first token stands in front of them, and the second is
+        the decoder's own too.
         """
-        return int(self.decoder_sees_prompt) + int(self.reads_decoder_states)
+        if self.first_tokens == "slots":
+            return 0
+        return 1 + int(self.reads_decoder_states) if self.decoder_sees_prompt else 0
 
     @property
     def eos_token_ids(self) -> list[int]:

@@ -69,7 +69,8 @@ class OneStepGraphs:
             self.predictions[self.shape] = Recording(self.model.predict, **given)
         prediction = self.predictions[self.shape](**given)
         # `generate` may return it as it is.
-        return replace(prediction, error_mean=prediction.error_mean.clone())
+        kept = ("error_mean", "log_duration_confidence")
+        return replace(prediction, **{name: getattr(prediction, name).clone() for name in kept})
 
     def _padded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name == "category_ids":
@@ -94,7 +95,8 @@ class OneStepGraphs:
     def _record_answers(self, predicted: Recording, length: int, first: dict[str, torch.Tensor]) -> Recording:
         """Logits `(batch, length, vocab)`, made from where the recorded prediction leaves what it found."""
         prediction = predicted.output
-        layout = self.model.layout(torch.full((len(prediction.e),), length, device=prediction.e.device))
+        lengths = torch.full((len(prediction.e),), length, device=prediction.e.device)
+        layout = self.model.layout(lengths, prediction.e.shape[1])
         prompt = [predicted.arguments.get(name) for name in ("decoder_prompt_ids", "decoder_prompt_mask")]
         # Numbers of the slots, which are the same in all rows: a mask would be counted on the CPU.
         own = self.model.config.num_own_tokens

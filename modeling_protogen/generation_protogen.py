@@ -226,7 +226,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
             prediction, quantiles = candidates(prediction, num_candidates, candidate_noise * config.proto_token_std)
             prompt = tuple(part.repeat_interleave(num_candidates, dim=0) for part in prompt)
         mean, sigma = prediction.log_length_mean, prediction.log_length_variance.sqrt()
-        error = prediction.error_mean
+        error, log_duration_confidence = prediction.error_mean, prediction.log_duration_confidence
         if length is None:
             lengths = self.clamp_lengths((mean + (num_length_sigmas + quantiles) * sigma).exp())
         else:
@@ -251,8 +251,8 @@ class ProtoGenGenerationMixin(GenerationMixin):
             best = likeliest_candidates(self.decoder, prompt, sequences, lengths, num_candidates)
             is_best = torch.isin(torch.arange(len(written), device=best.device).repeat_interleave(written), best)
             logits, tokens = logits[is_best], tokens[is_best]
-            mean, sigma, error, written, lengths, sequences = (
-                part[best] for part in (mean, sigma, error, written, lengths, sequences)
+            mean, sigma, error, log_duration_confidence, written, lengths, sequences = (
+                part[best] for part in (mean, sigma, error, log_duration_confidence, written, lengths, sequences)
             )
         kept = token_mask(lengths)
         sequences = sequences[:, : kept.shape[1]].masked_fill(~kept, config.answer_pad_token_id)
@@ -267,6 +267,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
         compute_score = {
             "confidence": lambda: 1 - confidences,
             "least_confidence": lambda: 1 - log_confidence.min(-1).values.exp(),
+            "sequence": lambda: 1 - (log_confidence.sum(-1) + log_duration_confidence).exp(),
             "entropy": lambda: by_answer(token_entropy(logits)).sum(-1) / lengths,
             "length_sigma": lambda: sigma,
             "predicted_error": lambda: error,
@@ -332,7 +333,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
             written = [tokens[: len(tokens) - num_before] for tokens in answers.tokens]
             return Instruction(*self.encode(*processor.add_answers(*instruction, written)), category_ids)
 
-        text = TextSoFar(self.decoder, *prompt, config.reads_decoder_states)
+        text = TextSoFar(self.decoder, *prompt, config.layers_read)
         if mode == "adaptive":
             adaptive_decoding(self, answers, source, text, block_size, confidence_threshold, sampling)
         else:

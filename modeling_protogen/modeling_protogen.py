@@ -12,8 +12,9 @@ from transformers.utils import ModelOutput
 from .configuration_protogen import FITTED_SIZE, ProtoGenConfig
 from .generation_protogen import ProtoGenGenerationMixin
 from .prefix import logits_after, read_prefix, rows_of_like_lengths
-from .proto_predictor import AttentionPooling, Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
+from .proto_predictor import Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
 from .proto_tokens import Layout, build_layout, fill_slots, position_ids, predicting_positions
+from .slot_adapters import SlotAdapters, slots_at_the_end
 
 IGNORE_INDEX = -100
 # Logits that are in float32 at once: what a processor's cache holds. Larger slices are slower on CPUs as well.
@@ -32,11 +33,14 @@ class ProtoGenOutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(answer_tokens, vocab)`, *optional*):
             The decoder's logits at the answers' positions only, answer after answer: row `i` belongs to the `i`-th
             element of `labels[labels != -100]`. There are no rows for padding.
-        e (`torch.FloatTensor` of shape `(batch, max_chunks, num_e_tokens, decoder_dim)`): predicted `e` proto-tokens.
-        m (`torch.FloatTensor` of shape `(batch, max_chunks, decoder_dim)`): `m` proto-tokens.
+        e (`torch.FloatTensor` of shape `(batch, chunks, num_e_tokens, decoder_dim)`): predicted `e` proto-tokens, of as
+            many chunks as the labels need, or of all.
+        m (`torch.FloatTensor` of shape `(batch, chunks, decoder_dim)`): `m` proto-tokens.
         log_length_mean (`torch.FloatTensor` of shape `(batch,)`): mean of the natural log of the length in tokens.
         log_length_variance (`torch.FloatTensor` of shape `(batch,)`): its variance, in squared nats.
         error_mean, error_variance (`torch.FloatTensor` of shape `(batch,)`): of the share of wrong tokens.
+        duration_logits (`torch.FloatTensor` of shape `(batch, prompt, MAX_DURATION + 1)`, *optional*): of the number of
+            answer tokens that each of the prompt's accounts for, with `upsamples_prompt`.
         lengths (`torch.LongTensor` of shape `(batch,)`): answer lengths in tokens that `logits` covers.
         prompt_cache (`Cache`, *optional*): the decoder's keys and values of the prompt, where it was read apart.
     """
@@ -51,6 +55,7 @@ class ProtoGenOutput(ModelOutput):
     log_length_variance: torch.FloatTensor | None = None
     error_mean: torch.FloatTensor | None = None
     error_variance: torch.FloatTensor | None = None
+    duration_logits: torch.FloatTensor | None = None
     lengths: torch.LongTensor | None = None
     prompt_cache: Cache | None = None
 
@@ -186,7 +191,8 @@ def answer_logits(
     # one contiguous matrix before the language-model head: no logits at other positions, and none of the slowness of a
     # linear layer on a strided bfloat16 slice on CPUs.
     start = prefix_ids.shape[1] - num_own_tokens
-    return logits_after(decoder, prefix_cache, start, predicts=predicts, **inputs)
+    with slots_at_the_end(slots.shape[1]):
+        return logits_after(decoder, prefix_cache, start, predicts=predicts, **inputs)
 
 
 class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel):
@@ -226,9 +232,16 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         self.proto_predictor = ProtoTokenPredictor(config)
         if decoder is None and not config.thin:
             decoder = AutoModelForCausalLM.from_config(config.decoder_config)
+        self.slot_adapters = None
+        if config.slot_adapter_rank:
+            shape = decoder
+            if shape is None:
+                with torch.device("meta"):
+                    shape = AutoModelForCausalLM.from_config(config.decoder_config)
+            self.slot_adapters = SlotAdapters(config.slot_adapter_rank, shape)
         self.decoder = decoder
         self.post_init()
-        self._freeze()
+        self._prepare_decoder()
         self.graphs = None
         # Called as [`read_prefix`], which training may replace by one that remembers what it has read.
         self.read_prompt = read_prefix
@@ -336,7 +349,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             {f"decoder.{k}": f"decoder.{v}" for k, v in decoder.all_tied_weights_keys.items()}
         )
         self._no_split_modules |= decoder._no_split_modules
-        self._freeze()
+        self._prepare_decoder()
 
     def save_pretrained(self, save_directory, *, thin=None, state_dict=None, save_original_format=False, **kwargs):
         """
@@ -364,6 +377,11 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         finally:
             self.config.thin = was_thin
 
+    def _prepare_decoder(self):
+        if self.decoder is not None and self.slot_adapters is not None:
+            self.slot_adapters.attach(self.decoder)
+        self._freeze()
+
     def _freeze(self):
         if self.decoder is not None:
             self.decoder.requires_grad_(False).eval()
@@ -378,7 +396,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
 
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, AttentionPooling):
+        if isinstance(module, ProtoTokenPredictor):
             init.normal_(module.queries, std=0.02)
         elif isinstance(module, (ScaledLinear, ScaledEmbedding)):
             init.normal_(module.weight, std=module.init_std)
@@ -390,9 +408,12 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         decoder_prompt_ids: torch.LongTensor | None = None,
         decoder_prompt_mask: torch.Tensor | None = None,
         category_ids: torch.LongTensor | None = None,
+        durations: torch.LongTensor | None = None,
+        longest: int | None = None,
     ) -> Prediction:
         """
-        The first half of `forward`, from the instruction to proto-tokens; arguments as there.
+        The first half of `forward`, from the instruction to proto-tokens of as many chunks as `longest` tokens need, or
+        of all; other arguments as there.
 
         Raises:
             ValueError: if the inputs that the configuration asks for are missing.
@@ -401,9 +422,13 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         states, mask = self.encode(input_ids, attention_mask)
         self._check_prompt(decoder_prompt_ids, self.config.latent_source != "encoder")
         if self.config.reads_decoder_states:
-            cache, decoder_states = self.read_prompt(self.decoder, decoder_prompt_ids, decoder_prompt_mask)
-            next_logits = self.decoder.get_output_embeddings()(decoder_states[:, -1].contiguous())
-        prediction = self.proto_predictor(states, mask, decoder_states, decoder_prompt_mask, category_ids)
+            prompt = decoder_prompt_ids, decoder_prompt_mask
+            cache, decoder_states = self.read_prompt(self.decoder, *prompt, self.config.layers_read)
+            if self.config.num_own_tokens:
+                next_logits = self.decoder.get_output_embeddings()(decoder_states[:, -1, -1].contiguous())
+        prediction = self.proto_predictor(
+            states, mask, decoder_states, decoder_prompt_mask, category_ids, durations, longest
+        )
         prediction.prompt_cache, prediction.next_logits = cache, next_logits
         return prediction
 
@@ -454,15 +479,17 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             RuntimeError: if no decoder is attached.
         """
         self._check_prompt(decoder_prompt_ids, self.config.decoder_sees_prompt)
-        if first_tokens is None and prediction.next_logits is not None:
+        if prediction.next_logits is None:
+            first_tokens = None
+        elif first_tokens is None:
             first_tokens = prediction.next_logits.argmax(-1)
         prompt = decoder_prompt_ids, decoder_prompt_mask
-        return self.decode_layout(prediction, self.layout(lengths), *prompt, first_tokens)
+        return self.decode_layout(prediction, self.layout(lengths, prediction.e.shape[1]), *prompt, first_tokens)
 
-    def layout(self, lengths: torch.LongTensor) -> Layout:
+    def layout(self, lengths: torch.LongTensor, num_chunks: int) -> Layout:
         """The slots of answers of the given lengths `(batch,)`, as [`build_layout`]."""
         config = self.config
-        return build_layout(lengths, config.arrangement, config.chunk_size, config.max_chunks, config.num_e_tokens)
+        return build_layout(lengths, config.arrangement, config.chunk_size, num_chunks, config.num_e_tokens)
 
     def decode_layout(
         self,
@@ -474,18 +501,15 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         places: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """As `decode`, of answers that are laid out; `places` as of [`answer_logits`]."""
-        config, e, m = self.config, prediction.e, prediction.m
-        if self.training and config.proto_token_noise:
-            scale = config.proto_token_noise * config.proto_token_std
-            e, m = e + scale * torch.randn_like(e), m + scale * torch.randn_like(m)
-        slots = fill_slots(layout, e, m, prediction.m_offsets)
+        config = self.config
+        slots = fill_slots(layout, prediction.e, prediction.m)
         if not config.decoder_sees_prompt:
             sink = sink_ids(config.decoder_config, config.sink, len(slots), slots.device)
             return answer_logits(self.decoder, slots, layout, sink, places=places)
         prompt = decoder_prompt_ids, decoder_prompt_mask
         if prediction.prompt_cache is None and (slots.requires_grad or self.read_prompt is not read_prefix):
-            prediction.prompt_cache, _ = self.read_prompt(self.decoder, *prompt)
-        if config.reads_decoder_states:
+            prediction.prompt_cache, _ = self.read_prompt(self.decoder, *prompt, [])
+        if first_tokens is not None:
             prompt = torch.cat([prompt[0], first_tokens[:, None]], dim=1), F.pad(prompt[1], (0, 1), value=1)
         own = config.num_own_tokens
         return answer_logits(self.decoder, slots, layout, *prompt, own, prediction.prompt_cache, places)
@@ -504,6 +528,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         labels: torch.LongTensor | None = None,
         length_labels: torch.LongTensor | None = None,
         first_tokens: torch.LongTensor | None = None,
+        durations: torch.LongTensor | None = None,
         return_loss: bool = True,
         return_logits: bool = True,
     ) -> ProtoGenOutput:
@@ -523,12 +548,16 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 True lengths in tokens, where `labels` are cut; by default the length of `labels`.
             first_tokens (`torch.LongTensor` of shape `(batch,)`, *optional*):
                 Answers begin with these where `config.num_own_tokens` is 2, not with the decoder's likeliest.
+            durations (`torch.LongTensor` of shape `(batch, prompt)`, *optional*): with `upsamples_prompt`, the answer's
+                tokens that each of the prompt's accounts for, or -100 in all of a row; by default the likeliest.
             return_loss (`bool`): whether to compute the losses when there are labels.
             return_logits (`bool`): whether to run the decoder at all. What compares proto-tokens themselves, or
                 lengths, needs neither logits nor the losses.
         """
         prompt = decoder_prompt_ids, decoder_prompt_mask
-        prediction = self.predict(input_ids, attention_mask, *prompt, category_ids)
+        prediction = self.predict(
+            input_ids, attention_mask, *prompt, category_ids, durations, None if labels is None else labels.shape[1]
+        )
         mean, variance = prediction.log_length_mean, prediction.log_length_variance
         lengths = self.clamp_lengths(mean.exp()) if labels is None else (labels != IGNORE_INDEX).sum(-1)
         logits = self.decode(prediction, lengths, *prompt, first_tokens=first_tokens) if return_logits else None
@@ -540,6 +569,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             log_length_variance=variance,
             error_mean=prediction.error_mean,
             error_variance=prediction.error_variance,
+            duration_logits=prediction.duration_logits,
             lengths=lengths,
             prompt_cache=prediction.prompt_cache,
         )

@@ -85,7 +85,7 @@ def candidates(prediction: Prediction, num_candidates: int, noise: float) -> tup
     cache = prediction.prompt_cache
     if cache is not None:
         cache.batch_repeat_interleave(num_candidates)
-    names = ("log_length_mean", "log_length_variance", "error_mean", "error_variance")
+    names = ("log_length_mean", "log_length_variance", "error_mean", "error_variance", "log_duration_confidence")
     places = torch.arange(1, num_candidates, device=prediction.e.device) / num_candidates
     quantiles = torch.special.ndtri(torch.cat([places.new_tensor([0.5]), places]))
     return (

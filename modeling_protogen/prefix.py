@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import ModelOutput
 
 from .proto_tokens import position_ids
 
@@ -86,22 +87,32 @@ def rows_of_like_lengths(mask: torch.Tensor) -> list[tuple[torch.LongTensor, int
     return [(torch.stack(rows), lengths[rows[-1]].item()) for rows in groups]
 
 
+def states_of(output: ModelOutput, layers: list[int]) -> torch.Tensor:
+    """A pass's hidden states of these layers, 0 being the embeddings: `(batch, length, layers, dim)`."""
+    return torch.stack([output.hidden_states[layer] for layer in layers], dim=2)
+
+
 @torch.no_grad()
 def read_prefix(
-    decoder: PreTrainedModel, prefix_ids: torch.LongTensor, prefix_mask: torch.Tensor
-) -> tuple[Cache, torch.Tensor]:
+    decoder: PreTrainedModel, prefix_ids: torch.LongTensor, prefix_mask: torch.Tensor, layers: list[int]
+) -> tuple[Cache, torch.Tensor | None]:
     """
-    Keys and values of a prefix `(batch, prefix)`, padded on the left, and the decoder's last states
-    `(batch, prefix, dim)`. What they are at padding is of no meaning.
+    Keys and values of a prefix `(batch, prefix)`, padded on the left, and the decoder's hidden states of these layers
+    `(batch, prefix, layers, dim)`, None of none. What they are at padding is of no meaning.
     """
 
     def read(rows, length):
         ids, mask = prefix_ids[rows, -length:], prefix_mask[rows, -length:]
         cache = new_cache(decoder)
-        states = decoder.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), past_key_values=cache, use_cache=True
-        ).last_hidden_state
-        return cache, states
+        output = decoder.base_model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids(mask),
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=bool(layers),
+        )
+        return cache, states_of(output, layers) if layers else None
 
     longest, groups = prefix_ids.shape[1], rows_of_like_lengths(prefix_mask)
     if len(groups) == 1:
@@ -117,6 +128,8 @@ def read_prefix(
         return torch.cat([padded_left(part, longest) for part in parts])[places]
 
     caches, states = zip(*(read(*group) for group in groups), strict=True)
-    for number, layers in enumerate(zip(*(part.layers for part in caches), strict=True)):
-        cache.update(joined([layer.keys for layer in layers]), joined([layer.values for layer in layers]), number)
-    return cache, joined(states)
+    for number, parts in enumerate(zip(*(part.layers for part in caches), strict=True)):
+        cache.update(joined([layer.keys for layer in parts]), joined([layer.values for layer in parts]), number)
+    if not layers:
+        return cache, None
+    return cache, joined([part.transpose(1, 2) for part in states]).transpose(1, 2)

@@ -5,6 +5,9 @@ import copy
 import torch
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, ProcessorMixin
 
+from .key_value_lines import from_lines, to_lines
+
+ANSWER_FORMATS = ("text", "key_value_lines")
 PROMPT_TEMPLATE = "Instruction: {message}\n\nResponse:\n"
 
 
@@ -13,8 +16,9 @@ class ProtoGenProcessor(ProcessorMixin):
     Prepares instructions for the encoder and for the decoder, and answers as labels.
 
     The encoder reads `instruction` and `context` as a pair. The decoder's prompt is one user message, the instruction
-    and the context joined by an empty line, in the decoder tokenizer's chat template, or in `prompt_template` when it
-    has none. What does not fit is cut from the end of the context, never from the instruction.
+    and the context joined by an empty line, in `prompt_template` where one is given, otherwise in the decoder
+    tokenizer's chat template, or in a plain one when it has none. What does not fit is cut from the end of the context,
+    never from the instruction.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the encoder's.
@@ -22,7 +26,9 @@ class ProtoGenProcessor(ProcessorMixin):
         max_input_length (`int`, defaults to 512): the encoder's window in tokens.
         max_prompt_length (`int`, defaults to 1024): longest prompt of the decoder in tokens.
         max_answer_length (`int`, defaults to 64): longest answer in tokens, EOS included; longer labels are cut.
-        prompt_template (`str`, *optional*): holds `{message}`; for a decoder without a chat template.
+        prompt_template (`str`, *optional*): holds `{message}`, and takes the place of the chat template.
+        answer_format (`str`, defaults to `"text"`): with `"key_value_lines"` answers are flat JSON objects of strings
+            outside, and `key: value` lines in the decoder; what it writes and cannot be read back stays as it is.
         for_encoder (`bool`, defaults to True): False for a model without an encoder: no `input_ids` then, and
             `tokenizer` is the decoder's too.
         encoder_reads_answer (`bool`, defaults to False): where part of an answer stands already, the encoder reads it
@@ -36,7 +42,8 @@ class ProtoGenProcessor(ProcessorMixin):
         max_input_length: int = 512,
         max_prompt_length: int = 1024,
         max_answer_length: int = 64,
-        prompt_template: str = PROMPT_TEMPLATE,
+        prompt_template: str | None = None,
+        answer_format: str = "text",
         for_encoder: bool = True,
         encoder_reads_answer: bool = False,
         **kwargs,
@@ -44,7 +51,12 @@ class ProtoGenProcessor(ProcessorMixin):
         self.max_input_length = max_input_length
         self.max_prompt_length = max_prompt_length
         self.max_answer_length = max_answer_length
+        if prompt_template is not None and "{message}" not in prompt_template:
+            raise ValueError(f"prompt_template={prompt_template!r} must hold {{message}}.")
+        if answer_format not in ANSWER_FORMATS:
+            raise ValueError(f"answer_format={answer_format!r} is not one of {', '.join(ANSWER_FORMATS)}.")
         self.prompt_template = prompt_template
+        self.answer_format = answer_format
         self.for_encoder = for_encoder
         self.encoder_reads_answer = encoder_reads_answer
         super().__init__(tokenizer, decoder_tokenizer, **kwargs)
@@ -160,12 +172,14 @@ class ProtoGenProcessor(ProcessorMixin):
             `labels` `(batch, length)` padded with -100, and `length_labels` `(batch,)`: lengths before the cut.
         """
         eos = [self.decoder_tokenizer.eos_token_id]
-        ids = [
-            self.decoder_tokenizer(answer, add_special_tokens=False).input_ids + eos
-            if isinstance(answer, str)
-            else answer
-            for answer in answers
-        ]
+
+        def tokens(answer):
+            if not isinstance(answer, str):
+                return answer
+            text = to_lines(answer) if self.answer_format == "key_value_lines" else answer
+            return self.decoder_tokenizer(text, add_special_tokens=False).input_ids + eos
+
+        ids = [tokens(answer) for answer in answers]
         longest = min(self.max_answer_length, max(len(row) for row in ids))
         labels = torch.full((len(ids), longest), -100)
         for label, row in zip(labels, ids, strict=True):
@@ -217,21 +231,28 @@ class ProtoGenProcessor(ProcessorMixin):
 
     def _prompt_ids(self, instruction: str, context: str) -> list[int]:
         message = user_message(instruction, context)
-        if self.decoder_tokenizer.chat_template:
+        if self.prompt_template is None and self.decoder_tokenizer.chat_template:
             text = self.decoder_tokenizer.apply_chat_template(
                 [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
             )
             # The template writes the special tokens itself.
             return self.decoder_tokenizer(text, add_special_tokens=False).input_ids
-        return self.decoder_tokenizer(self.prompt_template.format(message=message)).input_ids
+        template = self.prompt_template or PROMPT_TEMPLATE
+        return self.decoder_tokenizer(template.replace("{message}", message)).input_ids
 
     def batch_decode(self, sequences, skip_special_tokens: bool = True, **kwargs) -> list[str]:
         """Answers as text; `sequences` has shape `(batch, length)` in the decoder's vocabulary."""
-        return self.decoder_tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
+        texts = self.decoder_tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
+        return [self._finished(text) for text in texts]
 
     def decode(self, sequence, skip_special_tokens: bool = True, **kwargs) -> str:
         """One answer as text; `sequence` has shape `(length,)` in the decoder's vocabulary."""
-        return self.decoder_tokenizer.decode(sequence, skip_special_tokens=skip_special_tokens, **kwargs)
+        return self._finished(
+            self.decoder_tokenizer.decode(sequence, skip_special_tokens=skip_special_tokens, **kwargs)
+        )
+
+    def _finished(self, text: str) -> str:
+        return from_lines(text) if self.answer_format == "key_value_lines" else text
 
     @property
     def model_input_names(self) -> list[str]:

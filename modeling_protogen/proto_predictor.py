@@ -1,4 +1,7 @@
-"""From states of an encoder, of the decoder over the prompt, or of both, to proto-tokens, a length and an error."""
+"""
+From states of an encoder, of the decoder over the prompt, or of both, to proto-tokens, a length and an error: a small
+non-autoregressive decoder.
+"""
 
 import math
 from dataclasses import dataclass
@@ -7,38 +10,46 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Cache
+from transformers.utils import ModelOutput
 
-from .configuration_protogen import FITTED_SIZE, ProtoGenConfig
+from .configuration_protogen import FITTED_SIZE, HEAD_DIM, ProtoGenConfig
+from .proto_tokens import position_ids
 
 # The log of the predicted variance of an answer's share of wrong tokens stays inside these bounds.
 LOG_ERROR_VARIANCE_RANGE = (-8.0, 0.0)
+# Answer tokens that one of the prompt accounts for at most.
+MAX_DURATION = 32
 
 
 @dataclass
-class Prediction:
+class Prediction(ModelOutput):
     """
     What is predicted for a batch of instructions.
 
     Args:
-        e (`torch.Tensor` of shape `(batch, max_chunks, num_e_tokens, decoder_dim)`)
-        m (`torch.Tensor` of shape `(batch, max_chunks, decoder_dim)`)
-        m_offsets (`torch.Tensor` of shape `(chunk_size, decoder_dim)`, *optional*): added to `m` by position.
+        e (`torch.Tensor` of shape `(batch, chunks, num_e_tokens, decoder_dim)`)
+        m (`torch.Tensor` of shape `(batch, chunks, decoder_dim)`)
         log_length_mean, log_length_variance (`torch.FloatTensor` of shape `(batch,)`): of the natural log of the
             answer's length in tokens.
         error_mean, error_variance (`torch.FloatTensor` of shape `(batch,)`): of the share of the answer's tokens that
             will be wrong.
+        duration_logits (`torch.Tensor` of shape `(batch, prompt, MAX_DURATION + 1)`, *optional*): of the number of
+            answer tokens that each of the prompt's accounts for, with `upsamples_prompt`.
+        log_duration_confidence (`torch.FloatTensor` of shape `(batch,)`): log-probability of the likeliest of these
+            numbers, all together; 0 without them.
         prompt_cache (`Cache`, *optional*): the decoder's keys and values of the prompt, where they were needed.
-        next_logits (`torch.Tensor` of shape `(batch, vocab)`, *optional*): the decoder's, after the prompt, where its
-            states were read.
+        next_logits (`torch.Tensor` of shape `(batch, vocab)`, *optional*): the decoder's, after the prompt, where an
+            answer begins with its own token and the prompt has been read.
     """
 
-    e: torch.Tensor
-    m: torch.Tensor
-    m_offsets: torch.Tensor | None
-    log_length_mean: torch.Tensor
-    log_length_variance: torch.Tensor
-    error_mean: torch.Tensor
-    error_variance: torch.Tensor
+    e: torch.Tensor | None = None
+    m: torch.Tensor | None = None
+    log_length_mean: torch.Tensor | None = None
+    log_length_variance: torch.Tensor | None = None
+    error_mean: torch.Tensor | None = None
+    error_variance: torch.Tensor | None = None
+    log_duration_confidence: torch.Tensor | None = None
+    duration_logits: torch.Tensor | None = None
     prompt_cache: Cache | None = None
     next_logits: torch.Tensor | None = None
 
@@ -46,9 +57,9 @@ class Prediction:
 class ScaledLinear(nn.Linear):
     """A linear layer whose fresh weights have the standard deviation `init_std`."""
 
-    def __init__(self, in_features: int, out_features: int, init_std: float):
+    def __init__(self, in_features: int, out_features: int, init_std: float, bias: bool = True):
         self.init_std = init_std
-        super().__init__(in_features, out_features)
+        super().__init__(in_features, out_features, bias)
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -59,76 +70,75 @@ class ScaledEmbedding(nn.Embedding):
         super().__init__(num_embeddings, embedding_dim)
 
 
-class CrossAttention(nn.Module):
-    """Multi-head attention of `(batch, num_queries, dim)` over states `(batch, source, dim)`."""
-
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.output = nn.Linear(dim, dim)
-
-    def forward(self, queries: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        def split_heads(x):
-            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-        pooled = F.scaled_dot_product_attention(
-            split_heads(self.query(queries)),
-            split_heads(self.key(states)),
-            split_heads(self.value(states)),
-            attn_mask=attention_mask.bool()[:, None, None, :],
-        )
-        return self.output(pooled.transpose(1, 2).flatten(2))
+def sinusoids(positions: torch.Tensor, dim: int) -> torch.Tensor:
+    """Vaswani et al., 2017, https://arxiv.org/abs/1706.03762, section 3.5: positions `(...)` to `(..., dim)`."""
+    rates = torch.exp(torch.arange(0, dim, 2, device=positions.device) * (-math.log(1e4) / dim))
+    angles = positions[..., None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-class AttentionPooling(nn.Module):
+class Upsampling(nn.Module):
     """
-    Learned queries that read the states once or several times, each time adding what they found (the latent array of
-    Jaegle et al., 2021, https://arxiv.org/abs/2103.03206): `(batch, num_queries, dim)`.
+    Spreads the prompt's states over the answer in their order: each is repeated over as many tokens as it accounts for,
+    its duration (the fertility of Gu et al., 2018, https://arxiv.org/abs/1711.02281; the length regulator of Ren et
+    al., 2019, https://arxiv.org/abs/1905.09263).
     """
 
-    def __init__(self, dim: int, num_queries: int, num_heads: int, num_layers: int):
+    def __init__(self, dim: int):
         super().__init__()
-        self.queries = nn.Parameter(torch.empty(num_queries, dim))
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(num_layers))
-        self.layers = nn.ModuleList(CrossAttention(dim, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(dim)
+        self.duration = nn.Linear(dim, MAX_DURATION + 1)
+        # Where in a stretch a token is, counted from its beginning and from its end.
+        self.from_start = ScaledEmbedding(MAX_DURATION + 1, dim, init_std=1.0)
+        self.from_end = ScaledEmbedding(MAX_DURATION + 1, dim, init_std=1.0)
 
     def forward(
-        self, states: torch.Tensor, attention_mask: torch.Tensor, start: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """`start` `(batch, dim)`, where given, is added to all queries."""
-        x = self.queries.expand(len(states), -1, -1)
-        if start is not None:
-            x = x + start[:, None]
-        for norm, layer in zip(self.norms, self.layers, strict=True):
-            x = x + layer(norm(x), states, attention_mask)
-        return x
+        self,
+        states: torch.Tensor,
+        mask: torch.BoolTensor,
+        positions: torch.LongTensor,
+        durations: torch.LongTensor | None = None,
+    ) -> tuple[torch.Tensor, torch.LongTensor, torch.Tensor, torch.LongTensor]:
+        """
+        Args:
+            states (`torch.Tensor` of shape `(batch, source, dim)`), mask (`torch.BoolTensor` of shape `(batch,
+                source)`)
+            positions (`torch.LongTensor` of shape `(queries,)`): of the answer's tokens.
+            durations (`torch.LongTensor` of shape `(batch, source)`, *optional*): the true ones, in tokens; by default
+                the likeliest. A row that begins with -100 has none.
+
+        Returns:
+            States `(batch, queries, dim)` and which they are `(batch, queries)`, the logits of the durations `(batch,
+            source, MAX_DURATION + 1)`, and the answers' lengths in tokens `(batch,)`.
+        """
+        logits = self.duration(self.norm(states))
+        likeliest = logits.argmax(-1) * mask
+        if durations is None:
+            durations = likeliest
+        durations = torch.where(durations[:, :1] >= 0, durations, likeliest)
+        ends = durations.cumsum(1)
+        positions = positions.expand(len(states), -1).contiguous()
+        source = torch.searchsorted(ends, positions, right=True).clamp_max(states.shape[1] - 1)
+        end = ends.gather(1, source)
+        start = end - durations.gather(1, source)
+        spread = states.gather(1, source[..., None].expand(-1, -1, states.shape[-1]))
+        spread = spread + self.from_start((positions - start).clamp(0, MAX_DURATION))
+        spread = spread + self.from_end((end - positions).clamp(0, MAX_DURATION))
+        return spread, source, logits, likeliest.sum(1)
 
 
 class Projection(nn.Module):
-    """
-    Two-layer perceptron on a normalised input; `output_std` is the scale of its output when fresh. With `latent_dim`
-    the output lies in an affine subspace of that many dimensions.
-    """
+    """Two-layer perceptron on a normalised input; `output_std` is the scale of its output when fresh."""
 
-    def __init__(self, dim: int, output_dim: int, output_std: float, latent_dim: int | None):
+    def __init__(self, dim: int, output_dim: int, output_std: float):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         # The normalised input keeps unit variance in `hidden`, and E[gelu(z)^2] = 0.425.
         self.hidden = ScaledLinear(dim, output_dim, init_std=dim**-0.5)
-        hidden_std = (0.425 * output_dim) ** 0.5
-        self.latent = None
-        if latent_dim is None:
-            self.output = ScaledLinear(output_dim, output_dim, init_std=output_std / hidden_std)
-        else:
-            self.latent = ScaledLinear(output_dim, latent_dim, init_std=1 / hidden_std)
-            self.output = ScaledLinear(latent_dim, output_dim, init_std=output_std * latent_dim**-0.5)
+        self.output = ScaledLinear(output_dim, output_dim, init_std=output_std * (0.425 * output_dim) ** -0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.gelu(self.hidden(self.norm(x)))
-        return self.output(x if self.latent is None else self.latent(x))
+        return self.output(F.gelu(self.hidden(self.norm(x))))
 
 
 class Gaussian(nn.Module):
@@ -146,35 +156,87 @@ class Gaussian(nn.Module):
         return mean, (low + (high - low) * variance_logit.sigmoid()).exp()
 
 
+class Attention(nn.MultiheadAttention):
+    """
+    As there, but the output layer is called, not its weights read: where they are offloaded, they come with the call.
+    """
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> tuple[torch.Tensor, None]:
+        """
+        Keys are read off `value` too. A mask of the keys is boolean, True at padding, or added to the scores; one of
+        pairs is added to the scores, and not needed where it is causal; there are not both.
+        """
+        weight, bias, dim = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        q = F.linear(query, weight[:dim], bias[:dim])
+        k, v = F.linear(value, weight[dim:], bias[dim:]).chunk(2, dim=-1)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        mask = None if is_causal else attn_mask
+        if key_padding_mask is not None:
+            is_text = ~key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask
+            mask = is_text[:, None, None]
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2)), None
+
+
+def transformer_layer(kind: type[nn.Module], dim: int) -> nn.Module:
+    """An `nn.TransformerEncoderLayer` or `nn.TransformerDecoderLayer` with [`Attention`]."""
+    heads = dim // HEAD_DIM
+    layer = kind(dim, heads, 4 * dim, activation="gelu", batch_first=True, norm_first=True)
+    for name, module in list(layer.named_children()):
+        if isinstance(module, nn.MultiheadAttention):
+            setattr(layer, name, Attention(dim, heads, module.dropout, batch_first=True))
+    return layer
+
+
 class ProtoTokenPredictor(nn.Module):
     """
-    Predicts proto-tokens, the answer's length and its error: one learned query for each `e`, each predicted `m`, the
-    length and the error. Queries start from the decoder's last prompt state where the decoder's states are read: it
-    looks ahead already.
+    Predicts proto-tokens, the answer's length and its error, with a query for each `e`, each predicted `m`, the length
+    and the error.
+
+    The source is the decoder's hidden states over the prompt, the encoder's states, or both one after the other. Layers
+    of attention in both directions mix it. Queries attend to one another and to the source in a few layers. With
+    `upsamples_prompt` they start from the prompt's states, spread over the answer, and may copy the input embeddings
+    there into proto-tokens.
     """
 
     def __init__(self, config: ProtoGenConfig):
         super().__init__()
         self.config = config
-        dim, decoder_dim = config.latent_source_dim, config.decoder_text_config.hidden_size
-        self.num_e = config.max_chunks * config.num_e_tokens
+        dim, decoder_dim = config.predictor_dim, config.decoder_text_config.hidden_size
         predicts_m = config.m_scope == "per_example" and config.arrangement != "e_only"
-        num_queries = self.num_e + (config.max_chunks if predicts_m else 0) + 2
-        self.decoder_reading = None
-        if config.reads_decoder_states:
-            self.decoder_reading = nn.Sequential(nn.LayerNorm(decoder_dim), nn.Linear(decoder_dim, dim))
-        num_layers = 0 if config.latent_source == "none" else config.num_pooling_layers
-        self.pooling = AttentionPooling(dim, num_queries, config.num_pooling_heads, num_layers)
+        self.queries_per_chunk = config.num_e_tokens + int(predicts_m)
+
+        def reading(width):
+            return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
+
+        self.decoder_readings = nn.ModuleList(reading(decoder_dim) for _ in config.layers_read)
+        self.encoder_reading = reading(config.encoder_config.hidden_size) if config.has_encoder else None
+        self.source_layers = nn.ModuleList(
+            transformer_layer(nn.TransformerEncoderLayer, dim) for _ in range(config.num_source_layers)
+        )
+        self.queries = nn.Parameter(torch.empty(2 + config.max_chunks * self.queries_per_chunk, dim))
+        self.query_layers = nn.ModuleList(
+            transformer_layer(nn.TransformerDecoderLayer, dim) for _ in range(config.num_query_layers)
+        )
+        self.upsampling = Upsampling(dim) if config.upsamples_prompt else None
+        self.copy_gate = nn.Linear(dim, 1) if config.upsamples_prompt else None
         # The factor is not in the weights, so that training moves what they give in proportion to its size.
         std = config.proto_token_std / FITTED_SIZE
-        self.e_projection = Projection(dim, decoder_dim, std, config.latent_dim)
-        self.m_projection = Projection(dim, decoder_dim, std, config.latent_dim) if predicts_m else None
+        self.e_projection = Projection(dim, decoder_dim, std)
+        self.m_projection = Projection(dim, decoder_dim, std) if predicts_m else None
         self.m_table = None
         if config.m_scope != "per_example":
             self.m_table = ScaledEmbedding(len(config.categories or [0]), decoder_dim, std)
-        self.m_offsets = None
-        if config.m_position_offsets:
-            self.m_offsets = ScaledEmbedding(config.chunk_size, decoder_dim, init_std=0.0)
         self.length = Gaussian(dim, config.log_length_variance_range)
         self.error = Gaussian(dim, LOG_ERROR_VARIANCE_RANGE)
 
@@ -185,50 +247,97 @@ class ProtoTokenPredictor(nn.Module):
         decoder_states: torch.Tensor | None = None,
         decoder_mask: torch.Tensor | None = None,
         category_ids: torch.LongTensor | None = None,
+        durations: torch.LongTensor | None = None,
+        longest: int | None = None,
     ) -> Prediction:
         """
         Args:
             encoder_states (`torch.Tensor` of shape `(batch, source, encoder_dim)`), encoder_mask (`torch.Tensor` of
                 shape `(batch, source)`): None without an encoder.
-            decoder_states (`torch.Tensor` of shape `(batch, prompt, decoder_dim)`), decoder_mask (`torch.Tensor` of
-                shape `(batch, prompt)`): of the prompt, wherever its padding is; states that are not read are None.
+            decoder_states (`torch.Tensor` of shape `(batch, prompt, layers, decoder_dim)`), decoder_mask
+                (`torch.Tensor` of shape `(batch, prompt)`): of the prompt, wherever its padding is; states that are not
+                read are None.
             category_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): needed by `m_scope="per_category"`.
+            durations (`torch.LongTensor` of shape `(batch, prompt)`, *optional*): as of [`Upsampling`].
+            longest (`int`, *optional*): predicts as many chunks as so many tokens need; all by default. What the first
+                chunks are does not depend on it.
         """
-        config, states, mask, start = self.config, encoder_states, encoder_mask, None
-        if self.decoder_reading is not None:
-            read = self.decoder_reading(decoder_states.to(self.pooling.queries.dtype))
-            last = (decoder_mask * torch.arange(read.shape[1], device=read.device)).argmax(-1)
-            start = read[torch.arange(len(read), device=read.device), last]
-            states = read if states is None else torch.cat([states, read], dim=1)
-            mask = decoder_mask if mask is None else torch.cat([mask, decoder_mask], dim=1)
-        if states is None:
-            states = self.pooling.queries.new_empty(len(decoder_mask), 0, config.latent_source_dim)
-        pooled = self.pooling(states, mask, start)
-        e = self.e_projection(pooled[:, : self.num_e]).unflatten(1, (config.max_chunks, config.num_e_tokens))
+        config = self.config
+        num_chunks = config.max_chunks if longest is None else min(-(-longest // config.chunk_size), config.max_chunks)
+        batch = len(decoder_mask if encoder_mask is None else encoder_mask)
+        queries = self.queries[: 2 + num_chunks * self.queries_per_chunk].expand(batch, -1, -1)
+        source, mask = self._source(encoder_states, encoder_mask, decoder_states, decoder_mask)
+        duration_logits = copied = length = None
+        if self.upsampling is not None:
+            prompt = source[:, : decoder_mask.shape[1]], decoder_mask.bool()
+            # The token in the middle of each chunk.
+            positions = torch.arange(num_chunks, device=source.device) * config.chunk_size + config.chunk_size // 2
+            spread, places, duration_logits, length = self.upsampling(*prompt, positions, durations)
+            queries = queries + F.pad(spread.repeat_interleave(self.queries_per_chunk, dim=1), (0, 0, 2, 0))
+            embeddings = decoder_states[:, :, 0].to(queries.dtype)
+            copied = embeddings.gather(1, places[..., None].expand(-1, -1, embeddings.shape[-1]))[:, :, None]
+        causal = nn.Transformer.generate_square_subsequent_mask(queries.shape[1], queries.device, queries.dtype)
+        for layer in self.query_layers:
+            queries = layer(queries, source, causal, memory_key_padding_mask=~mask, tgt_is_causal=True)
+        # For each chunk its e's, and its m where that is predicted.
+        others, by_chunk = queries[:, :2], queries[:, 2:].unflatten(1, (num_chunks, self.queries_per_chunk))
+
+        def proto_tokens(projection, part):
+            vectors = projection(part)
+            if copied is not None:
+                vectors = vectors + self.copy_gate(part).sigmoid() * copied
+            return FITTED_SIZE * vectors
+
+        e = proto_tokens(self.e_projection, by_chunk[:, :, : config.num_e_tokens])
         if self.m_projection is not None:
-            m = self.m_projection(pooled[:, self.num_e : -2])
+            m = proto_tokens(self.m_projection, by_chunk[:, :, -1:])[:, :, 0]
         elif self.m_table is not None:
             if config.m_scope != "per_category":
-                category_ids = torch.zeros(len(e), dtype=torch.long, device=e.device)
+                category_ids = torch.zeros(batch, dtype=torch.long, device=e.device)
             elif category_ids is None:
                 raise ValueError("m_scope=per_category needs category_ids: positions in config.categories.")
-            m = self.m_table(category_ids)[:, None].expand(-1, config.max_chunks, -1)
+            m = FITTED_SIZE * self.m_table(category_ids)[:, None].expand(-1, num_chunks, -1)
         else:
-            m = e.new_zeros(len(e), config.max_chunks, e.shape[-1])
-        offsets = None
-        if self.m_offsets is not None:
-            offsets = FITTED_SIZE * self.m_offsets(torch.arange(config.chunk_size, device=e.device))
-
-        length_mean, length_variance = self.length(pooled[:, -2])
-        error_logit, error_variance = self.error(pooled[:, -1])
+            m = e.new_zeros(batch, num_chunks, e.shape[-1])
+        length_mean, length_variance = self.length(others[:, 0])
+        error_logit, error_variance = self.error(others[:, 1])
         # The bias starts at zero; predictions start at half the longest answer.
         length_mean = length_mean + math.log(max(config.max_answer_length / 2, 1))
+        log_duration_confidence = torch.zeros_like(length_mean)
+        if length is not None:
+            length_mean = length.clamp_min(1).float().log()
+            duration_confidence = duration_logits.float().log_softmax(-1).max(-1).values
+            log_duration_confidence = (duration_confidence * prompt[1]).sum(1)
         return Prediction(
-            e=FITTED_SIZE * e,
-            m=FITTED_SIZE * m,
-            m_offsets=offsets,
+            e=e,
+            m=m,
             log_length_mean=length_mean + config.log_length_shift,
             log_length_variance=length_variance * config.log_length_scale**2,
             error_mean=error_logit.sigmoid(),
             error_variance=error_variance,
+            log_duration_confidence=log_duration_confidence,
+            duration_logits=duration_logits,
         )
+
+    def _source(
+        self,
+        encoder_states: torch.Tensor | None,
+        encoder_mask: torch.Tensor | None,
+        decoder_states: torch.Tensor | None,
+        decoder_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.BoolTensor] | tuple[None, None]:
+        """Mixed states, the prompt's before the encoder's, `(batch, source, dim)`, and their mask `(batch, source)`."""
+        dtype, parts = self.queries.dtype, []
+        if len(self.decoder_readings):
+            states = decoder_states.to(dtype).unbind(2)
+            read = sum(reading(state) for reading, state in zip(self.decoder_readings, states, strict=True))
+            parts.append((read, decoder_mask.bool()))
+        if self.encoder_reading is not None:
+            parts.append((self.encoder_reading(encoder_states.to(dtype)), encoder_mask.bool()))
+        if not parts:
+            return None, None
+        source = torch.cat([read + sinusoids(position_ids(mask), read.shape[-1]).to(dtype) for read, mask in parts], 1)
+        mask = torch.cat([mask for _, mask in parts], 1)
+        for layer in self.source_layers:
+            source = layer(source, src_key_padding_mask=~mask)
+        return source, mask

@@ -36,9 +36,6 @@ class Layout:
     Args:
         source (`torch.LongTensor` of shape `(batch, slots)`):
             Row of the table `[e of chunk 1, ..., e of chunk K, m of chunk 1, ..., m of chunk K]` that fills the slot.
-        offset (`torch.LongTensor` of shape `(slots,)`):
-            Answer position inside the chunk that the slot predicts; negative for an unguided e.
-        is_m (`torch.BoolTensor` of shape `(batch, slots)`): whether the slot holds an `m`.
         mask (`torch.BoolTensor` of shape `(batch, slots)`): whether the slot is in use.
         predicts (`torch.BoolTensor` of shape `(batch, slots)`):
             Whether the slot predicts an answer token. Read row by row, the true slots predict the answers' tokens in
@@ -46,8 +43,6 @@ class Layout:
     """
 
     source: torch.LongTensor
-    offset: torch.LongTensor
-    is_m: torch.BoolTensor
     mask: torch.BoolTensor
     predicts: torch.BoolTensor
 
@@ -95,8 +90,6 @@ def build_layout(
     m_source = num_chunks * num_e_tokens + chunk
     return Layout(
         source=torch.where(is_m, m_source, e_source),
-        offset=place - unguided,
-        is_m=is_m,
         mask=mask,
         predicts=mask & (place >= unguided),
     )
@@ -112,7 +105,7 @@ def predicting_positions(layout: Layout, num_own_tokens: int) -> torch.BoolTenso
     return torch.cat([is_own, layout.predicts & (number > num_own_tokens)], dim=1)
 
 
-def fill_slots(layout: Layout, e: torch.Tensor, m: torch.Tensor, m_offsets: torch.Tensor | None = None) -> torch.Tensor:
+def fill_slots(layout: Layout, e: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
     """
     Puts proto-tokens into their slots; differentiable in every argument but the layout.
 
@@ -120,16 +113,12 @@ def fill_slots(layout: Layout, e: torch.Tensor, m: torch.Tensor, m_offsets: torc
         layout (`Layout`): from `build_layout`.
         e (`torch.Tensor` of shape `(batch, num_chunks, num_e_tokens, dim)`)
         m (`torch.Tensor` of shape `(batch, num_chunks, dim)`)
-        m_offsets (`torch.Tensor` of shape `(chunk_size, dim)`, *optional*): added to `m` by position in the chunk.
 
     Returns:
         `torch.Tensor` of shape `(batch, slots, dim)`, in the dtype of `e`.
     """
     table = torch.cat([e.flatten(1, 2), m], dim=1)
-    slots = table.gather(1, layout.source[..., None].expand(-1, -1, table.shape[-1]))
-    if m_offsets is not None:
-        slots = slots + layout.is_m[..., None] * m_offsets[layout.offset.clamp_min(0)]
-    return slots
+    return table.gather(1, layout.source[..., None].expand(-1, -1, table.shape[-1]))
 
 
 def flatten_proto_tokens(e: torch.Tensor, m: torch.Tensor) -> torch.Tensor:

@@ -1,36 +1,58 @@
 #!/usr/bin/env bash
-# What each choice of architecture is worth on Dolly: the base is (c) of scripts/encoder_dolly.sh, whose teacher answers
-# are used, and each run changes one thing; what is called NAME-CHANGE changes it in NAME. Options go to every training,
-# such as --data FILE or --max_steps N.
+# What each choice of architecture is worth where training converges: commands to JSON (`snips`) or the controlled world
+# (`controlled_world`). The base is the recipe, trained through the decoder from nothing with the auxiliary token head,
+# and each run changes one thing; what is called NAME-CHANGE changes it in NAME. Options go to every training:
+#     bash scripts/ablations.sh snips --max_steps 400
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
-teacher=runs/encoder_dolly/teacher
-python scripts/train.py --config encoder_dolly --stage teacher --latent_source none --teacher_answers $teacher "$@"
+recipe=${1:?which recipe: snips or controlled_world}
+shift
+runs=runs/ablations/$recipe
+losses='{"reconstruction": 1.0, "token_head": 0.5, "duration": 1.0, "length_nll": 0.1, "error_nll": 0.1}'
+plain='{"reconstruction": 1.0, "duration": 1.0, "length_nll": 0.1, "error_nll": 0.1}'
+unaligned='{"reconstruction": 1.0, "length_nll": 0.1, "error_nll": 0.1}'
 
 run() {
     local name=$1
     shift
     echo "== $name"
-    python scripts/train.py --config encoder_dolly --output_dir runs/ablations/"$name" --teacher_answers $teacher \
-        --latent_source both --max_steps 1000 "$@"
+    python scripts/train.py --config "$recipe" --output_dir "$runs/$name" "$@"
 }
 
-run base "$@"
-run source_none --latent_source none "$@"
-run source_encoder --latent_source encoder "$@"
-run source_encoder-frozen --latent_source encoder --encoder_learning_rate 0 "$@"
-run source_encoder-lora --latent_source encoder --encoder_lora_rank 8 --encoder_learning_rate 1e-3 "$@"
-run source_encoder-of_3_layers --latent_source encoder --encoder_num_layers 3 "$@"
-run source_decoder --latent_source decoder "$@"
-run without_prompt --latent_source encoder --decoder_sees_prompt false "$@"
-run chunks_of_8 --chunk_size 8 --max_chunks 2 "$@"
-run chunks_of_4 --chunk_size 4 --max_chunks 4 "$@"
-run chunks_of_2 --chunk_size 2 --max_chunks 8 "$@"
-run four_e --num_e_tokens 4 "$@"
-run without_offsets --m_position_offsets false "$@"
-run subspace_of_64 --latent_dim 64 "$@"
-run three_pooling_layers --num_pooling_layers 3 "$@"
-run noise --proto_token_noise 0.1 "$@"
-run soft_targets --losses '{"soft_reconstruction": 1.0, "length_nll": 0.1, "error_nll": 0.1}' "$@"
-run on_policy --losses '{"reconstruction": 1.0, "on_policy": 1.0, "length_nll": 0.1, "error_nll": 0.1}' "$@"
-python scripts/benchmark.py ablations --made-by "bash scripts/ablations.sh${1+$(printf ' %q' "$@")}"
+if [ "$recipe" = snips ]; then
+    base=(--losses "$losses")
+    run base "${base[@]}" "$@"
+    run without_token_head --losses "$plain" "$@"
+    run without_adapters "${base[@]}" --slot_adapter_rank 0 "$@"
+    run adapters_of_4 "${base[@]}" --slot_adapter_rank 4 "$@"
+    run adapters_of_64 "${base[@]}" --slot_adapter_rank 64 "$@"
+    run first_tokens_decoder "${base[@]}" --first_tokens decoder "$@"
+    run source_both "${base[@]}" --latent_source both --encoder embedded:minilm-l6 "$@"
+    run layers_0_30 "${base[@]}" --decoder_layers_read 0 30 "$@"
+    run layers_0_15_30 "${base[@]}" --decoder_layers_read 0 15 30 "$@"
+    run two_source_layers "${base[@]}" --num_source_layers 2 "$@"
+    run one_query_layer "${base[@]}" --num_query_layers 1 "$@"
+    run not_upsampled --losses "$unaligned" --upsamples_prompt false "$@"
+    run not_upsampled-chunks_of_2 --losses "$unaligned" --upsamples_prompt false --chunk_size 2 --max_chunks 32 "$@"
+    run not_upsampled-one_pair --losses "$unaligned" --upsamples_prompt false --arrangement e_mN --chunk_size 64 \
+        --max_chunks 1 "$@"
+    run not_upsampled-source_encoder --losses "$unaligned" --upsamples_prompt false --latent_source encoder \
+        --encoder embedded:minilm-l6 "$@"
+    run self_first --targets self --answer_format text "${base[@]}" "$@"
+    run self_pretraining "${base[@]}" --start_from "$runs/self_first/model" "$@"
+else
+    python scripts/train.py --config controlled_world --stage world
+    run base --stage train "$@"
+    run adapters_of_4 --stage train --slot_adapter_rank 4 "$@"
+    run first_tokens_decoder --stage train --first_tokens decoder "$@"
+    run source_decoder --stage train --latent_source decoder "$@"
+    run source_both --stage train --latent_source both "$@"
+    run one_query_layer --stage train --num_query_layers 1 "$@"
+    run no_source_layers --stage train --num_source_layers 0 "$@"
+    run chunks_of_1 --stage train --arrangement e_only --chunk_size 1 --max_chunks 8 "$@"
+    run without_prompt --stage train --decoder_sees_prompt false "$@"
+    run without_prompt-chunks_of_1 --stage train --decoder_sees_prompt false --arrangement e_only --chunk_size 1 \
+        --max_chunks 8 "$@"
+fi
+python scripts/benchmark.py ablations --runs "$runs" --result "$runs.json" \
+    --made-by "bash scripts/ablations.sh $recipe${1+$(printf ' %q' "$@")}"

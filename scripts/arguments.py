@@ -6,8 +6,10 @@ from accelerate import Accelerator
 from embedded import resolve
 from studies import StudyArguments
 
+from eval_tasks.latency import fastest_dtype
 from modeling_protogen import ProtoGenProcessor
-from modeling_protogen.configuration_protogen import LATENT_SOURCES
+from modeling_protogen.configuration_protogen import FIRST_TOKENS, LATENT_SOURCES
+from modeling_protogen.processing_protogen import ANSWER_FORMATS
 from trainers.capacity import CapacityArguments
 from trainers.controlled_world import WorldArguments
 from trainers.data import DataArguments
@@ -22,7 +24,10 @@ class RunArguments:
 
     stage: str = field(
         default="train",
-        metadata={"help": "What to do.", "choices": ["fit", "teacher", "train", "capacity", "anatomy", "world"]},
+        metadata={
+            "help": "What to do.",
+            "choices": ["fit", "teacher", "train", "finetune", "capacity", "anatomy", "world"],
+        },
     )
     bank: str | None = field(default=None, metadata={"help": "Folder of the bank; OUTPUT_DIR/bank by default."})
     fit_num_validation: int = field(
@@ -31,6 +36,10 @@ class RunArguments:
     refit_damaged: bool = field(default=False, metadata={"help": "Remove damaged shards and fit their texts again."})
     warm_start: str | None = field(
         default=None, metadata={"help": "Trained model whose predictions the fit starts from; random by default."}
+    )
+    warm_start_reads_text: bool = field(
+        default=False,
+        metadata={"help": "The warm start's model reads the text to be fitted, as one trained on targets: self does."},
     )
     decoders: list[str] = field(
         default_factory=list,
@@ -47,6 +56,9 @@ class RunArguments:
         default=False,
         metadata={"help": "The whole recipe in seconds: few tokens, few texts, few steps, no real figures."},
     )
+    start_from: str | None = field(
+        default=None, metadata={"help": "Model of an earlier run whose trained weights training starts from."}
+    )
     fixed_m: str | None = field(
         default=None, metadata={"help": "Safetensors file with the vector `m` (dim,) for m_scope=fixed."}
     )
@@ -59,8 +71,9 @@ class TargetArguments:
     targets: str = field(
         default="human",
         metadata={
-            "help": "Answers: the data's, the frozen decoder's, or both.",
-            "choices": ["human", "teacher", "both"],
+            "help": "Answers: the data's, the frozen decoder's, both, or the instruction itself, to be written back "
+            "(amortised fitting).",
+            "choices": ["human", "teacher", "both", "self"],
         },
     )
     instructions: str = field(
@@ -86,9 +99,9 @@ class TargetArguments:
     )
 
     def __post_init__(self):
-        if (self.continuations or self.validation_continuations) and self.targets == "human":
+        if (self.continuations or self.validation_continuations) and self.targets in ("human", "self"):
             raise ValueError("continuations are of the teacher's answers: set targets to teacher or both.")
-        if self.instructions != "data" and self.targets == "human":
+        if self.instructions != "data" and self.targets in ("human", "self"):
             raise ValueError(
                 "nobody has answered synthetic instructions but the teacher: set targets to teacher or both."
             )
@@ -107,7 +120,11 @@ class ModelArguments:
     decoder_revision: str | None = field(default=None, metadata={"help": "Hub revision of the decoder."})
     decoder_dtype: str = field(
         default="bfloat16",
-        metadata={"help": "dtype of the decoder's weights.", "choices": ["bfloat16", "float16", "float32"]},
+        metadata={
+            "help": "dtype of the decoder's weights; auto is bfloat16 where the processor computes in it, float32 "
+            "elsewhere, where bfloat16 takes several times as long.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
     )
     arrangement: str = field(default="e_mN", metadata={"help": "e_m, e_mN, interleaved, halves or e_only."})
     num_e_tokens: int = field(default=1, metadata={"help": "e-tokens that open a chunk."})
@@ -115,7 +132,6 @@ class ModelArguments:
     max_chunks: int = field(default=1, metadata={"help": "Chunks laid end to end."})
     max_answer_length: int | None = field(default=None, metadata={"help": "chunk_size * max_chunks by default."})
     m_scope: str = field(default="per_example", metadata={"help": "per_example, per_category, shared or fixed."})
-    m_position_offsets: bool = field(default=False, metadata={"help": "Trained offset of m for each position."})
     sink: str = field(default="bos", metadata={"help": "bos or none."})
     latent_source: str = field(
         default="encoder",
@@ -125,12 +141,27 @@ class ModelArguments:
             "choices": list(LATENT_SOURCES),
         },
     )
-    latent_dim: int | None = field(
-        default=None, metadata={"help": "Dimensions of the predicted proto-tokens' subspace."}
+    decoder_layers_read: list[int] | None = field(
+        default=None,
+        metadata={"help": "The decoder's hidden states to read: 0 (embeddings), the middle and the last by default."},
     )
-    num_pooling_layers: int = field(default=1, metadata={"help": "How often the queries read the states."})
-    proto_token_noise: float = field(
-        default=0.0, metadata={"help": "Std of noise on e and m in training, in units of the embedding table's."}
+    upsamples_prompt: bool = field(
+        default=False,
+        metadata={"help": "Queries start from the prompt's states, for answers that repeat its words in their order."},
+    )
+    predictor_dim: int = field(default=384, metadata={"help": "Width of the predictor, a multiple of 64."})
+    num_source_layers: int = field(default=2, metadata={"help": "Layers that mix the source's states."})
+    num_query_layers: int = field(default=3, metadata={"help": "Layers of queries over the source."})
+    first_tokens: str | None = field(
+        default=None,
+        metadata={
+            "help": "Who writes an answer's first tokens after a prompt: slots or decoder. By default the decoder for "
+            "the teacher's answers, which are its own, and slots for others.",
+            "choices": list(FIRST_TOKENS),
+        },
+    )
+    slot_adapter_rank: int = field(
+        default=0, metadata={"help": "Rank of the decoder's low-rank weights that act at slots only; 0 = none."}
     )
     encoder_lora_rank: int = field(
         default=0, metadata={"help": "Trains low-rank adapters in the encoder instead of its weights; 0 = none."}
@@ -141,7 +172,21 @@ class ModelArguments:
     )
     max_input_length: int | None = field(default=None, metadata={"help": "The encoder's window in tokens."})
     max_prompt_length: int = field(default=1024, metadata={"help": "Longest prompt in decoder tokens."})
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "Holds {message}; the decoder's chat template by default."}
+    )
+    answer_format: str = field(
+        default="text",
+        metadata={
+            "help": "key_value_lines: answers are flat JSON objects of strings, written as lines.",
+            "choices": list(ANSWER_FORMATS),
+        },
+    )
     thin: bool = field(default=True, metadata={"help": "Save checkpoints without the frozen decoder."})
+
+    def __post_init__(self):
+        if self.decoder_dtype == "auto":
+            self.decoder_dtype = fastest_dtype()
 
     @property
     def has_encoder(self) -> bool:
@@ -200,4 +245,6 @@ def load_processor(model_args: ModelArguments, max_answer_length: int) -> ProtoG
         max_prompt_length=model_args.max_prompt_length,
         max_answer_length=max_answer_length,
         encoder_reads_answer=model_args.encoder_reads_answer,
+        prompt_template=model_args.prompt_template,
+        answer_format=model_args.answer_format,
     )

@@ -7,9 +7,10 @@ Decoders by name: a Hub id, a folder or an `embedded:` name, or a variant of one
 """
 
 import re
+from pathlib import Path
 
 import torch
-from embedded import resolve
+from embedded import PREFIX, resolve
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,6 +19,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from eval_tasks.latency import fastest_dtype
+from modeling_protogen import ProtoGenForConditionalGeneration
 
 VARIANTS = re.compile(r"first:(?P<layers>\d+)|untrained|untrained-gpt_neox:(?P<width>\d+)x(?P<depth>\d+)")
 
@@ -53,6 +57,25 @@ def load_decoder(
             torch.manual_seed(0)
             decoder = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
     return tokenizer, decoder.to(device)
+
+
+def load_protogen(
+    folder: str | Path, dtype: str = "auto", decoder: str | None = None
+) -> ProtoGenForConditionalGeneration:
+    """
+    A trained model.
+
+    Args:
+        folder (`str` or `Path`): or a Hub id.
+        dtype (`str`): `auto` is the fastest one here.
+        decoder (`str`, *optional*): a thin checkpoint's decoder, where it has moved; may have an `embedded:` name, as
+            the checkpoint's own may.
+    """
+    own = ProtoGenForConditionalGeneration.config_class.from_pretrained(folder).decoder_name_or_path or ""
+    name = decoder or (own if own.startswith(PREFIX) else None)
+    moved = {"decoder_name_or_path": resolve(name)} if name else {}
+    dtype = getattr(torch, fastest_dtype() if dtype == "auto" else dtype)
+    return ProtoGenForConditionalGeneration.from_pretrained(folder, dtype=dtype, **moved).eval()
 
 
 def gpt_neox_config(width: int, layers: int, like) -> GPTNeoXConfig:

@@ -31,6 +31,6 @@ fit no_sink --sink none
 fit paper_with_sink --fit_learning_rate 0.01 --fit_schedule constant --fit_normalize_gradients false --fit_init_std 1 \
     --fit_max_steps 5000 --fit_attempts 1 --fit_min_probability 0
 [ -d $runs/encoder/model ] || python scripts/train.py --config scripts/recipes/embedded.yaml --output_dir $runs/encoder \
-    --decoder_sees_prompt false --m_position_offsets false
+    --decoder_sees_prompt false
 fit warm_start --warm_start $runs/encoder/model
 python scripts/benchmark.py fit-settings

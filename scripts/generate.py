@@ -18,7 +18,7 @@ from pathlib import Path
 
 import cli
 import torch
-from embedded import resolve
+from decoders import load_protogen
 from transformers import TextStreamer
 
 from eval_tasks.latency import best_device
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
     option("--max-new-tokens", type=int, help="adaptive, verified: tokens at most")
     option("--block-size", type=int, help="adaptive, verified: tokens of a draft at most")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
     parser.add_argument("--decoder", help="load a thin checkpoint's decoder from here")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     arguments = parser.parse_args(argv)
@@ -125,11 +125,7 @@ def main(argv: list[str]) -> None:
         raise FileNotFoundError(f"there is no model folder {arguments.model}, and it is no Hub id either.")
     device = best_device()
     processor = ProtoGenProcessor.from_pretrained(arguments.model)
-    model = ProtoGenForConditionalGeneration.from_pretrained(
-        arguments.model,
-        dtype=getattr(torch, arguments.dtype),
-        decoder_name_or_path=arguments.decoder and resolve(arguments.decoder),
-    ).to(device)
+    model = load_protogen(arguments.model, arguments.dtype, arguments.decoder).to(device)
 
     names = {"temperature", "top_p"}.union(*MODES.values())
     options = {name: value for name, value in vars(arguments).items() if name in names}

@@ -136,7 +136,7 @@ def build(encoder_dir):
 
     def build(decoder_dir, **fields):
         torch.manual_seed(0)
-        fields = {"chunk_size": 8, "num_pooling_heads": 4} | fields
+        fields = {"chunk_size": 8, "predictor_dim": 64, "num_source_layers": 1, "num_query_layers": 1} | fields
         encoder = None if fields.get("latent_source") in ("decoder", "none") else str(encoder_dir)
         model = ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(
             encoder, str(decoder_dir), **fields
@@ -147,6 +147,45 @@ def build(encoder_dir):
         return model, processor
 
     return build
+
+
+def set_dropout(model, p):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = p
+        elif isinstance(module, torch.nn.MultiheadAttention):
+            module.dropout = p
+
+
+def stir_slot_adapters(model):
+    """Fresh ones add nothing."""
+    if model.slot_adapters is not None:
+        for low_rank in model.slot_adapters.maps.values():
+            torch.nn.init.normal_(low_rank.up.weight, std=0.2)
+
+
+class AdaptedFrom(torch.nn.Module):
+    """A linear layer that adds a low-rank map of its input from a position on."""
+
+    def __init__(self, layer, low_rank):
+        super().__init__()
+        self.layer, self.low_rank, self.start = layer, low_rank, 0
+
+    def forward(self, x):
+        y = self.layer(x)
+        added = x[:, self.start :] @ self.low_rank.down.weight.T @ self.low_rank.up.weight.T
+        return torch.cat([y[:, : self.start], y[:, self.start :] + added], dim=1)
+
+
+def adapted_decoder(model):
+    """The decoder that the model came from, its linear layers changed by hand; and those layers."""
+    decoder, layers = AutoModelForCausalLM.from_pretrained(model.config.decoder_name_or_path), []
+    if model.slot_adapters is not None:
+        for key, low_rank in model.slot_adapters.maps.items():
+            parent, _, name = key.replace("-", ".").rpartition(".")
+            layers.append(AdaptedFrom(decoder.base_model.get_submodule(f"{parent}.{name}"), low_rank))
+            setattr(decoder.base_model.get_submodule(parent), name, layers[-1])
+    return decoder, layers
 
 
 def weights_hash(module: torch.nn.Module) -> str:

@@ -4,6 +4,8 @@ from modeling_protogen import ProtoGenConfig
 
 ENCODER = {"model_type": "bert", "hidden_size": 32}
 DECODER = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+DECODER["num_hidden_layers"] = 4
+DECODER_SOURCE = {"decoder_sees_prompt": True, "latent_source": "decoder"}
 
 
 def config(**fields):
@@ -39,20 +41,55 @@ def test_eos_and_pad_come_from_the_decoder():
         ({"chunk_size": 8, "max_chunks": 2, "max_answer_length": 17}, "does not fit in max_chunks=2 chunks"),
         ({"arrangement": "interleaved", "num_e_tokens": 2}, "num_e_tokens=2 needs arrangement e_m or e_mN"),
         ({"arrangement": "e_only", "m_scope": "shared"}, "e_only has no m"),
-        ({"arrangement": "e_only", "m_position_offsets": True}, "e_only has no m"),
         ({"m_scope": "per_category"}, "categories must be given"),
         ({"categories": ["a"]}, "categories must be given with m_scope=per_category, and only then"),
         ({"decoder_sees_prompt": True, "sink": "none"}, "sink=none contradicts it"),
         ({"decoder": {"bos_token_id": None}}, "sink=bos needs a decoder with a bos_token_id"),
-        ({"num_pooling_heads": 5}, "does not divide the width 32"),
-        ({"latent_source": "both"}, "latent_source=both needs the prompt in the decoder"),
+        ({"predictor_dim": 96}, "predictor_dim=96 must be a multiple of 64"),
+        ({"predictor_dim": 0}, "predictor_dim=0 must be a multiple of 64"),
+        ({"num_query_layers": -1}, "num_query_layers=-1 must not be negative"),
+        ({"slot_adapter_rank": -1}, "slot_adapter_rank=-1 must not be negative"),
+        ({"first_tokens": "prompt"}, "first_tokens='prompt' is not one of slots, decoder"),
+        (DECODER_SOURCE | {"decoder_layers_read": [0, 5]}, r"decoder_layers_read=\[0, 5\] must lie in 0..4"),
+        (DECODER_SOURCE | {"decoder_layers_read": [-1]}, r"decoder_layers_read=\[-1\] must lie in 0..4"),
+        (DECODER_SOURCE | {"decoder_layers_read": [1], "upsamples_prompt": True}, "upsamples_prompt needs"),
+        ({"upsamples_prompt": True, "decoder_sees_prompt": True}, "latent_source=decoder or both"),
+        (DECODER_SOURCE | {"decoder_layers_read": [1], "first_tokens": "decoder"}, "needs the last layer, 4"),
+        ({"latent_source": "none"}, "latent_source=none lets the instruction speak through the prompt alone"),
         ({"latent_source": "teacher"}, "latent_source='teacher' is not one of"),
-        ({"latent_dim": 0}, "latent_dim=0 must be at least 1"),
         ({"uncertainty_score": "guess"}, "uncertainty_score='guess' is not one of"),
-        ({"proto_token_noise": -0.1}, "must not be negative"),
         ({"log_length_variance_range": (1.0, 1.0)}, "is empty"),
     ],
 )
 def test_impossible_combinations_are_one_clear_error(fields, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "layers"),
+    [
+        ({}, []),
+        (DECODER_SOURCE, [0, 2, 4]),
+        ({"latent_source": "decoder"}, [0, 2, 4]),
+        (DECODER_SOURCE | {"latent_source": "both", "decoder_layers_read": [4, 1, 1]}, [1, 4]),
+        ({"decoder_sees_prompt": True, "latent_source": "none", "decoder_layers_read": [1]}, []),
+    ],
+    ids=str,
+)
+def test_layers_that_are_read(fields, layers):
+    assert config(**fields).layers_read == layers
+
+
+@pytest.mark.parametrize(("latent_source", "own"), [("encoder", 1), ("none", 1), ("decoder", 2), ("both", 2)])
+def test_own_tokens_are_the_decoders_where_it_writes_first(latent_source, own):
+    seen = {"decoder_sees_prompt": True, "latent_source": latent_source}
+    assert config(**seen).num_own_tokens == 0
+    assert config(**seen, first_tokens="decoder").num_own_tokens == own
+    if latent_source != "none":
+        assert config(latent_source=latent_source, first_tokens="decoder").num_own_tokens == 0
+
+
+def test_without_a_source_nothing_reads_one():
+    built = config(decoder_sees_prompt=True, latent_source="none")
+    assert (built.num_source_layers, built.num_query_layers) == (0, 0)

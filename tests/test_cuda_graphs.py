@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CONTEXTS, INSTRUCTIONS
+from conftest import CONTEXTS, INSTRUCTIONS, stir_slot_adapters
 from test_generation import without_eos
 
 from modeling_protogen import cuda_graphs
@@ -10,8 +10,11 @@ from modeling_protogen import cuda_graphs
 FIELDS = [
     {},
     {"decoder_sees_prompt": True},
-    {"decoder_sees_prompt": True, "latent_source": "both", "m_position_offsets": True},
-    {"decoder_sees_prompt": True, "latent_source": "decoder"},
+    {"decoder_sees_prompt": True, "latent_source": "both", "first_tokens": "decoder"},
+    {"decoder_sees_prompt": True, "latent_source": "decoder", "slot_adapter_rank": 2},
+    {"decoder_sees_prompt": True, "latent_source": "decoder", "first_tokens": "decoder", "predictor_dim": 128},
+    {"decoder_sees_prompt": True, "latent_source": "decoder"}
+    | {"arrangement": "e_only", "chunk_size": 1, "max_chunks": 8, "upsamples_prompt": True},
     {"arrangement": "e_mN", "chunk_size": 3, "max_chunks": 3, "max_answer_length": 8, "num_e_tokens": 2},
     {"arrangement": "interleaved", "m_scope": "shared", "sink": "none"},
 ]
@@ -48,6 +51,7 @@ NEEDS_GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 def test_recorded_answers_are_those_of_plain_passes(build, decoder_dir, fields, device, monkeypatch):
     model, processor = build(decoder_dir, **fields)
+    stir_slot_adapters(model)
     without_eos(model)
     model.to(device)
     calls = [

@@ -9,9 +9,11 @@ from trainers.data import (
     DataArguments,
     Example,
     ProtoGenCollator,
+    batch_durations,
     category_id,
     load_examples,
     split_by_instruction,
+    with_own_texts,
     with_continuations,
 )
 
@@ -119,3 +121,53 @@ def test_answers_go_on_from_places_in_them(encoder_dir, llama_dir):
     assert batch["labels"][1][: len(found[3].answer_ids)].tolist() == found[3].answer_ids
     assert batch["length_labels"].tolist() == [5, len(found[3].answer_ids)]
     assert torch.equal(batch["input_ids"][0], batch["input_ids"][1])
+
+
+def test_instructions_as_answers():
+    examples = [Example("a", "who sat", "on the mat", "the cat", "open", answer_ids=None)]
+    (found,) = with_own_texts(examples)
+    assert found == Example("a-self", "who sat", "", "who sat", "open")
+    assert examples[0].answer == "the cat"
+
+
+def test_durations_of_a_batch_with_padding_and_a_cut_answer():
+    batch = {
+        "decoder_prompt_ids": torch.tensor([[0, 0, 4, 5], [4, 5, 6, 7], [0, 4, 5, 6], [0, 0, 4, 5]]),
+        "decoder_prompt_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]]),
+        # The second is cut: what its end repeats is not known. Nothing says of what the last one's tokens come from.
+        "labels": torch.tensor([[9, 4, -100], [4, 9, 6], [5, 0, 2], [0, 8, -100]]),
+        "length_labels": torch.tensor([2, 5, 3, 2]),
+    }
+    expected = [[0, 0, 2, 0], [-100] * 4, [0, 0, 1, 2], [0, 0, 0, 2]]
+    assert batch_durations(batch).tolist() == expected
+
+
+def test_a_stretch_that_is_too_long_has_no_durations():
+    labels = torch.full((1, 40), 9)
+    batch = {"decoder_prompt_ids": torch.tensor([[4, 5]]), "decoder_prompt_mask": torch.tensor([[1, 1]])}
+    batch |= {"labels": labels, "length_labels": torch.tensor([40])}
+    assert batch_durations(batch).tolist() == [[-100, -100]]
+
+
+def test_the_collator_finds_durations_where_asked(encoder_dir, llama_dir):
+    processor = ProtoGenProcessor.from_encoder_decoder_pretrained(str(encoder_dir), str(llama_dir), max_answer_length=5)
+    examples = [
+        Example("a", "who sat on the mat", "", "the mat"),
+        Example("b", "name three animals", "", "a cat and a dog and a bird"),  # cut
+        Example("c", "what color is the sky", "the sky was red", "the red sky"),
+    ]
+    assert "durations" not in ProtoGenCollator(processor)(examples)
+    batch = ProtoGenCollator(processor, finds_durations=True)(examples)
+    ids, mask, found = batch["decoder_prompt_ids"], batch["decoder_prompt_mask"].bool(), batch["durations"]
+    words = [processor.decoder_tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()]
+    assert found.shape == ids.shape
+    assert (found[[0, 2]][~mask[[0, 2]]] == 0).all()
+    assert (found[1] == -100).all()
+    lengths = (batch["labels"] != -100).sum(1)
+    assert found[[0, 2]].sum(1).tolist() == lengths[[0, 2]].tolist()
+    # The chat template ends with a word of its own, which accounts for the answer's EOS where that is not repeated.
+    assert [(word, n) for word, n in zip(words[0], found[0].tolist(), strict=True) if n] == [
+        ("the", 1),
+        ("mat", 1),
+        ("<eos>", 1),
+    ]

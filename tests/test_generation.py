@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from conftest import CONTEXTS, INSTRUCTIONS, weights_hash
+from conftest import CONTEXTS, INSTRUCTIONS, stir_slot_adapters, weights_hash
 
 FIELDS = [
     {},
     {"decoder_sees_prompt": True},
+    {"decoder_sees_prompt": True, "first_tokens": "decoder"},
+    {"decoder_sees_prompt": True, "latent_source": "decoder", "slot_adapter_rank": 2},
     {"arrangement": "e_m", "chunk_size": 3, "max_chunks": 3, "max_answer_length": 8},
     {"arrangement": "halves"},
 ]
@@ -21,6 +23,7 @@ def without_eos(model):
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 def test_tokens_and_confidence_are_those_of_forward(build, decoder_dir, fields):
     model, processor = build(decoder_dir, **fields)
+    stir_slot_adapters(model)
     without_eos(model)
     batch = processor(INSTRUCTIONS, CONTEXTS)
     lengths = torch.tensor([3, 8, 1])
@@ -45,9 +48,10 @@ def test_tokens_and_confidence_are_those_of_forward(build, decoder_dir, fields):
     assert torch.equal(model.generate(**batch, length=lengths), output.sequences)
 
 
-@pytest.mark.parametrize("fields", FIELDS[:3], ids=str)
+@pytest.mark.parametrize("fields", FIELDS[:5], ids=str)
 def test_a_batch_equals_its_texts_alone(build, decoder_dir, fields):
     model, processor = build(decoder_dir, **fields)
+    stir_slot_adapters(model)
     output = model.generate(**processor(INSTRUCTIONS, CONTEXTS), return_dict_in_generate=True)
     for row, (instruction, context) in enumerate(zip(INSTRUCTIONS, CONTEXTS, strict=True)):
         alone = model.generate(**processor(instruction, context), return_dict_in_generate=True)
@@ -58,18 +62,23 @@ def test_a_batch_equals_its_texts_alone(build, decoder_dir, fields):
 
 
 @pytest.mark.parametrize(("latent_source", "own"), [("encoder", 1), ("none", 1), ("decoder", 2), ("both", 2)])
-def test_an_answer_begins_with_the_decoders_own_tokens(build, decoder_dir, latent_source, own):
-    model, processor = build(decoder_dir, decoder_sees_prompt=True, latent_source=latent_source)
-    without_eos(model)
-    batch = processor(INSTRUCTIONS, CONTEXTS)
+def test_an_answer_begins_with_the_decoders_own_tokens_or_with_those_of_slots(build, decoder_dir, latent_source, own):
+    written = {}
+    for first_tokens in ("decoder", "slots"):
+        fields = {"decoder_sees_prompt": True, "latent_source": latent_source, "first_tokens": first_tokens}
+        model, processor = build(decoder_dir, **fields)
+        without_eos(model)
+        batch = processor(INSTRUCTIONS, CONTEXTS)
+        written[first_tokens] = model.generate(**batch, length=8)[:, :own]
     prompt = {"input_ids": batch["decoder_prompt_ids"], "attention_mask": batch["decoder_prompt_mask"]}
-    greedy = model.decoder.generate(**prompt, max_new_tokens=own, do_sample=False)
-    assert torch.equal(model.generate(**batch, length=8)[:, :own], greedy[:, -own:])
+    greedy = model.decoder.generate(**prompt, max_new_tokens=own, do_sample=False)[:, -own:]
+    assert torch.equal(written["decoder"], greedy)
+    assert not torch.equal(written["slots"], greedy), "untrained slots write something else"
 
 
 @torch.no_grad()
 def test_what_follows_a_drawn_first_token_was_predicted_after_it(build, decoder_dir):
-    model, processor = build(decoder_dir, decoder_sees_prompt=True, latent_source="decoder")
+    model, processor = build(decoder_dir, decoder_sees_prompt=True, latent_source="decoder", first_tokens="decoder")
     without_eos(model)
     batch = processor(INSTRUCTIONS, CONTEXTS)
     likeliest = model.generate(**batch, length=8)

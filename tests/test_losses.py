@@ -15,6 +15,7 @@ from trainers.losses import (
     BANK_LOSSES,
     LOSSES,
     DistanceBasedLogisticLoss,
+    DurationLoss,
     InfoNCELoss,
     LengthNLLLoss,
     MeanSquaredErrorLoss,
@@ -22,8 +23,11 @@ from trainers.losses import (
     ReconstructionLoss,
     SigLIPLoss,
     SoftReconstructionLoss,
+    TokenHeadLoss,
     candidates,
+    token_head,
 )
+from trainers.losses.token_head import head_tokens
 
 
 @pytest.fixture
@@ -212,7 +216,7 @@ def test_the_teacher_reads_the_prompt_and_the_tokens_before(decoder, prompts, gr
             torch.testing.assert_close(q[row], p.topk(5).values / p.topk(5).values.sum(), atol=1e-5, rtol=1e-4)
             read, row = [*read, token], row + 1
     assert row == len(ids) == 5
-    cache, _ = prefix.read_prefix(decoder, *prompts[:2])
+    cache, _ = prefix.read_prefix(decoder, *prompts[:2], [])
     for _ in range(2):  # What was read after the prompt is forgotten.
         again = teacher_top_k(decoder, *prompts, top_k=5, prompt_cache=cache)
         assert torch.equal(again[0], ids)
@@ -236,3 +240,80 @@ def test_soft_targets_are_the_whole_distribution_or_one_token(decoder, prompts):
         SoftReconstructionLoss()(outputs, {"labels": labels, "label_targets": one}),
         ReconstructionLoss()(outputs, {"labels": chosen}),
     )
+
+
+def test_duration_is_the_mean_over_prompts_of_the_mean_over_their_tokens():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 4, 6, requires_grad=True)
+    batch = {
+        "durations": torch.tensor([[0, 0, 5, 1], [-100] * 4, [2, 0, 0, 3]]),
+        "decoder_prompt_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]),
+    }
+    means = []
+    for row in (0, 2):
+        terms = []
+        for place in range(4):
+            if batch["decoder_prompt_mask"][row, place]:
+                p = logits[row, place].exp() / logits[row, place].exp().sum()
+                terms.append(-p[batch["durations"][row, place]].log())
+        means.append(sum(terms) / len(terms))
+    value = DurationLoss()(ProtoGenOutput(duration_logits=logits), batch)
+    torch.testing.assert_close(value, sum(means) / 2)
+    value.backward()
+    # Nothing is learned from padding, nor from an answer without durations.
+    assert (logits.grad[0, :2] == 0).all()
+    assert (logits.grad[1] == 0).all()
+    assert (logits.grad[2] != 0).all()
+
+
+def test_a_batch_without_durations_teaches_nothing_and_can_be_summed():
+    logits = torch.randn(2, 3, 6, requires_grad=True)
+    mask = torch.ones(2, 3, dtype=torch.long)
+    batch = {"durations": torch.full((2, 3), -100), "decoder_prompt_mask": mask}
+    value = DurationLoss()(ProtoGenOutput(duration_logits=logits), batch)
+    assert value.item() == 0
+    value.backward()
+    assert (logits.grad == 0).all()
+
+
+@pytest.fixture
+def one_vector_a_token():
+    """Five chunks of one token; the batch's longest answer has three."""
+    torch.manual_seed(0)
+    outputs = ProtoGenOutput(e=torch.randn(2, 5, 1, 6).mul(7).requires_grad_())
+    labels = torch.tensor([[3, 20, 3], [11, -100, -100]])
+    batch = {"labels": labels, "decoder_prompt_ids": torch.tensor([[0, 5], [8, 5]])}
+    return outputs, batch | {"output_embeddings": torch.randn(40, 6)}
+
+
+@pytest.mark.parametrize("num_negatives", [0, 4, 2000])
+def test_the_token_head_tells_tokens_apart_from_those_around_them(one_vector_a_token, num_negatives, monkeypatch):
+    monkeypatch.setattr(token_head, "NUM_NEGATIVES", num_negatives)
+    outputs, batch = one_vector_a_token
+    loss = TokenHeadLoss()
+    with torch.no_grad():
+        loss.log_scale.fill_(math.log(1.5))
+    torch.manual_seed(5)
+    value = loss(outputs, batch)
+    torch.manual_seed(5)
+    drawn = torch.randint(40, (num_negatives,)).tolist()
+    vocabulary = sorted({3, 20, 11, 0, 5, 8, *drawn})
+    assert (len(vocabulary) == 40) == (num_negatives == 2000)
+    terms = []
+    for row, place, token in ((0, 0, 3), (0, 1, 20), (0, 2, 3), (1, 0, 11)):
+        vector = outputs.e[row, place, 0]
+        unit = vector / vector.square().mean().sqrt()
+        scores = {other: 1.5 * unit @ batch["output_embeddings"][other] for other in vocabulary}
+        terms.append(-torch.log(scores[token].exp() / sum(score.exp() for score in scores.values())))
+    torch.testing.assert_close(value, (sum(terms[:3]) / 3 + terms[3]) / 2, rtol=1e-4, atol=1e-4)
+    value.backward()
+    assert loss.log_scale.grad.abs() > 0
+    assert (outputs.e.grad.abs().sum((2, 3)) > 0).tolist() == [[True] * 3 + [False] * 2, [True] + [False] * 4]
+
+
+def test_the_token_head_reads_the_likeliest_tokens(one_vector_a_token):
+    outputs, batch = one_vector_a_token
+    table = batch["output_embeddings"]
+    for row, vectors in enumerate(outputs.e[:, :, 0]):
+        expected = [max(range(40), key=lambda token: (vector @ table[token]).item()) for vector in vectors]
+        assert head_tokens(outputs.e[:, :, 0], table)[row].tolist() == expected

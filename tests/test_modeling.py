@@ -5,7 +5,16 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS, save_encoder, weights_hash
+from conftest import (
+    ANSWERS,
+    CONTEXTS,
+    INSTRUCTIONS,
+    adapted_decoder,
+    save_decoder,
+    save_encoder,
+    stir_slot_adapters,
+    weights_hash,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, RobertaModel
 
@@ -24,13 +33,31 @@ VARIANTS = [
     {"m_scope": "shared"},
     {"m_scope": "fixed"},
     {"m_scope": "per_category", "categories": ["open", "closed"]},
-    {"m_position_offsets": True},
-    {"decoder_sees_prompt": True},
-    {"decoder_sees_prompt": True, "chunk_size": 3, "max_chunks": 3},
-    {"decoder_sees_prompt": True, "latent_source": "both"},
-    {"decoder_sees_prompt": True, "latent_source": "decoder", "chunk_size": 3, "max_chunks": 3},
-    {"decoder_sees_prompt": True, "latent_source": "none"},
-    {"latent_dim": 5, "num_pooling_layers": 3},
+    {"predictor_dim": 128, "num_source_layers": 2, "num_query_layers": 2},
+    {"slot_adapter_rank": 2},
+    {"latent_source": "decoder"},
+    {"latent_source": "both", "first_tokens": "decoder", "slot_adapter_rank": 2, "sink": "none"},
+    *(
+        {"decoder_sees_prompt": True, "first_tokens": first_tokens} | fields
+        for first_tokens in ("slots", "decoder")
+        for fields in (
+            {},
+            {"chunk_size": 3, "max_chunks": 3},
+            {"latent_source": "none"},
+            {"latent_source": "both"},
+            {"latent_source": "both", "decoder_layers_read": [2], "slot_adapter_rank": 2},
+            {"latent_source": "decoder", "chunk_size": 3, "max_chunks": 3},
+            {"latent_source": "decoder", "arrangement": "e_m", "slot_adapter_rank": 2},
+        )
+    ),
+    *(
+        {"decoder_sees_prompt": True, "latent_source": source, "upsamples_prompt": True} | fields
+        for source in ("decoder", "both")
+        for fields in (
+            {"arrangement": "e_only", "chunk_size": 1, "max_chunks": 8},
+            {"arrangement": "e_mN", "chunk_size": 3, "max_chunks": 3, "slot_adapter_rank": 2},
+        )
+    ),
 ]
 
 
@@ -41,17 +68,16 @@ def batch_for(model, processor):
     return batch
 
 
-def slots_of_one_text(config, e, m, offsets, length):
+def slots_of_one_text(config, e, m, length):
     """A text's proto-tokens one after another, and the slots that predict: loops, straight from the definition."""
     slots, predicting = [], []
     for start in range(0, length, config.chunk_size):
         chunk, tokens = start // config.chunk_size, min(config.chunk_size, length - start)
-        shift = (lambda t: offsets[t]) if offsets is not None else (lambda t: 0.0)
         if config.arrangement == "e_m":
             *unguided, last = list(e[chunk])
-            guided = [last] + [m[chunk] + shift(t) for t in range(1, tokens)]
+            guided = [last] + [m[chunk]] * (tokens - 1)
         elif config.arrangement == "e_mN":
-            unguided, guided = list(e[chunk]), [m[chunk] + shift(t) for t in range(tokens)]
+            unguided, guided = list(e[chunk]), [m[chunk]] * tokens
         elif config.arrangement == "interleaved":
             unguided, guided = [], [m[chunk] if t % 2 else e[chunk, 0] for t in range(tokens)]
         elif config.arrangement == "halves":
@@ -67,8 +93,8 @@ def slots_of_one_text(config, e, m, offsets, length):
 def test_logits_equal_one_text_at_a_time(build, decoder_dir, fields):
     model, processor = build(decoder_dir, **fields)
     config, batch = model.config, batch_for(model, processor)
-    if config.m_position_offsets:
-        torch.nn.init.normal_(model.proto_predictor.m_offsets.weight)
+    stir_slot_adapters(model)
+    decoder, adapted = adapted_decoder(model)
     with torch.no_grad():
         output = model(**batch)
         expected = []
@@ -76,26 +102,29 @@ def test_logits_equal_one_text_at_a_time(build, decoder_dir, fields):
             one = processor(INSTRUCTIONS[row], CONTEXTS[row])
             category = batch["category_ids"][row : row + 1] if "category_ids" in batch else None
             prediction = model.predict(**one, category_ids=category)
-            e, m, offsets = prediction.e, prediction.m, prediction.m_offsets
             length = len(answer.split()) + 1
-            slots, predicting = slots_of_one_text(config, e[0], m[0], offsets, length)
+            slots, predicting = slots_of_one_text(config, prediction.e[0], prediction.m[0], length)
             prefix = one["decoder_prompt_ids"][0] if config.decoder_sees_prompt else torch.tensor([1])
             if config.sink == "none":
                 prefix = prefix[:0]
             own = 0
-            if config.decoder_sees_prompt:  # The prompt's last token predicts the answer's first.
-                own = 1
-            if config.latent_source in ("decoder", "both"):  # Which then stands after it and predicts the second.
-                own = 2
-                first = model.decoder(prefix[None]).logits[0, -1].argmax()
-                prefix = torch.cat([prefix, first[None]])
+            if config.decoder_sees_prompt and config.first_tokens == "decoder":
+                own = 1  # The prompt's last token predicts the answer's first.
+                if config.latent_source in ("decoder", "both"):  # Which then stands after it and predicts the second.
+                    own = 2
+                    for layer in adapted:
+                        layer.start = len(prefix)
+                    first = decoder(prefix[None]).logits[0, -1].argmax()
+                    prefix = torch.cat([prefix, first[None]])
             predicting = torch.cat([torch.zeros(len(prefix), dtype=torch.bool), predicting])
             predicting[predicting.nonzero()[:own]] = False
             predicting[len(prefix) - own : len(prefix)] = True
             if length < own:
                 predicting[len(prefix) - own + length :] = False
-            inputs = torch.cat([model.decoder.get_input_embeddings()(prefix), slots])
-            expected.append(model.decoder(inputs_embeds=inputs[None]).logits[0, predicting])
+            for layer in adapted:
+                layer.start = len(prefix)
+            inputs = torch.cat([decoder.get_input_embeddings()(prefix), slots])
+            expected.append(decoder(inputs_embeds=inputs[None]).logits[0, predicting])
     torch.testing.assert_close(output.logits, torch.cat(expected), rtol=1e-4, atol=1e-4)
     assert output.lengths.tolist() == [len(answer.split()) + 1 for answer in ANSWERS]
 
@@ -117,7 +146,7 @@ def test_reusing_the_prompts_cache_changes_neither_logits_nor_gradients(
     for cached in (False, True):
         e = torch.linspace(-1, 1, 3 * 24).reshape(3, 1, 1, 24).requires_grad_()
         m = torch.linspace(1, -2, 3 * 24).reshape(3, 1, 24).requires_grad_()
-        cache = read_prefix(model.decoder, *prompt)[0] if cached else None
+        cache = read_prefix(model.decoder, *prompt, [])[0] if cached else None
         logits = answer_logits(model.decoder, fill_slots(layout, e, m), layout, *prompt, num_own_tokens, cache)
         logits.square().mean().backward()
         results.append((logits.detach(), e.grad, m.grad))
@@ -135,8 +164,10 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(build, decoder_dir
     assert {name for name, _ in model.named_parameters() if name.startswith("decoder.")} <= frozen
     assert ("proto_predictor.m_table.weight" in frozen) == (model.config.m_scope == "fixed")
     without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
-    # The expected error is learned by a loss of its own.
+    # The expected error is learned by a loss of its own, and so are durations.
     unused = ("encoder.pooler", "proto_predictor.error")
+    if model.config.upsamples_prompt:
+        unused += ("proto_predictor.upsampling.norm", "proto_predictor.upsampling.duration")
     assert all(name.startswith(unused) for name in without), without
     # All of the encoder's words that occur have a gradient: it flows through the decoder to the embeddings.
     if model.encoder is not None:
@@ -196,27 +227,6 @@ def test_no_float32_copy_of_all_logits(monkeypatch):
     assert max(sizes) == 8 * 1000
 
 
-def test_noise_is_added_in_training_only_and_at_its_scale(build, llama_dir):
-    model, processor = build(llama_dir, proto_token_noise=0.5)
-    quiet, _ = build(llama_dir)
-    batch = processor(INSTRUCTIONS, CONTEXTS, ANSWERS)
-    with torch.no_grad():
-        torch.testing.assert_close(model(**batch).logits, quiet(**batch).logits)
-        for module in (model, quiet):
-            module.train()
-            for part in module.modules():
-                if isinstance(part, torch.nn.Dropout):
-                    part.p = 0.0
-        clean, seen = quiet(**batch), []
-        decoder = model.decoder.forward
-        model.decoder.forward = lambda **inputs: seen.append(inputs["inputs_embeds"]) or decoder(**inputs)
-        noisy = model(**batch)
-    torch.testing.assert_close(noisy.e, clean.e)
-    noise = seen[0][:, 1] - clean.e[:, 0, 0]
-    assert noise.std().item() == pytest.approx(0.5 * model.config.proto_token_std, rel=0.3)
-    torch.testing.assert_close(seen[0][:, 2], seen[0][:, 3], msg="all m of a chunk get the same noise")
-
-
 def test_a_model_without_an_encoder(build, llama_dir, tmp_path):
     model, processor = build(llama_dir, decoder_sees_prompt=True, latent_source="decoder", thin=True)
     batch = processor(INSTRUCTIONS, CONTEXTS)
@@ -233,14 +243,6 @@ def test_a_model_without_an_encoder(build, llama_dir, tmp_path):
     loaded = ProtoGenForConditionalGeneration.from_pretrained(tmp_path)
     again = ProtoGenProcessor.from_pretrained(tmp_path)
     assert torch.equal(loaded.generate(**again(INSTRUCTIONS, CONTEXTS)), model.generate(**batch))
-
-
-def test_latents_of_few_dimensions_lie_in_a_plane(build, llama_dir):
-    model, processor = build(llama_dir, latent_dim=2)
-    output = model(**processor(INSTRUCTIONS * 3, ["the cat", "a dog", "red"] * 3))
-    for vectors in (output.e, output.m):
-        flat = vectors.flatten(0, -2)
-        assert torch.linalg.matrix_rank(flat - flat.mean(0), rtol=1e-4) <= 2
 
 
 def test_length_variance_is_bounded_and_its_gradient_lives(build, llama_dir):
@@ -264,13 +266,16 @@ def test_without_labels_the_answer_has_its_predicted_length(build, llama_dir):
     assert output.loss is None
 
 
-def test_building_keeps_pretrained_weights_and_scales_fresh_ones(build, encoder_dir, decoder_dir):
-    model, processor = build(decoder_dir)
-    decoder = AutoModelForCausalLM.from_pretrained(decoder_dir)
-    assert weights_hash(model.decoder) == weights_hash(decoder)
+def test_building_keeps_pretrained_weights(build, encoder_dir, decoder_dir):
+    model, _ = build(decoder_dir)
+    assert weights_hash(model.decoder) == weights_hash(AutoModelForCausalLM.from_pretrained(decoder_dir))
     assert weights_hash(model.encoder) == weights_hash(AutoModel.from_pretrained(encoder_dir))
+
+
+def test_fresh_proto_tokens_are_as_large_as_fitted_ones(build, tmp_path):
+    model, processor = build(save_decoder(tmp_path, "llama", hidden_size=96))
     output = model(**processor(INSTRUCTIONS))
-    std = decoder.get_input_embeddings().weight.std().item()
+    std = model.decoder.get_input_embeddings().weight.std().item()
     for vectors in (output.e, output.m):
         assert 0.5 * 16 * std < vectors.std().item() < 1.5 * 16 * std
 
@@ -331,7 +336,8 @@ def test_rows_of_like_lengths_give_the_same_states(build, decoder_dir, monkeypat
     model, processor = build(decoder_dir)
     batch = processor([*INSTRUCTIONS, "who"], [*CONTEXTS, None])
     ids, mask = batch["decoder_prompt_ids"], batch["decoder_prompt_mask"]
-    cache, states = read_prefix(model.decoder, ids, mask)
+    cache, states = read_prefix(model.decoder, ids, mask, [0, 2])
+    assert states.shape[2] == 2
     assert len(prefix.rows_of_like_lengths(mask)) == 1
 
     monkeypatch.setattr(prefix, "GROUP_TOKENS", 2 * mask.sum(1).median().item())
@@ -341,7 +347,7 @@ def test_rows_of_like_lengths_give_the_same_states(build, decoder_dir, monkeypat
     for (rows, length), (longer_rows, _) in pairwise(groups):
         assert mask[rows].sum(1).max() == length <= mask[longer_rows].sum(1).min()
         assert len(rows) * length <= prefix.GROUP_TOKENS
-    grouped_cache, grouped = read_prefix(model.decoder, ids, mask)
+    grouped_cache, grouped = read_prefix(model.decoder, ids, mask, [0, 2])
     torch.testing.assert_close(grouped[mask.bool()], states[mask.bool()], atol=1e-5, rtol=1e-4)
     for layer, expected in zip(grouped_cache.layers, cache.layers, strict=True):
         is_text = mask.bool()[:, None].expand(layer.keys.shape[:3])

@@ -1,8 +1,10 @@
 import pytest
 import torch
 from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS
+from tokenizers import Regex, decoders, pre_tokenizers
 
 from modeling_protogen import ProtoGenProcessor
+from modeling_protogen.processing_protogen import PROMPT_TEMPLATE
 
 
 @pytest.fixture
@@ -121,3 +123,89 @@ def test_the_encoder_reads_the_end_of_an_answer(encoder_dir, llama_dir):
     cut = processor("who sat", "on the cat the cat the cat the cat", answer_start=[tokens * 2])["input_ids"][0].tolist()
     assert len(whole) == len(cut) == 12
     assert cut == whole[:5] + (added * 2)[-6:] + [processor.tokenizer.sep_token_id]
+
+
+def with_options(encoder_dir, decoder_dir, **options):
+    return ProtoGenProcessor.from_encoder_decoder_pretrained(str(encoder_dir), str(decoder_dir), **options)
+
+
+def test_a_given_template_takes_the_place_of_the_chat_template(encoder_dir, decoder_dir, tmp_path):
+    processor = with_options(encoder_dir, decoder_dir, prompt_template="tell me {message} and answer")
+    found = prompts(processor, processor(INSTRUCTIONS, CONTEXTS))
+    assert found[0] == "tell me who sat on the mat and answer"
+    assert found[1] == "tell me what color is the sky the sky was red and blue and answer"
+    assert processor.decoder_prompt_length(INSTRUCTIONS[0]) == 9
+    processor.save_pretrained(tmp_path)
+    again = ProtoGenProcessor.from_pretrained(tmp_path)
+    assert again.prompt_template == "tell me {message} and answer"
+    assert prompts(again, again(INSTRUCTIONS, CONTEXTS)) == found
+
+
+def test_without_a_template_a_plain_one_serves_where_there_is_no_chat_template(encoder_dir, decoder_dir):
+    processor = with_options(encoder_dir, decoder_dir)
+    plain = with_options(encoder_dir, decoder_dir, prompt_template=PROMPT_TEMPLATE)
+    found = [prompts(p, p(INSTRUCTIONS, CONTEXTS)) for p in (processor, plain)]
+    assert (found[0] == found[1]) == (processor.decoder_tokenizer.chat_template is None)
+
+
+def test_braces_in_a_message_are_left_alone(encoder_dir, decoder_dir):
+    processor = with_options(encoder_dir, decoder_dir, prompt_template="tell {message}")
+    processor.decoder_tokenizer.add_tokens(["{message}", "{sky}"])
+    assert prompts(processor, processor("who is {sky} {message}")) == ["tell who is {sky} {message}"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_template": "Instruction:"}, r"prompt_template='Instruction:' must hold \{message\}"),
+        ({"answer_format": "json"}, "answer_format='json' is not one of text, key_value_lines"),
+    ],
+)
+def test_impossible_options_are_named(encoder_dir, decoder_dir, options, message):
+    with pytest.raises(ValueError, match=message):
+        with_options(encoder_dir, decoder_dir, **options)
+
+
+@pytest.fixture
+def structured(encoder_dir, decoder_dir):
+    """Tokens of the lines, as a tokenizer that keeps white space has them."""
+    processor = with_options(encoder_dir, decoder_dir, answer_format="key_value_lines")
+    tokenizer = processor.decoder_tokenizer
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|: | |[^ :\n]+"), "isolated")
+    tokenizer.add_tokens([": ", "\n", " "])
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    return processor
+
+
+JSON_ANSWERS = ['{"name": "the cat", "color": "red"}', '{"who": "bird"}', '{"who": ""}']
+
+
+def test_structured_answers_are_lines_inside_and_json_outside(structured, tmp_path):
+    labels = structured(INSTRUCTIONS, None, JSON_ANSWERS)["labels"]
+    inside = [structured.decoder_tokenizer.decode(row[row != -100]) for row in labels]
+    assert inside == ["name: the cat\ncolor: red<eos>", "who: bird<eos>", "who: <eos>"]
+    assert structured.batch_decode(labels.masked_fill(labels == -100, 2)) == JSON_ANSWERS
+    assert structured.decode(labels[0]) == JSON_ANSWERS[0]
+    # What cannot be read as lines stays, and what is a list of ids is taken as it is.
+    said = structured.decoder_tokenizer("the cat", add_special_tokens=False).input_ids
+    assert structured.decode(torch.tensor(said)) == "the cat"
+    assert structured.encode_answers([said, [7, 2]])["labels"].tolist() == [said, [7, 2, -100]]
+    structured.save_pretrained(tmp_path)
+    again = ProtoGenProcessor.from_pretrained(tmp_path)
+    assert again.answer_format == "key_value_lines"
+    assert torch.equal(again(INSTRUCTIONS, None, JSON_ANSWERS)["labels"], labels)
+    assert again.batch_decode(labels.masked_fill(labels == -100, 2)) == JSON_ANSWERS
+
+
+def test_an_answer_that_is_not_flat_json_is_refused(structured):
+    with pytest.raises(ValueError, match="one JSON object whose values are strings: '{\"a\": 1}'"):
+        structured(INSTRUCTIONS[:2], None, [JSON_ANSWERS[0], '{"a": 1}'])
+
+
+def test_json_is_text_where_nothing_else_is_said(encoder_dir, decoder_dir):
+    processor = with_options(encoder_dir, decoder_dir)
+    answer = '{"who": "cat"}'
+    expected = [*processor.decoder_tokenizer(answer, add_special_tokens=False).input_ids, 2]
+    assert processor("who", None, answer)["labels"].tolist() == [expected]
+    lines = processor.decoder_tokenizer("who: cat", add_special_tokens=False).input_ids
+    assert processor.decode(lines) == processor.decoder_tokenizer.decode(lines, skip_special_tokens=True)

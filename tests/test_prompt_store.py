@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS, save_decoder
+from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS, save_decoder, set_dropout
 from transformers import AutoModelForCausalLM
 
 from modeling_protogen.prefix import read_prefix
@@ -15,9 +15,9 @@ def reads(monkeypatch):
     """How many prompts were read, call by call."""
     counts, read = [], prompt_store.read_prefix
 
-    def counted(decoder, ids, mask):
+    def counted(decoder, ids, mask, layers):
         counts.append(len(ids))
-        return read(decoder, ids, mask)
+        return read(decoder, ids, mask, layers)
 
     monkeypatch.setattr(prompt_store, "read_prefix", counted)
     return counts
@@ -26,9 +26,8 @@ def reads(monkeypatch):
 @pytest.mark.parametrize("source", ["encoder", "decoder", "both", "none"])
 def test_a_model_learns_the_same_from_stored_prompts(build, decoder_dir, source, tmp_path, reads):
     model, processor = build(decoder_dir, latent_source=source, decoder_sees_prompt=True)
+    set_dropout(model, 0.0)
     model.train()
-    if model.encoder is not None:
-        model.encoder.eval()  # no dropout
     inputs = processor(INSTRUCTIONS, CONTEXTS, ANSWERS)
     prompt = {name: value for name, value in inputs.items() if name not in ("labels", "length_labels")}
 
@@ -40,7 +39,7 @@ def test_a_model_learns_the_same_from_stored_prompts(build, decoder_dir, source,
 
     expected, expected_gradients = learned()
     answers = model.generate(**prompt)
-    model.read_prompt = PromptStore(tmp_path / "prompts", model.decoder)
+    model.read_prompt = PromptStore(tmp_path / "prompts", model.decoder, model.config.layers_read)
     for _ in range(2):
         loss, gradients = learned()
         torch.testing.assert_close(loss, expected)
@@ -49,30 +48,52 @@ def test_a_model_learns_the_same_from_stored_prompts(build, decoder_dir, source,
     assert reads == [3]
 
 
-def test_other_batches_and_other_processes_find_what_is_there(build, llama_dir, tmp_path, reads):
+@pytest.mark.parametrize("layers", [[], [2], [0, 1, 2]], ids=str)
+def test_other_batches_and_other_processes_find_what_is_there(build, llama_dir, tmp_path, reads, layers):
     model, processor = build(llama_dir, decoder_sees_prompt=True)
-    first, second = PromptStore(tmp_path, model.decoder), PromptStore(tmp_path, model.decoder)
+    first, second = (PromptStore(tmp_path, model.decoder, layers) for _ in range(2))
     inputs = processor(INSTRUCTIONS, CONTEXTS)
     prompt = inputs["decoder_prompt_ids"], inputs["decoder_prompt_mask"]
-    first(model.decoder, *prompt)
+    first(model.decoder, *prompt, layers)
     alone = processor(INSTRUCTIONS[0])
-    cache, states = second(model.decoder, alone["decoder_prompt_ids"], alone["decoder_prompt_mask"])
-    expected_cache, expected = read_prefix(model.decoder, *prompt)
-    length = states.shape[1]
-    torch.testing.assert_close(states[0], expected[0, -length:])
+    cache, states = second(model.decoder, alone["decoder_prompt_ids"], alone["decoder_prompt_mask"], layers)
+    expected_cache, expected = read_prefix(model.decoder, *prompt, layers)
+    length = alone["decoder_prompt_ids"].shape[1]
+    if layers:
+        assert states.shape == (1, length, len(layers), 24)
+        torch.testing.assert_close(states[0], expected[0, -length:])
+        hidden = model.decoder(alone["decoder_prompt_ids"], output_hidden_states=True).hidden_states
+        for place, layer in enumerate(layers):
+            torch.testing.assert_close(states[0, :, place], hidden[layer][0], rtol=1e-4, atol=1e-5)
+    else:
+        assert states is None
     for layer, expected_layer in zip(cache.layers, expected_cache.layers, strict=True):
         torch.testing.assert_close(layer.keys[0], expected_layer.keys[0, :, -length:])
+        torch.testing.assert_close(layer.values[0], expected_layer.values[0, :, -length:])
     assert reads == [3]
     more = processor([*INSTRUCTIONS[:2], "who is the cat"], [*CONTEXTS[:2], None])
-    second(model.decoder, more["decoder_prompt_ids"], more["decoder_prompt_mask"])
+    second(model.decoder, more["decoder_prompt_ids"], more["decoder_prompt_mask"], layers)
     assert reads == [3, 1]
-    assert len(PromptStore(tmp_path, model.decoder)) == 4
+    assert len(PromptStore(tmp_path, model.decoder, layers)) == 4
 
 
-def test_a_store_is_of_one_decoder(decoder, tmp_path):
-    PromptStore(tmp_path, decoder)
-    with pytest.raises(ValueError, match="as another decoder, or dtype, read them: use another folder"):
-        PromptStore(tmp_path, decoder.bfloat16())
+def test_who_needs_no_states_gets_none_of_those_that_are_there(build, llama_dir, tmp_path, reads):
+    model, processor = build(llama_dir, decoder_sees_prompt=True)
+    store, inputs = PromptStore(tmp_path, model.decoder, [0, 2]), processor(INSTRUCTIONS, CONTEXTS)
+    prompt = inputs["decoder_prompt_ids"], inputs["decoder_prompt_mask"]
+    assert store(model.decoder, *prompt, [])[1] is None
+    assert store(model.decoder, *prompt, [0, 2])[1].shape[2] == 2
+    assert reads == [3]
+
+
+def test_a_store_is_of_one_decoder_and_its_layers(decoder, tmp_path):
+    PromptStore(tmp_path, decoder, [0, 2])
+    message = "as another decoder or dtype read them, or other layers: use another folder"
+    for layers in ([], [0], [0, 1, 2]):
+        with pytest.raises(ValueError, match=message):
+            PromptStore(tmp_path, decoder, layers)
+    with pytest.raises(ValueError, match=message):
+        PromptStore(tmp_path, decoder.bfloat16(), [0, 2])
     sliding = AutoModelForCausalLM.from_pretrained(save_decoder(tmp_path / "mistral", "mistral"))
     with pytest.raises(ValueError, match="layers attend to all positions; leave it out"):
-        PromptStore(tmp_path / "other", sliding)
+        PromptStore(tmp_path / "other", sliding, [])

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from modeling_protogen.proto_tokens import ARRANGEMENTS, build_layout, fill_slots, position_ids
+from modeling_protogen.proto_tokens import (
+    ARRANGEMENTS,
+    build_layout,
+    fill_slots,
+    position_ids,
+    predicting_positions,
+)
 
 DIM = 4
 
@@ -74,14 +80,29 @@ def test_a_longer_layout_holds_every_shorter_one(arrangement):
         assert longest[: len(shorter)] == shorter
 
 
-def test_fill_slots_puts_vectors_and_offsets_where_the_layout_says():
-    e, m, offsets = torch.randn(2, 2, 2, DIM), torch.randn(2, 2, DIM), torch.randn(2, DIM)
+def test_fill_slots_puts_vectors_where_the_layout_says():
+    e, m = torch.randn(2, 2, 2, DIM), torch.randn(2, 2, DIM)
     layout = build_layout(torch.tensor([3, 1]), "e_mN", chunk_size=2, num_chunks=2, num_e_tokens=2)
-    slots = fill_slots(layout, e, m, offsets)
-    by_hand = [e[0, 0, 0], e[0, 0, 1], m[0, 0] + offsets[0], m[0, 0] + offsets[1]]
-    by_hand += [e[0, 1, 0], e[0, 1, 1], m[0, 1] + offsets[0]]
-    torch.testing.assert_close(slots[0], torch.stack(by_hand))
-    torch.testing.assert_close(slots[1, :3], torch.stack([e[1, 0, 0], e[1, 0, 1], m[1, 0] + offsets[0]]))
+    slots = fill_slots(layout, e, m)
+    by_hand = [e[0, 0, 0], e[0, 0, 1], m[0, 0], m[0, 0], e[0, 1, 0], e[0, 1, 1], m[0, 1]]
+    assert torch.equal(slots[0], torch.stack(by_hand))
+    assert torch.equal(slots[1, :3], torch.stack([e[1, 0, 0], e[1, 0, 1], m[1, 0]]))
+
+
+@pytest.mark.parametrize(("own", "expected"), [(0, "--|-01-23"), (1, "-0|--1-23"), (2, "01|----23")])
+def test_the_prefix_predicts_the_first_tokens_and_no_slot_does(own, expected):
+    """Two positions of the prefix, then the slots of two chunks of two tokens."""
+    layout = build_layout(torch.tensor([4, 1]), "e_mN", chunk_size=2, num_chunks=2)
+    rows = predicting_positions(layout, own)
+    assert rows.shape == (2, own + 6)
+    places = rows[0].nonzero()[:, 0] - own + 2
+    spelled = ["-"] * 8
+    for token, place in enumerate(places.tolist()):
+        spelled[place] = str(token)
+    assert "".join(spelled[:2]) + "|" + "".join(spelled[2:]) == expected
+    # An answer shorter than what the prefix may predict.
+    assert rows[1].sum() == 1
+    assert rows[1].nonzero().item() == (1 if own == 0 else 0)
 
 
 def test_gradients_count_how_often_a_vector_stands():

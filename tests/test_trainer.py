@@ -6,13 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS, weights_hash
+from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS, set_dropout, weights_hash
 from rouge_score.rouge_scorer import RougeScorer
+from transformers import TrainerCallback
 
 from eval_tasks.text_metrics import one_step_metrics
 from trainers.data import Example, ProtoGenCollator
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
-from trainers.losses import LOSSES
+from trainers.losses import BANK_LOSSES, LOSSES
 from trainers.proto_bank import BankInfo, ProtoTokenBank, decoder_fingerprint
 from trainers.protogen_trainer import LengthGroupedEpochs, ProtoGenTrainer, last_complete_checkpoint
 from trainers.training_args import ProtoGenTrainingArguments
@@ -22,7 +23,13 @@ EXAMPLES = [
     for i, instruction in enumerate(INSTRUCTIONS)
     for j, answer in enumerate([*ANSWERS, "a dog ran under the tree"])
 ]
-ALL_LOSSES = {name: 0.5 for name in LOSSES}
+TOKEN_BY_TOKEN = {"decoder_sees_prompt": True, "latent_source": "both", "upsamples_prompt": True}
+TOKEN_BY_TOKEN |= {"arrangement": "e_only", "chunk_size": 1, "max_chunks": 8, "slot_adapter_rank": 2}
+# What needs a bank, and what needs one vector a token, is not for the same models.
+OF_TOKENS = ("token_head", "duration")
+WITH_BANK = {}, {name: 0.5 for name in LOSSES if name not in OF_TOKENS}
+WITH_TOKENS = TOKEN_BY_TOKEN, {name: 0.5 for name in LOSSES if name not in BANK_LOSSES}
+EVERY_LOSS = pytest.mark.parametrize(("fields", "losses"), [WITH_BANK, WITH_TOKENS], ids=["bank", "tokens"])
 EMBEDDINGS = {example.id: torch.randn(6) for example in EXAMPLES}
 
 
@@ -30,9 +37,7 @@ EMBEDDINGS = {example.id: torch.randn(6) for example in EXAMPLES}
 def trainer_for(build, tmp_path):
     def trainer_for(decoder_dir, bank=None, dropout=0.0, output_dir=tmp_path / "run", fields=None, **arguments):
         model, processor = build(decoder_dir, **(fields or {}))
-        for module in model.encoder.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = dropout
+        set_dropout(model, dropout)
         arguments = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no"} | arguments
         args = ProtoGenTrainingArguments(
             output_dir=str(output_dir), use_cpu=True, logging_steps=1, disable_tqdm=True, seed=3, **arguments
@@ -42,7 +47,9 @@ def trainer_for(build, tmp_path):
             args=args,
             train_dataset=EXAMPLES,
             eval_dataset=EXAMPLES[:5],
-            data_collator=ProtoGenCollator(processor, bank=bank, embeddings=EMBEDDINGS),
+            data_collator=ProtoGenCollator(
+                processor, None, bank if args.needs_bank else None, EMBEDDINGS, "duration" in args.losses
+            ),
             processing_class=processor,
             compute_metrics=one_step_metrics(processor),
         )
@@ -72,7 +79,16 @@ def parameters_of(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("fields", [{}, {"decoder_sees_prompt": True}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"decoder_sees_prompt": True},
+        {"decoder_sees_prompt": True, "first_tokens": "decoder"},
+        {"decoder_sees_prompt": True, "latent_source": "both", "slot_adapter_rank": 2},
+    ],
+    ids=str,
+)
 def test_training_learns_and_leaves_the_decoder_alone(trainer_for, decoder_dir, fields):
     trainer = trainer_for(decoder_dir, fields=fields, max_steps=30, learning_rate=5e-3)
     decoder, start = weights_hash(trainer.model.decoder), parameters_of(trainer)
@@ -87,7 +103,8 @@ def test_training_learns_and_leaves_the_decoder_alone(trainer_for, decoder_dir, 
     assert {name for name in still if "pooler" not in name and not name.endswith("key.bias")} == set()
 
 
-def test_gradient_accumulation_equals_the_whole_batch(trainer_for, llama_dir, tmp_path):
+@pytest.mark.parametrize("fields", [{}, TOKEN_BY_TOKEN], ids=["m", "tokens"])
+def test_gradient_accumulation_equals_the_whole_batch(trainer_for, llama_dir, tmp_path, fields):
     results = []
     for size, steps in ((4, 1), (2, 2), (1, 4)):
         trainer = trainer_for(
@@ -97,6 +114,7 @@ def test_gradient_accumulation_equals_the_whole_batch(trainer_for, llama_dir, tm
             output_dir=tmp_path / f"run-{size}",
             optim="sgd",
             max_steps=3,
+            fields=fields,
         )
         trainer.train()
         results.append((losses_of(trainer), parameters_of(trainer)))
@@ -106,8 +124,10 @@ def test_gradient_accumulation_equals_the_whole_batch(trainer_for, llama_dir, tm
             torch.testing.assert_close(p, results[0][1][name], rtol=1e-4, atol=1e-6)
 
 
-def test_resuming_equals_an_uninterrupted_run(trainer_for, llama_dir, bank, tmp_path):
-    arguments = {"losses": ALL_LOSSES, "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "dropout": 0.1}
+@EVERY_LOSS
+def test_resuming_equals_an_uninterrupted_run(trainer_for, llama_dir, bank, tmp_path, fields, losses):
+    arguments = {"losses": losses, "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "dropout": 0.1}
+    arguments["fields"] = fields
     whole = trainer_for(llama_dir, bank=bank, output_dir=tmp_path / "run", **arguments)
     whole.train()
     shutil.rmtree(tmp_path / "run" / "checkpoint-6")
@@ -179,22 +199,26 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(trainer_for, llama_di
     assert last_complete_checkpoint(tmp_path / "nothing") is None
 
 
-def test_every_loss_is_logged_and_they_sum_to_the_total(trainer_for, llama_dir, bank):
-    trainer = trainer_for(llama_dir, bank=bank, losses=json.dumps(ALL_LOSSES), max_steps=2)
-    bias = trainer.losses["siglip"].bias.item()
+@EVERY_LOSS
+def test_every_loss_is_logged_and_they_sum_to_the_total(trainer_for, llama_dir, bank, fields, losses):
+    trainer = trainer_for(llama_dir, bank=bank, losses=json.dumps(losses), max_steps=2, fields=fields)
+    own = {name: p.detach().clone() for name, p in trainer.losses.named_parameters()}
     trainer.train()
     for entry in trainer.state.log_history[:2]:
-        total = sum(weight * entry[f"loss_{name}"] for name, weight in ALL_LOSSES.items())
+        total = sum(weight * entry[f"loss_{name}"] for name, weight in losses.items())
         assert entry["loss"] == pytest.approx(total, rel=1e-4)
-    assert trainer.losses["siglip"].bias.item() != bias
+    # Both settings have losses that learn something themselves.
+    assert own
+    assert not any(torch.equal(p, own[name]) for name, p in trainer.losses.named_parameters())
 
 
-def test_every_loss_is_nearly_the_same_in_bf16(trainer_for, llama_dir, bank, tmp_path):
+@EVERY_LOSS
+def test_every_loss_is_nearly_the_same_in_bf16(trainer_for, llama_dir, bank, tmp_path, fields, losses):
     logs = []
     for bf16 in (False, True):
-        losses = json.dumps(ALL_LOSSES)
+        folder = tmp_path / str(bf16)
         trainer = trainer_for(
-            llama_dir, bank=bank, losses=losses, max_steps=1, bf16=bf16, output_dir=tmp_path / str(bf16)
+            llama_dir, bank=bank, losses=losses, max_steps=1, bf16=bf16, output_dir=folder, fields=fields
         )
         dtypes = set()
         trainer.losses["reconstruction"].register_forward_pre_hook(
@@ -204,7 +228,7 @@ def test_every_loss_is_nearly_the_same_in_bf16(trainer_for, llama_dir, bank, tmp
         # A float32 copy of the logits would be the step's largest tensor.
         assert dtypes == {(torch.bfloat16 if bf16 else torch.float32, torch.float32)}
         logs.append(trainer.state.log_history[0])
-    for name in ALL_LOSSES:
+    for name in losses:
         assert logs[1][f"loss_{name}"] == pytest.approx(logs[0][f"loss_{name}"], rel=0.05), name
     assert logs[0] != logs[1]
 
@@ -245,6 +269,91 @@ def test_what_needs_no_logits_runs_no_decoder(trainer_for, llama_dir, bank):
     assert [ran for ran, _ in results] == [False, True]
     for name, p in results[0][1].items():
         torch.testing.assert_close(p, results[1][1][name], rtol=1e-4, atol=1e-6)
+
+
+class Recorder(TrainerCallback):
+    """The trained weights after each step."""
+
+    def __init__(self, model):
+        self.model, self.steps = model, []
+
+    def on_step_end(self, *_, **__):
+        self.steps.append({name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad})
+
+
+def test_the_average_of_the_weights_is_evaluated_and_kept(trainer_for, llama_dir, tmp_path):
+    plain = trainer_for(llama_dir, max_steps=6, output_dir=tmp_path / "plain")
+    average = parameters_of(plain)
+    recorder = Recorder(plain.model)
+    plain.add_callback(recorder)
+    plain.train()
+    averages = []
+    for step, weights in enumerate(recorder.steps, start=1):
+        decay = min(0.4, (1 + step) / (10 + step))
+        average = {name: decay * average[name] + (1 - decay) * weight for name, weight in weights.items()}
+        averages.append(average)
+    assert (1 + 1) / (10 + 1) < 0.4 < (1 + 6) / (10 + 6), "both decays must have been in use"
+
+    trainer = trainer_for(
+        llama_dir, max_steps=6, ema_decay=0.4, eval_strategy="steps", eval_steps=3, output_dir=tmp_path / "average"
+    )
+    trainer.train()
+    assert losses_of(trainer) == losses_of(plain), "training goes on from the weights themselves"
+    for name, weight in parameters_of(trainer).items():
+        torch.testing.assert_close(weight, averages[-1][name])
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    for loss, weights in zip(evaluated, (averages[2], averages[5]), strict=True):
+        plain.model.load_state_dict(weights, strict=False)
+        assert loss == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluated[-1], rel=1e-6)
+
+
+def test_resuming_goes_on_with_the_average(trainer_for, llama_dir, tmp_path):
+    arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "ema_decay": 0.9}
+    whole = trainer_for(llama_dir, **arguments)
+    whole.train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    resumed = trainer_for(llama_dir, **arguments)
+    resumed.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / "run"))
+    assert losses_of(resumed) == losses_of(whole)
+    assert weights_hash(resumed.model) == weights_hash(whole.model)
+
+
+def test_an_average_of_nothing_is_refused(tmp_path):
+    for decay in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
+            ProtoGenTrainingArguments(output_dir=str(tmp_path), ema_decay=decay)
+
+
+def test_true_durations_are_for_training_alone(trainer_for, llama_dir):
+    """In evaluation the model spreads the prompt by its own, as it has to when it answers."""
+    losses = {"reconstruction": 1.0, "duration": 1.0}
+    trainer = trainer_for(llama_dir, losses=losses, fields=TOKEN_BY_TOKEN, max_steps=1)
+    given, upsampling = {True: [], False: []}, trainer.model.proto_predictor.upsampling
+    upsampling.register_forward_pre_hook(lambda module, args: given[module.training].append(args[3]))
+    trainer.train()
+    metrics = trainer.evaluate()
+    (durations,) = given[True]
+    assert ((durations.sum(1) > 0) | (durations[:, 0] == -100)).all()
+    assert given[False]
+    assert all(durations is None for durations in given[False])
+    # They are compared with all the same.
+    assert metrics["eval_loss_duration"] > 0
+    total = metrics["eval_loss_duration"] + metrics["eval_loss_reconstruction"]
+    assert metrics["eval_loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_the_token_head_needs_no_pass_of_the_decoder(trainer_for, llama_dir):
+    losses = {"token_head": 1.0, "duration": 1.0}
+    fields = TOKEN_BY_TOKEN | {"latent_source": "decoder", "slot_adapter_rank": 0}
+    trainer = trainer_for(llama_dir, losses=losses, fields=fields, max_steps=30, learning_rate=5e-3)
+    decoder, passes = weights_hash(trainer.model.decoder), []
+    trainer.model.decoder.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    trainer.train()
+    assert not passes
+    logged = [entry["loss_token_head"] for entry in trainer.state.log_history if "loss_token_head" in entry]
+    assert sum(logged[-5:]) < 0.8 * sum(logged[:5])
+    assert weights_hash(trainer.model.decoder) == decoder
 
 
 def test_evaluation_without_a_bank_leaves_out_what_needs_one(trainer_for, llama_dir, bank):

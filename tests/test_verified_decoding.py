@@ -4,20 +4,27 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CONTEXTS, INSTRUCTIONS
+from conftest import CONTEXTS, INSTRUCTIONS, stir_slot_adapters
 
 from modeling_protogen import ProtoGenForConditionalGeneration
 from modeling_protogen.autoregressive import TextSoFar
 from modeling_protogen.block_decoding import Instruction, read_and_draft
+from modeling_protogen.proto_tokens import position_ids
 
 MORE = [*INSTRUCTIONS, "tell me about paris", "what is the capital of france and who sat under the tree"]
 MORE_CONTEXTS = [*CONTEXTS, None, "long context about the cat"]
 TOKENS = 24
+SEEN = {"decoder_sees_prompt": True}
+CHUNKS = {"arrangement": "e_m", "chunk_size": 3, "max_chunks": 2}
+UPSAMPLED = {"arrangement": "e_only", "chunk_size": 1, "max_chunks": 8, "upsamples_prompt": True}
 FIELDS = [
     {},
-    {"decoder_sees_prompt": True, "latent_source": "decoder"},
-    {"decoder_sees_prompt": True, "latent_source": "both", "arrangement": "e_m", "chunk_size": 3, "max_chunks": 2},
-    {"decoder_sees_prompt": True, "latent_source": "none", "m_position_offsets": True},
+    SEEN | {"latent_source": "decoder"},
+    SEEN | {"latent_source": "decoder", "first_tokens": "decoder"},
+    SEEN | {"latent_source": "both", "first_tokens": "decoder"} | CHUNKS,
+    SEEN | {"latent_source": "both", "slot_adapter_rank": 2} | CHUNKS,
+    SEEN | {"latent_source": "none", "slot_adapter_rank": 2},
+    SEEN | {"latent_source": "decoder"} | UPSAMPLED,
 ]
 
 
@@ -56,12 +63,17 @@ def verified(model, processor, batch_size, /, **options):
 @pytest.mark.parametrize("ends", [True, False], ids=["eos", "no eos"])
 def test_the_answer_is_the_greedy_one(build, decoder_dir, fields, ends):
     model, processor = build(decoder_dir, **fields)
+    stir_slot_adapters(model)
     if not ends:
         without_eos(model)
     expected = [greedy(model, processor, *pair) for pair in zip(MORE, MORE_CONTEXTS, strict=True)]
     assert ends or all(len(answer) == TOKENS for answer in expected)
+    # By default a draft is a chunk, which is no draft where a chunk is one token.
+    options = {"block_size": 6} if model.config.chunk_size == 1 else {}
     for batch_size in (1, 2, 5):
-        assert verified(model, processor, batch_size)[0] == expected
+        answers, outputs = verified(model, processor, batch_size, **options)
+        assert answers == expected
+        assert ends or all((output.num_drafts > 0).all() for output in outputs)
 
 
 @pytest.mark.parametrize("decoder_dir", ["mistral"], indirect=True)
@@ -104,10 +116,10 @@ def plan_drafts(monkeypatch, expected, prompt_lengths, num_right):
     """Drafts that are right in the first `num_right(size)` places after the certain token, and wrong after that."""
     read = TextSoFar.read
 
-    def planned(self, embeds, mask, predicts):
+    def planned(self, embeds, mask, predicts, num_slots=0):
         is_draft = self.cache is not None and not predicts.all()
         done = self.mask.sum(1) - prompt_lengths
-        logits = read(self, embeds, mask, predicts)
+        logits = read(self, embeds, mask, predicts, num_slots)
         if is_draft:
             table = logits.view(len(expected), -1, logits.shape[-1])
             for row, answer in enumerate(expected):
@@ -180,7 +192,8 @@ def test_bad_requests_are_named(build, llama_dir):
 
 @pytest.mark.parametrize(("source", "rereads"), [("decoder", False), ("both", True), ("encoder", True)])
 def test_drafts_are_what_training_on_continuations_sees(build, decoder_dir, source, rereads):
-    model, processor = build(decoder_dir, latent_source=source, decoder_sees_prompt=True, m_position_offsets=True)
+    model, processor = build(decoder_dir, latent_source=source, **SEEN, first_tokens="decoder", slot_adapter_rank=2)
+    stir_slot_adapters(model)
     processor.encoder_reads_answer = rereads
     start, last, rest = [5, 9], 7, [8, 6, 11, 4]
     # The last token stands before the draft. Where the decoder's states are read, it is the answer's first in training.
@@ -190,11 +203,28 @@ def test_drafts_are_what_training_on_continuations_sees(build, decoder_dir, sour
     with torch.no_grad():
         trained = model(**batch, first_tokens=batch["labels"][:, 0]).logits.view(2, len(after), -1)[:, -len(rest) :]
         prompt = [plain[name] for name in ("decoder_prompt_ids", "decoder_prompt_mask")]
-        text = TextSoFar(model.decoder, *prompt, wants_states=source != "encoder")
+        text = TextSoFar(model.decoder, *prompt, model.config.layers_read)
         given = Instruction(*model.encode(batch.get("input_ids"), batch.get("attention_mask")), None)
         last = torch.full((2, 1), last)
         drafted = read_and_draft(model, text, last, torch.ones_like(last), len(rest), lambda: given)
     torch.testing.assert_close(drafted, trained, atol=1e-4, rtol=1e-4)
+
+
+def test_slots_for_the_first_tokens_are_those_of_training_but_where_the_decoder_is_certain(build, decoder_dir):
+    model, processor = build(decoder_dir, **SEEN, first_tokens="slots", slot_adapter_rank=2)
+    stir_slot_adapters(model)
+    batch = processor(INSTRUCTIONS[:2], CONTEXTS[:2], [[8, 6, 11, 4]] * 2)
+    prompt = [batch[name] for name in ("decoder_prompt_ids", "decoder_prompt_mask")]
+    with torch.no_grad():
+        trained = model(**batch).logits.view(2, 4, -1)
+        own = model.decoder(prompt[0], attention_mask=prompt[1], position_ids=position_ids(prompt[1])).logits[:, -1]
+        text = TextSoFar(model.decoder, *(part[:, :-1] for part in prompt), [])
+        given = Instruction(*model.encode(batch["input_ids"], batch["attention_mask"]), None)
+        last = [part[:, -1:] for part in prompt]
+        drafted = read_and_draft(model, text, *last, 4, lambda: given)
+    torch.testing.assert_close(drafted[:, 0], own, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(drafted[:, 1:], trained[:, 1:], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(drafted[:, 0], trained[:, 0], atol=0.1)
 
 
 def test_the_encoder_reads_the_answer_so_far(build, llama_dir, monkeypatch):

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from datasets import load_dataset, load_from_disk
 
+from modeling_protogen.modeling_protogen import IGNORE_INDEX
 from modeling_protogen.processing_protogen import ProtoGenProcessor
 
+from .alignment import durations
 from .proto_bank import ProtoTokenBank, stack_entries
 
 
@@ -157,6 +159,11 @@ def with_teacher_answers(examples: list[Example], answers: dict[str, list[int]],
     return human + [replace(e, id=f"{e.id}-teacher", answer_ids=answers[e.id]) for e in examples]
 
 
+def with_own_texts(examples: list[Example]) -> list[Example]:
+    """The examples with their instructions as answers, under ids of their own: texts to be written back."""
+    return [replace(e, id=f"{e.id}-self", context="", answer=e.instruction) for e in examples]
+
+
 def with_continuations(examples: list[Example], number: int) -> list[Example]:
     """
     The examples, and for each of the teacher's answers so many that go on from random places in it, the same ones in
@@ -184,6 +191,7 @@ class ProtoGenCollator:
             `(batch, chunks, dim)`, where it holds all of the examples.
         embeddings (`dict[str, torch.Tensor]`, *optional*): what the answers mean, by example id; adds
             `teacher_embeddings` `(batch, teacher_dim)`, where it has all of the examples.
+        finds_durations (`bool`): adds `durations` `(batch, prompt)`, of answers that are whole.
 
     Raises:
         ValueError: if an example's category is not among `categories`.
@@ -195,8 +203,10 @@ class ProtoGenCollator:
         categories: list[str] | None = None,
         bank: ProtoTokenBank | None = None,
         embeddings: dict[str, torch.Tensor] | None = None,
+        finds_durations: bool = False,
     ):
         self.processor = processor
+        self.finds_durations = finds_durations
         self.embeddings = embeddings
         self.categories = categories
         self.bank = bank
@@ -216,7 +226,25 @@ class ProtoGenCollator:
             batch["bank_e"], batch["bank_m"] = stack_entries([self.bank[example.id] for example in examples])
         if self.embeddings is not None and all(example.id in self.embeddings for example in examples):
             batch["teacher_embeddings"] = torch.stack([self.embeddings[example.id] for example in examples])
+        if self.finds_durations:
+            batch["durations"] = batch_durations(batch)
         return batch
+
+
+def batch_durations(batch: dict[str, torch.Tensor]) -> torch.LongTensor:
+    """
+    What each token of the prompts accounts for, `(batch, prompt)`: 0 at padding, -100 in the whole row of an answer
+    that was cut.
+    """
+    rows = torch.full_like(batch["decoder_prompt_ids"], IGNORE_INDEX)
+    names = ("decoder_prompt_ids", "decoder_prompt_mask", "labels", "length_labels")
+    for row, ids, mask, labels, length in zip(rows, *(batch[name] for name in names), strict=True):
+        answer = labels[labels != IGNORE_INDEX].tolist()
+        found = durations(ids[mask.bool()].tolist(), answer) if len(answer) == length else None
+        if found is not None:
+            row[mask.bool()] = torch.tensor(found)
+            row[~mask.bool()] = 0
+    return rows
 
 
 def category_id(category: str | None, categories: list[str]) -> int:

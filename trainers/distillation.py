@@ -30,7 +30,7 @@ def teacher_top_k(
     """
     prompt = prompt_ids, prompt_mask
     if prompt_cache is None:
-        prompt_cache, _ = read_prefix(decoder, *prompt)
+        prompt_cache, _ = read_prefix(decoder, *prompt, [])
     logits = own_logits(decoder, *prompt, answers.clamp_min(0), answers != IGNORE_INDEX, prompt_cache)
     values, ids = logits.topk(top_k)
     return ids, values.float().softmax(-1)

@@ -129,7 +129,7 @@ def with_predicted_starts(
 
     Args:
         texts (`list[Text]`), examples (`list[Example]`): in the same order.
-        model, processor: trained without `decoder_sees_prompt` and `m_position_offsets`, for the bank's arrangement.
+        model, processor: trained without `decoder_sees_prompt` and slot adapters, for the bank's arrangement.
 
     Raises:
         ValueError: if the model's proto-tokens mean something else than the bank's.
@@ -140,7 +140,7 @@ def with_predicted_starts(
         part = examples[first : first + batch_size]
         inputs = processor([e.instruction for e in part], [e.context for e in part])
         with torch.no_grad():
-            predicted = model.predict(inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device))
+            predicted = model.predict(**inputs.to(model.device))
         for text, text_e, text_m in zip(texts[first : first + batch_size], predicted.e, predicted.m, strict=True):
             chunks = -(-len(text.token_ids) // info.chunk_size)
             started.append(replace(text, start=(text_e[:chunks], text_m[:chunks])))
@@ -159,7 +159,7 @@ def check_same_vectors(config: ProtoGenConfig, info: BankInfo) -> None:
         "sink": info.sink,
         "m_scope": "per_example",
         "decoder_sees_prompt": False,
-        "m_position_offsets": False,
+        "slot_adapter_rank": 0,
     }
     differing = [
         f"{name}={getattr(config, name)!r}" for name, value in wanted.items() if getattr(config, name) != value

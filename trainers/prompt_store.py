@@ -22,29 +22,32 @@ KEYS_AND_VALUES, STATES = "keys_and_values", "states"
 class PromptStore:
     """
     Stands in for [`read_prefix`] with one decoder: a prompt that is not in the folder is read and stored, one that is
-    there is loaded. Several processes may use a folder at once. A token takes `2 * layers * key/value width + dim`
-    numbers: 24 KB for SmolLM2-135M in bfloat16.
+    there is loaded. Several processes may use a folder at once. A token takes `2 * layers * key/value width + states *
+    dim` numbers: 26 KB for SmolLM2-135M in bfloat16 and three hidden states.
 
     Args:
         folder (`str` or `Path`): an existing store, or a place for a new one.
         decoder (`PreTrainedModel`): its layers are of one shape and attend to all positions.
+        layers (`list[int]`): whose hidden states are kept; may be empty.
 
     Raises:
-        ValueError: if the folder is another decoder's, or a layer attends to a part of the positions only.
+        ValueError: if the folder is another decoder's, or has other layers' states, or a layer attends to a part of the
+            positions only.
     """
 
-    def __init__(self, folder: str | Path, decoder: PreTrainedModel):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, decoder: PreTrainedModel, layers: list[int]):
+        self.folder, self.layers = Path(folder), layers
         if not keeps_all_positions(new_cache(decoder)):
             raise ValueError("a prompt store needs a decoder whose layers attend to all positions; leave it out.")
-        info = {"decoder": decoder_fingerprint(decoder), "dtype": str(decoder.dtype)}
+        info = {"decoder": decoder_fingerprint(decoder), "dtype": str(decoder.dtype), "layers": layers}
         path = self.folder / INFO_NAME
         if not path.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda temporary: temporary.write_text(json.dumps(info, indent=2)))
         elif json.loads(path.read_text()) != info:
             raise ValueError(
-                f"{self.folder} holds prompts as another decoder, or dtype, read them: use another folder."
+                f"{self.folder} holds prompts as another decoder or dtype read them, or other layers: "
+                "use another folder."
             )
         self._files = {}
         self._names = set()
@@ -65,8 +68,8 @@ class PromptStore:
         self._files |= {name.partition(".")[0]: file for name in file.keys()}  # noqa: SIM118
 
     def __call__(
-        self, decoder: PreTrainedModel, prefix_ids: torch.LongTensor, prefix_mask: torch.Tensor
-    ) -> tuple[Cache, torch.Tensor]:
+        self, decoder: PreTrainedModel, prefix_ids: torch.LongTensor, prefix_mask: torch.Tensor, layers: list[int]
+    ) -> tuple[Cache, torch.Tensor | None]:
         """As [`read_prefix`]."""
         names = [_name(ids[mask.bool()]) for ids, mask in zip(prefix_ids, prefix_mask, strict=True)]
         if any(name not in self._files for name in names):
@@ -82,16 +85,17 @@ class PromptStore:
         cache = new_cache(decoder)
         for number, layer in enumerate(stacked(KEYS_AND_VALUES).unflatten(1, (-1, 2)).unbind(1)):
             cache.update(*layer.unbind(1), number)
-        return cache, stacked(STATES)
+        return cache, stacked(STATES).transpose(1, 2) if layers else None
 
     def _store(self, names: list[str], decoder, ids: torch.LongTensor, mask: torch.Tensor) -> None:
-        cache, states = read_prefix(decoder, ids, mask)
+        cache, states = read_prefix(decoder, ids, mask, self.layers)
         # (batch, 2 * layers, heads, length, head_dim)
         stored = torch.stack([part for layer in cache.layers for part in (layer.keys, layer.values)], dim=1)
         tensors = {}
         for row, (name, length) in enumerate(zip(names, mask.sum(1).tolist(), strict=True)):
             tensors[f"{name}.{KEYS_AND_VALUES}"] = stored[row, ..., -length:, :].contiguous().cpu()
-            tensors[f"{name}.{STATES}"] = states[row, -length:].contiguous().cpu()
+            if self.layers:  # (layers, length, dim)
+                tensors[f"{name}.{STATES}"] = states[row, -length:].transpose(0, 1).contiguous().cpu()
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         write_atomically(path, lambda temporary: save_file(tensors, temporary))
         self._open(path)

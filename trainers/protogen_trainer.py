@@ -1,6 +1,7 @@
 """The trainer: routes a batch through the model to weighted losses and logs each of them."""
 
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -8,12 +9,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import ProgressCallback, Trainer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_protogen.modeling_protogen import IGNORE_INDEX, likeliest_tokens
 
+from .averaging import WeightAverage
 from .distillation import teacher_top_k
 from .files import write_atomically
 from .grouped_attention import use_grouped_attention
@@ -21,8 +24,9 @@ from .losses import BANK_LOSSES, DECODER_LOSSES, EMBEDDING_LOSSES, LOSSES
 from .mixed_precision import keep_logits
 
 LOSS_WEIGHTS_NAME = "losses.safetensors"
+AVERAGE_NAME = "average.safetensors"
 # What the collator adds for the losses alone; the model does not take it.
-LOSS_INPUTS = ("bank_e", "bank_m", "teacher_embeddings")
+LOSS_INPUTS = ("bank_e", "bank_m", "teacher_embeddings", "durations")
 
 
 class ProgressLines(ProgressCallback):
@@ -84,8 +88,26 @@ class ProtoGenTrainer(Trainer):
         self.losses = nn.ModuleDict({name: LOSSES[name]() for name in self.args.losses}).to(self.args.device)
         if self.args.encoder_learning_rate == 0 and self.model.encoder is not None:
             self.model.encoder.requires_grad_(False)
+        self.average = None
+        if self.args.ema_decay:
+            if is_deepspeed_zero3_enabled():
+                raise ValueError("ZeRO-3 spreads the weights that ema_decay averages: use ZeRO-2, or ema_decay=0.")
+            trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            self.average = WeightAverage(trained, self.args.ema_decay)
+            self.add_callback(self.average)
         # By whether the model was training.
         self._components = {True: defaultdict(list), False: defaultdict(list)}
+
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        if self.average is not None:
+            self.average.swap()
+            self.average = None
+        return output
+
+    def evaluate(self, *args, **kwargs):
+        with self.average.in_place() if self.average is not None else nullcontext():
+            return super().evaluate(*args, **kwargs)
 
     def _prepare_for_training(self, *args):
         prepared = super()._prepare_for_training(*args)
@@ -95,8 +117,13 @@ class ProtoGenTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         model_inputs = {name: value for name, value in inputs.items() if name not in LOSS_INPUTS}
         return_logits = not model.training or any(name in DECODER_LOSSES for name in self.args.losses)
+        if model.training and "durations" in inputs:
+            model_inputs["durations"] = inputs["durations"]
         outputs = model(**model_inputs, return_loss=False, return_logits=return_logits)
         inputs = inputs | self._soft_targets(model, outputs, inputs)
+        if "token_head" in self.args.losses:
+            decoder = self.accelerator.unwrap_model(model).decoder
+            inputs["output_embeddings"] = decoder.get_output_embeddings().weight
         total = torch.zeros((), device=outputs.e.device)
         batch_size = total.new_tensor(len(inputs["labels"]))
         for name, weight in self.args.losses.items():
@@ -131,7 +158,7 @@ class ProtoGenTrainer(Trainer):
         model, cache = self.accelerator.unwrap_model(model), outputs.prompt_cache
         prompt = inputs["decoder_prompt_ids"], inputs["decoder_prompt_mask"]
         if cache is None:
-            cache, _ = model.read_prompt(model.decoder, *prompt)
+            cache, _ = model.read_prompt(model.decoder, *prompt, [])
         return {
             name: teacher_top_k(model.decoder, *prompt, answers, self.args.teacher_top_k, cache)
             for name, answers in wanted.items()
@@ -182,11 +209,15 @@ class ProtoGenTrainer(Trainer):
         weights = self.losses.state_dict()
         if weights and self.args.should_save:
             write_atomically(Path(output_dir) / LOSS_WEIGHTS_NAME, lambda path: save_file(weights, path))
+        if self.average is not None and self.args.should_save:
+            write_atomically(Path(output_dir) / AVERAGE_NAME, lambda path: save_file(self.average.weights, path))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.losses.state_dict():
             self.losses.load_state_dict(load_file(Path(checkpoint) / LOSS_WEIGHTS_NAME))
+        if checkpoint is not None and self.average is not None:
+            self.average.load(load_file(Path(checkpoint) / AVERAGE_NAME))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)

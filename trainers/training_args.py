@@ -31,6 +31,12 @@ class ProtoGenTrainingArguments(TrainingArguments):
     encoder_learning_rate: float = field(
         default=5e-5, metadata={"help": "Learning rate of the pretrained encoder; 0 freezes it."}
     )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Evaluates and keeps an exponential moving average of the trained weights; 0 keeps the last."
+        },
+    )
     teacher_top_k: int = field(
         default=32,
         metadata={"help": "Tokens of the teacher that soft_reconstruction and on_policy learn from; 1 = argmax."},
@@ -66,6 +72,8 @@ class ProtoGenTrainingArguments(TrainingArguments):
             raise ValueError(f"unknown losses: {', '.join(unknown)}; the losses are {', '.join(LOSSES)}.")
         if not any(weight > 0 for weight in self.losses.values()):
             raise ValueError("no loss has a positive weight.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1).")
         super().__post_init__()
 
     @property

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from eval_tasks import report
-from eval_tasks.latency import interleaved_seconds, ratio_with_interval
+from eval_tasks.latency import fastest_dtype, interleaved_seconds, ratio_with_interval
 
 
 def add_commands(commands) -> None:
@@ -35,7 +35,7 @@ def quickstart(arguments) -> None:
         raise ValueError(f"{run} was not evaluated before training: its recipe needs eval_on_start: true.")
 
     # As someone does who has the model's folder only: nothing here imports our package.
-    model = AutoModel.from_pretrained(run / "model", trust_remote_code=True, dtype=torch.bfloat16)
+    model = AutoModel.from_pretrained(run / "model", trust_remote_code=True, dtype=getattr(torch, fastest_dtype()))
     processor = AutoProcessor.from_pretrained(run / "model", trust_remote_code=True)
 
     print("\nHeld-out instructions, answered in one pass each:\n")

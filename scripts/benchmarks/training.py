@@ -84,7 +84,7 @@ def gather(arguments, runs: list[Path], references: dict[Path, Path], called: Ca
         config = ProtoGenForConditionalGeneration.config_class.from_pretrained(run / "model")
         measured = {}
         for part, ids in {"": beginnings, "_later": later}.items():
-            for name in ("agreement", "accepted_length") if ids else ():
+            for name in ("agreement", "accepted_length", "exact_match") if ids else ():
                 values = tables[run].loc[ids, name]
                 measured[f"{name}{part}"] = mean_with_interval(values)
                 if run in references:

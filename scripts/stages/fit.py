@@ -1,7 +1,7 @@
 """`--stage fit`: proto-tokens of given texts, into a bank."""
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from arguments import ModelArguments, RunArguments, bank_info, open_accelerator
@@ -76,5 +76,7 @@ def texts_to_fit(run, model_args, fit_args, bank, tokenizer, examples, device) -
     if run.warm_start:
         model = ProtoGenForConditionalGeneration.from_pretrained(run.warm_start).to(device)
         processor = ProtoGenProcessor.from_pretrained(run.warm_start)
+        if run.warm_start_reads_text:
+            examples = [replace(example, instruction=example.answer, context="") for example in examples]
         texts = with_predicted_starts(texts, examples, model, processor, bank.info)
     return texts

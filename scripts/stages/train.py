@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from arguments import ModelArguments, RunArguments, TargetArguments, bank_info, load_processor
 from embedded import resolve
+from safetensors.torch import load_file
 from studies import StudyArguments
 from transformers import AutoModelForCausalLM, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from eval_tasks.calibration import calibrate_length, calibrate_uncertainty, rank_correlations
 from eval_tasks.length_calibration import constant_baseline, length_figures, linear_baseline
@@ -28,6 +30,7 @@ from trainers.data import (
     category_id,
     load_examples,
     with_continuations,
+    with_own_texts,
     with_teacher_answers,
 )
 from trainers.files import locked
@@ -66,20 +69,27 @@ def train(
         raise ValueError("the decoder reads what an answer goes on from: continuations need decoder_sees_prompt: true.")
     if model_args.encoder_reads_answer and not (target_args.continuations and model_args.has_encoder):
         raise ValueError("encoder_reads_answer needs an encoder, and continuations for it to read.")
+    check_losses(model_args, args)
     if args.deepspeed_plugin and args.use_cpu:
         start_deepspeed_on_cpus()
     set_seed(args.seed)
     categories = None
     if model_args.m_scope == "per_category":
         categories = sorted({example.category for example in load_examples(data_args)})
+    if model_args.first_tokens is None:
+        model_args.first_tokens = "decoder" if target_args.targets == "teacher" else "slots"
     model = build_model(model_args, categories)
+    if run.start_from:
+        start_from(model, run.start_from)
     if run.prompt_store:
-        model.read_prompt = PromptStore(run.prompt_store, model.decoder)
+        model.read_prompt = PromptStore(run.prompt_store, model.decoder, model.config.layers_read)
     if model_args.encoder_lora_rank:
         add_lora(model, model_args.encoder_lora_rank)
     processor = load_processor(model_args, model.config.max_answer_length)
     train_examples, validation_examples = instructions_to_learn(data_args, target_args, processor)
-    if target_args.targets != "human":
+    if target_args.targets == "self":
+        train_examples, validation_examples = with_own_texts(train_examples), with_own_texts(validation_examples)
+    elif target_args.targets != "human":
         info = teacher_info(model_args, target_args, model.decoder, processor)
         answers = read_teacher_answers(target_args.teacher_answers, info)
         train_examples = with_teacher_answers(train_examples, answers, target_args.targets)
@@ -98,7 +108,7 @@ def train(
         args=args,
         train_dataset=train_examples,
         eval_dataset=validation_examples,
-        data_collator=ProtoGenCollator(processor, categories, bank, embeddings),
+        data_collator=ProtoGenCollator(processor, categories, bank, embeddings, "duration" in args.losses),
         processing_class=processor,
         compute_metrics=one_step_metrics(processor),
     )
@@ -112,6 +122,7 @@ def train(
             "decoder_dtype": model_args.decoder_dtype,
             "data": data_args.data,
             "train_examples": len(train_examples),
+            "examples_a_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "seed": args.seed,
         }
         metrics = {"run": made_with, "before": before, "after": trainer.evaluate(), "log": log}
@@ -130,11 +141,30 @@ def train(
             print(f"model in {output_dir / 'model'}, metrics in {metrics_path}")
 
 
+def start_from(model: ProtoGenForConditionalGeneration, folder: str) -> None:
+    """Takes over the trained weights of another run's model; slot adapters that it lacks stay fresh."""
+    weights = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    lacking = [name for name in missing if not name.startswith(("decoder.", "slot_adapters."))]
+    if lacking or unexpected:
+        raise ValueError(
+            f"{folder} has other weights than this recipe's model, {(lacking + unexpected)[0]} for one: start_from "
+            "needs a model of the same shape."
+        )
+
+
 def start_deepspeed_on_cpus() -> None:
     """Before a model is built, which ZeRO-3 spreads over the processes at once; by itself it would look for MPI."""
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+
+def check_losses(model_args: ModelArguments, args: ProtoGenTrainingArguments) -> None:
+    if "token_head" in args.losses and (model_args.arrangement, model_args.chunk_size) != ("e_only", 1):
+        raise ValueError("the loss token_head reads a token off each proto-token: arrangement: e_only, chunk_size: 1.")
+    if model_args.upsamples_prompt != ("duration" in args.losses):
+        raise ValueError("upsamples_prompt: true and the loss duration need each other.")
 
 
 def check_bank(run: RunArguments, model_args: ModelArguments) -> None:
@@ -154,7 +184,8 @@ def build_model(model_args: ModelArguments, categories: list[str] | None) -> Pro
         resolve(fields.pop("decoder")),
     )
     dtype = getattr(torch, fields.pop("decoder_dtype"))
-    for name in ("max_input_length", "max_prompt_length", "encoder_reads_answer", "encoder_lora_rank"):
+    of_processor = ("max_input_length", "max_prompt_length", "prompt_template", "answer_format", "encoder_reads_answer")
+    for name in (*of_processor, "encoder_lora_rank"):
         fields.pop(name)
     if is_deepspeed_zero3_enabled():
         fields["proto_token_std"] = FITTED_SIZE * spread_embedding_std(decoder, model_args.decoder_revision)

@@ -6,6 +6,7 @@ Training objectives, one `nn.Module` a file. Each is called with the model's out
 
 from .anchor import AnchorLoss
 from .distance_based_logistic import DistanceBasedLogisticLoss
+from .duration import DurationLoss
 from .error_nll import ErrorNLLLoss
 from .info_nce import InfoNCELoss
 from .length_nll import LengthNLLLoss
@@ -14,11 +15,14 @@ from .reconstruction import ReconstructionLoss
 from .relational_distillation import RelationalDistillationLoss
 from .siglip import SigLIPLoss
 from .soft_targets import OnPolicyLoss, SoftReconstructionLoss
+from .token_head import TokenHeadLoss
 
 LOSSES = {
     "reconstruction": ReconstructionLoss,
     "soft_reconstruction": SoftReconstructionLoss,
     "on_policy": OnPolicyLoss,
+    "token_head": TokenHeadLoss,
+    "duration": DurationLoss,
     "length_nll": LengthNLLLoss,
     "error_nll": ErrorNLLLoss,
     "siglip": SigLIPLoss,
@@ -42,6 +46,7 @@ __all__ = [
     "LOSSES",
     "AnchorLoss",
     "DistanceBasedLogisticLoss",
+    "DurationLoss",
     "ErrorNLLLoss",
     "InfoNCELoss",
     "LengthNLLLoss",
@@ -51,4 +56,5 @@ __all__ = [
     "RelationalDistillationLoss",
     "SigLIPLoss",
     "SoftReconstructionLoss",
+    "TokenHeadLoss",
 ]

@@ -1,0 +1,93 @@
+"""
+Slot adapters: low-rank weights in the frozen decoder's linear layers that act where proto-tokens stand and nowhere else
+(gated LoRA, https://arxiv.org/abs/2507.11851). What the decoder computes for a real token is bit for bit what it
+computes without them, as real tokens never see the slots behind them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .proto_predictor import ScaledLinear
+
+# Positions at the end of the running pass that hold proto-tokens.
+NUM_SLOTS: ContextVar[int] = ContextVar("num_slots", default=0)
+
+
+@contextmanager
+def slots_at_the_end(num_slots: int) -> Iterator[None]:
+    """In here a pass of the decoder has so many slots as its last positions, padding behind them included."""
+    token = NUM_SLOTS.set(num_slots)
+    try:
+        yield
+    finally:
+        NUM_SLOTS.reset(token)
+
+
+class LowRank(nn.Module):
+    """A linear map of low rank, zero at the start (Hu et al., 2021, https://arxiv.org/abs/2106.09685)."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int):
+        super().__init__()
+        self.down = ScaledLinear(in_features, rank, init_std=in_features**-0.5, bias=False)
+        self.up = ScaledLinear(rank, out_features, init_std=0.0, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(self.down(x))
+
+    def add_at_slots(self, layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:
+        """A forward hook of the layer that this map stands beside."""
+        num_slots = NUM_SLOTS.get()
+        if not num_slots:
+            return None
+        (x,) = inputs
+        if x.dim() != 3:
+            raise ValueError(
+                f"slot adapters need layers that read (batch, length, dim); one of this decoder's reads {x.dim()} "
+                "dimensions, as mixtures of experts do: set slot_adapter_rank=0."
+            )
+        added = self(x[:, -num_slots:].to(self.down.weight.dtype)).to(output)
+        if num_slots == x.shape[1]:
+            return output + added
+        return torch.cat([output[:, :-num_slots], output[:, -num_slots:] + added], dim=1)
+
+
+class SlotAdapters(nn.Module):
+    """
+    A low-rank map beside each linear layer inside the decoder, whose output is added at the slots. The language-model
+    head has none.
+
+    Args:
+        rank (`int`): of each map.
+        decoder (`PreTrainedModel`): gives the layers' names and shapes; `attach` makes it take the maps in.
+    """
+
+    def __init__(self, rank: int, decoder: PreTrainedModel):
+        super().__init__()
+        self.maps = nn.ModuleDict(
+            {name.replace(".", "-"): LowRank(*shape, rank) for name, (_, shape) in _linear_layers(decoder).items()}
+        )
+        self.handles = []
+
+    def attach(self, decoder: PreTrainedModel) -> None:
+        """From now on this decoder's passes inside [`slots_at_the_end`], and no other's, go through these maps."""
+        while self.handles:
+            self.handles.pop().remove()
+        for name, (layer, _) in _linear_layers(decoder).items():
+            self.handles.append(layer.register_forward_hook(self.maps[name.replace(".", "-")].add_at_slots))
+
+
+def _linear_layers(decoder: PreTrainedModel) -> dict[str, tuple[nn.Module, tuple[int, int]]]:
+    """From their names to the linear layers below the head, and how many features go in and out."""
+    layers = {}
+    for name, module in decoder.base_model.named_modules():
+        if isinstance(module, nn.Linear):
+            layers[name] = module, (module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            layers[name] = module, (module.nx, module.nf)
+    return layers

@@ -1,0 +1,59 @@
+"""Flat JSON objects as lines, and back."""
+
+import json
+
+import pytest
+
+from modeling_protogen.key_value_lines import from_lines, to_lines
+
+PAIRS = [
+    ('{"intent": "PlayMusic", "artist": "Kent James"}', "intent: PlayMusic\nartist: Kent James"),
+    ('{"a": "b"}', "a: b"),
+    # A value may hold what stands between it and its key, quotes, and nothing at all.
+    ('{"time": "at: 10: 30"}', "time: at: 10: 30"),
+    ('{"quote": "\\"so\\" it \\\\ is"}', 'quote: "so" it \\ is'),
+    ('{"a": "", "b": "c"}', "a: \nb: c"),
+    ('{"stadt": "Zürich ☃"}', "stadt: Zürich ☃"),
+    ('{"a b": " c "}', "a b:  c "),
+]
+
+
+@pytest.mark.parametrize(("answer", "lines"), PAIRS)
+def test_there_and_back(answer, lines):
+    assert to_lines(answer) == lines
+    assert from_lines(lines) == answer
+    # How the JSON is set makes no difference.
+    fields = json.loads(answer)
+    assert to_lines(json.dumps(fields, indent=4, ensure_ascii=True)) == lines
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("PlayMusic", r"an answer is not JSON \(.*\): 'PlayMusic'"),
+        ('{"a": "b"', "an answer is not JSON"),
+        ('["a", "b"]', "one JSON object whose values are strings"),
+        ('{"a": 1}', "one JSON object whose values are strings"),
+        ('{"a": {"b": "c"}}', "one JSON object whose values are strings"),
+        ('{"a": null}', "one JSON object whose values are strings"),
+        ('"a"', "one JSON object whose values are strings"),
+        ('{"a: b": "c"}', "cannot be written as lines"),
+        ('{"a": "b\\nc: d"}', "cannot be written as lines"),
+        ('{"a": "b\\nc"}', "cannot be written as lines"),
+        ('{"a\\nb": "c"}', "cannot be written as lines"),
+        ("{}", "cannot be written as lines"),
+    ],
+)
+def test_what_would_not_come_back_is_refused(answer, message):
+    with pytest.raises(ValueError, match=message):
+        to_lines(answer)
+
+
+@pytest.mark.parametrize("text", ["", "no pair", "a: b\nno pair", "a: b\n", "\na: b", "a: b\na: c", "a:b"])
+def test_other_texts_stay_as_they_are(text):
+    assert from_lines(text) == text
+
+
+def test_long_answers_are_quoted_by_their_beginning():
+    with pytest.raises(ValueError, match="'x{60}'$"):
+        to_lines("x" * 200)

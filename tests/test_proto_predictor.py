@@ -1,0 +1,179 @@
+"""The predictor, part by part, against loops and torch's own layers."""
+
+import pytest
+import torch
+from conftest import CONTEXTS, INSTRUCTIONS, set_dropout
+from torch import nn
+
+from modeling_protogen.proto_predictor import MAX_DURATION, Upsampling, transformer_layer
+
+UPSAMPLED = {"decoder_sees_prompt": True, "latent_source": "decoder", "upsamples_prompt": True}
+TOKEN_BY_TOKEN = {"arrangement": "e_only", "chunk_size": 1, "max_chunks": 8}
+
+
+@pytest.fixture
+def batch():
+    """States of two texts, the shorter padded on the left, and queries over them."""
+    torch.manual_seed(0)
+    padding = torch.tensor([[True, True, False, False, False], [False] * 5])
+    return torch.randn(2, 5, 128), padding, torch.randn(2, 4, 128)
+
+
+@pytest.mark.parametrize("no_grad", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_layers_that_mix_the_source_are_torchs_own(batch, dim, no_grad):
+    states, padding, _ = batch
+    layer = transformer_layer(nn.TransformerEncoderLayer, dim).eval()
+    reference = nn.TransformerEncoderLayer(dim, dim // 64, 4 * dim, 0.1, "gelu", batch_first=True, norm_first=True)
+    reference.eval().load_state_dict(layer.state_dict())
+    with torch.set_grad_enabled(not no_grad):
+        found, expected = (part(states[..., :dim], src_key_padding_mask=padding) for part in (layer, reference))
+    torch.testing.assert_close(found[~padding], expected[~padding])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_layers_of_queries_are_torchs_own(batch, causal):
+    states, padding, queries = batch
+    layer = transformer_layer(nn.TransformerDecoderLayer, 128).eval()
+    reference = nn.TransformerDecoderLayer(128, 2, 512, 0.1, "gelu", batch_first=True, norm_first=True).eval()
+    reference.load_state_dict(layer.state_dict())
+    mask = nn.Transformer.generate_square_subsequent_mask(4) if causal else None
+    for inputs in ((queries, states), (queries[:, :1], states)):
+        options = {"memory_key_padding_mask": padding, "tgt_is_causal": causal}
+        options["tgt_mask"] = None if mask is None else mask[: inputs[0].shape[1], : inputs[0].shape[1]]
+        torch.testing.assert_close(layer(*inputs, **options), reference(*inputs, **options))
+    # Padding counts for nothing.
+    other = torch.where(padding[..., None], 100.0, states)
+    options = {"memory_key_padding_mask": padding, "tgt_mask": mask, "tgt_is_causal": causal}
+    torch.testing.assert_close(layer(queries, other, **options), layer(queries, states, **options))
+
+
+def test_layers_drop_in_training_only(batch):
+    states, padding, queries = batch
+    layer = transformer_layer(nn.TransformerDecoderLayer, 128)
+    for training in (True, False):
+        layer.train(training)
+        torch.manual_seed(0)
+        one, other = (layer(queries, states, memory_key_padding_mask=padding) for _ in range(2))
+        assert torch.equal(one, other) != training
+    set_dropout(layer, 0.0)
+    layer.train()
+    assert torch.equal(layer(queries, states), layer(queries, states))
+
+
+def test_the_states_are_spread_as_in_a_loop():
+    torch.manual_seed(0)
+    upsampling = Upsampling(8)
+    states, positions = torch.randn(3, 5, 8), torch.tensor([0, 1, 2, 5, 6, 40])
+    mask = torch.tensor([[False, False, True, True, True], [True] * 5, [True] * 5])
+    durations = torch.tensor([[0, 0, 2, 0, 4], [1, 1, 1, 1, 1], [-100] * 5])
+    spread, source, logits, lengths = upsampling(states, mask, positions, durations)
+    torch.testing.assert_close(logits, upsampling.duration(upsampling.norm(states)))
+    likeliest = (logits.argmax(-1) * mask).tolist()
+    assert lengths.tolist() == [sum(row) for row in likeliest]
+
+    for row, counts in enumerate([*durations[:2].tolist(), likeliest[2]]):
+        stretches = []  # For each token of the answer: whose it is, and its place there from both ends.
+        for place, count in enumerate(counts):
+            stretches += [(place, step, count - step) for step in range(count)]
+        for query, position in enumerate(positions.tolist()):
+            if position < len(stretches):
+                place, start, end = stretches[position]
+            else:  # After the end: the last one's, as if it went on.
+                place, end = 4, 0
+                start = min(position - sum(counts[:4]), MAX_DURATION)
+            expected = states[row, place] + upsampling.from_start.weight[start] + upsampling.from_end.weight[end]
+            assert source[row, query] == place
+            torch.testing.assert_close(spread[row, query], expected)
+
+
+def test_by_default_durations_are_the_likeliest():
+    torch.manual_seed(0)
+    upsampling = Upsampling(8)
+    states, mask = torch.randn(2, 4, 8), torch.tensor([[False, True, True, True], [True] * 4])
+    positions = torch.arange(20)
+    logits = upsampling.duration(upsampling.norm(states))
+    found = upsampling(states, mask, positions)
+    for given in (logits.argmax(-1) * mask, torch.full((2, 4), -100)):
+        for one, other in zip(found, upsampling(states, mask, positions, given), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("fields", [TOKEN_BY_TOKEN, {"chunk_size": 3, "max_chunks": 3}], ids=str)
+@torch.no_grad()
+def test_an_open_gate_copies_the_prompts_embeddings(build, llama_dir, fields):
+    """Nothing but the copy is left of `e`, and of `m`: the embedding of the token that accounts for the chunk."""
+    model, processor = build(llama_dir, **UPSAMPLED, **fields)
+    predictor, inputs = model.proto_predictor, processor(INSTRUCTIONS, CONTEXTS)
+    for projection in (predictor.e_projection, predictor.m_projection):
+        if projection is not None:
+            projection.output.weight.zero_()
+    predictor.copy_gate.weight.zero_()
+    predictor.copy_gate.bias.fill_(50.0)
+    ids, mask = inputs["decoder_prompt_ids"], inputs["decoder_prompt_mask"]
+    # The answer repeats the last three tokens, each three times.
+    durations = torch.zeros_like(ids)
+    durations[:, -3:] = 3
+    prediction = model.predict(**inputs, durations=durations)
+    size, chunks = fields["chunk_size"], fields["max_chunks"]
+    table = model.decoder.get_input_embeddings().weight
+    for chunk in range(chunks):
+        expected = 16 * table[ids[:, -3 + (chunk * size + size // 2) // 3]]
+        torch.testing.assert_close(prediction.e[:, chunk, 0], expected)
+        if predictor.m_projection is not None:
+            torch.testing.assert_close(prediction.m[:, chunk], expected)
+    assert mask.sum(1).min() >= 3
+
+
+@torch.no_grad()
+def test_the_length_is_the_sum_of_the_durations(build, llama_dir):
+    model, processor = build(llama_dir, **UPSAMPLED, **TOKEN_BY_TOKEN)
+    inputs = processor(INSTRUCTIONS, CONTEXTS)
+    predictor = model.proto_predictor
+    predictor.upsampling.duration.weight.zero_()
+    predictor.upsampling.duration.bias[2] = 3.0
+    prediction = model.predict(**inputs)
+    expected = 2.0 * inputs["decoder_prompt_mask"].sum(1)
+    torch.testing.assert_close(prediction.log_length_mean.exp(), expected)
+    each = predictor.upsampling.duration.bias.log_softmax(0)[2]
+    torch.testing.assert_close(prediction.log_duration_confidence, each * inputs["decoder_prompt_mask"].sum(1))
+    # Those that are given are for training: what is predicted of the length is the model's own.
+    given = model.predict(**inputs, durations=inputs["decoder_prompt_mask"])
+    torch.testing.assert_close(given.log_length_mean, prediction.log_length_mean)
+    assert not torch.allclose(given.e, prediction.e)
+    # An answer of nothing has one token.
+    predictor.upsampling.duration.bias[0] = 9.0
+    assert model.predict(**inputs).log_length_mean.tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("fields", [UPSAMPLED | TOKEN_BY_TOKEN, {"chunk_size": 3, "max_chunks": 4}], ids=str)
+@torch.no_grad()
+def test_the_first_chunks_do_not_depend_on_how_many_there_are(build, decoder_dir, fields):
+    model, processor = build(decoder_dir, **fields)
+    inputs = processor(INSTRUCTIONS, CONTEXTS)
+    whole = model.predict(**inputs)
+    size, most = model.config.chunk_size, model.config.max_chunks
+    assert whole.e.shape[1] == most
+    for longest in (1, size + 1, most * size, most * size + 9):
+        part = model.predict(**inputs, longest=longest)
+        chunks = min(-(-longest // size), most)
+        assert part.e.shape[1] == part.m.shape[1] == chunks
+        torch.testing.assert_close(part.e, whole.e[:, :chunks])
+        torch.testing.assert_close(part.m, whole.m[:, :chunks])
+        for name in ("log_length_mean", "log_length_variance", "error_mean", "error_variance"):
+            torch.testing.assert_close(getattr(part, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize("layers", [[0], [1, 2]], ids=str)
+@torch.no_grad()
+def test_the_layers_that_are_read_and_no_others(build, llama_dir, layers):
+    model, processor = build(llama_dir, decoder_sees_prompt=True, latent_source="decoder", decoder_layers_read=layers)
+    inputs, seen = processor(INSTRUCTIONS, CONTEXTS), []
+    model.proto_predictor.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    model.predict(**inputs)
+    mask = inputs["decoder_prompt_mask"].bool()
+    for row, (instruction, context) in enumerate(zip(INSTRUCTIONS, CONTEXTS, strict=True)):
+        ids = processor(instruction, context)["decoder_prompt_ids"]
+        hidden = model.decoder(ids, output_hidden_states=True).hidden_states
+        expected = torch.stack([hidden[layer][0] for layer in layers], dim=1)
+        torch.testing.assert_close(seen[0][row][mask[row]], expected, rtol=1e-4, atol=1e-5)
