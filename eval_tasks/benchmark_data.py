@@ -2,7 +2,7 @@
 The data of the tasks here: from the Hub, or with `--metadata '{"data_dir": "FOLDER"}'` from JSONL files in a folder,
 with the Hub's fields: `mmlu_test.jsonl` and `mmlu_dev.jsonl`, `mmlu_pro_test.jsonl` and `mmlu_pro_validation.jsonl`,
 `gsm8k_test.jsonl` and `gsm8k_train.jsonl`, `triviaqa_validation.jsonl` and `triviaqa_train.jsonl`, `dolly.jsonl`,
-`dolly_german.jsonl`.
+`dolly_german.jsonl`. `snips_test.jsonl` is always read from a folder: `scripts/data` in the repository.
 """
 
 import hashlib
@@ -57,6 +57,15 @@ def triviaqa(data_dir: str | None = None, **_) -> datasets.DatasetDict:
     if data_dir is None:
         return datasets.load_dataset("mandarjoshi/trivia_qa", "rc.nocontext")
     return local_splits(data_dir, "triviaqa", "validation", "train")
+
+
+def snips(data_dir: str | None = None, **_) -> datasets.DatasetDict:
+    """Commands and their JSON, which are read from a folder only."""
+    if data_dir is None:
+        raise FileNotFoundError(
+            "snips_test.jsonl is not part of the package: give its folder as data_dir, in the repository scripts/data."
+        )
+    return local_splits(data_dir, "snips", "test")
 
 
 def dolly(data_dir: str | None = None, **_) -> datasets.DatasetDict:

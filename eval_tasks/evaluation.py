@@ -80,7 +80,8 @@ def sample_of(task: str, logged: dict) -> dict:
         "prompt": context,
         "answer": answer,
         "target": str(logged["target"]),
-        "metrics": {name: float(logged[name]) for name in logged["metrics"]},
+        # What is not one number is for a figure of all answers, such as micro F1.
+        "metrics": {name: float(logged[name]) for name in logged["metrics"] if np.ndim(logged[name]) == 0},
         "category": logged["doc"].get("category") or logged["doc"].get("subject") or "",
         **{name: options[name] for name in ("uncertainty", "token_confidences") if name in options},
     }

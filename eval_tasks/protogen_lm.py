@@ -112,9 +112,20 @@ class ProtoGenLM(HFLM):
         self.num_cut_contexts = 0
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text = super().apply_chat_template(chat_history, add_generation_prompt)
+        if self.processor.prompt_template is None:
+            text = super().apply_chat_template(chat_history, add_generation_prompt)
+        else:
+            text = self._in_prompt_template(chat_history)
         self.spoken[text] = "\n\n".join(message["content"] for message in chat_history)
         return text
+
+    def _in_prompt_template(self, chat_history: list[dict[str, str]]) -> str:
+        if [message["role"] for message in chat_history] != ["user"]:
+            raise ValueError(
+                "this model's prompt_template takes one user message and the chat has others: leave out the system "
+                "instruction, and examples as turns (fewshot_as_multiturn)."
+            )
+        return self.processor.prompt_template.replace("{message}", chat_history[0]["content"])
 
     def _detect_batch_size(self, requests=None, pos: int = 0) -> int:
         if self.device.type == "cpu":
@@ -251,7 +262,7 @@ class ProtoGenLM(HFLM):
             confidences = [round(value, 4) for value in output.token_confidences[row].tolist()]
             pairs = list(zip(self.tokenizer.batch_decode([[token] for token in tokens]), confidences, strict=False))
             sureness = {"uncertainty": uncertainties[row].item(), "token_confidences": pairs}
-            answers.append((self.tok_decode(tokens), sureness))
+            answers.append((self.processor.decode(tokens), sureness))
         return answers
 
 

@@ -11,7 +11,8 @@ decoder's own where each instruction has one right answer. `fit-settings`, `enco
 `losses` gather the runs of scripts/fit_settings.sh, encoder_dolly.sh, ablations.sh and loss_comparison.sh, `length` the
 calibration of a trained model; `training-speed` times its training. `decode` times one-step answers of many lengths
 and batch sizes against greedy ones and bare passes, and with `--trained` draws quality against speed; `verified`
-compares verified answers with greedy ones, token by token and in time. `parity` gathers the run of evaluate.py that
+compares verified answers with greedy ones, token by token and in time. `snips` holds one-step JSON answers to commands
+against the same decoder fine-tuned or prompted. `parity` gathers the run of evaluate.py that
 compares lm-eval's own model with verified ProtoGen.
 """
 
@@ -27,9 +28,9 @@ def main(argv: list[str]) -> None:
     quickstart.add_commands(commands)
     # The others register our classes with transformers, and the quickstart is to load its model without.
     if argv[:1] != ["quickstart"]:
-        from benchmarks import controlled_world, decoding, fitting, parity, training, training_speed, verified
+        from benchmarks import controlled_world, decoding, fitting, parity, snips, training, training_speed, verified
 
-        for module in (controlled_world, decoding, fitting, parity, training, training_speed, verified):
+        for module in (controlled_world, decoding, fitting, parity, snips, training, training_speed, verified):
             module.add_commands(commands)
     arguments = parser.parse_args(argv)
     arguments.run_command(arguments)

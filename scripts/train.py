@@ -1,7 +1,7 @@
 """
 Fits proto-tokens (`--stage fit`), lets the decoder answer instructions (`--stage teacher`), trains the encoder that
-predicts proto-tokens (`--stage train`), measures how long a text they hold (`--stage capacity`), or studies what they
-carry (`--stage anatomy`).
+predicts proto-tokens (`--stage train`), fine-tunes the decoder itself as a rival (`--stage finetune`), measures how
+long a text proto-tokens hold (`--stage capacity`), or studies what they carry (`--stage anatomy`).
 
     accelerate launch scripts/train.py --config scripts/recipes/embedded.yaml --stage fit
     accelerate launch scripts/train.py --config scripts/recipes/embedded.yaml --stage train --max_steps 1000
@@ -15,6 +15,7 @@ import cli
 from arguments import ARGUMENTS, SMOKE
 from stages.anatomy import anatomy
 from stages.capacity import capacity
+from stages.finetune import finetune
 from stages.fit import fit
 from stages.teacher import teacher
 from stages.train import train
@@ -39,6 +40,8 @@ def main(arguments: list[str]) -> None:
         world(data_args, world_args, args)
     elif run.stage == "teacher":
         teacher(model_args, target_args, data_args, args)
+    elif run.stage == "finetune":
+        finetune(model_args, target_args, data_args, args)
     else:
         train(run, model_args, target_args, data_args, study_args, args)
 

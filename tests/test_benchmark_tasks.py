@@ -9,12 +9,19 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 from eval_tasks import benchmark_data
+from eval_tasks.baselines.writing import Written
+from eval_tasks.evaluation import WriterLM, evaluate_cell
+from eval_tasks.slot_filling import INTENT, parse_reference
 from trainers.data import Example, split_by_instruction
 
 TASKS = Path(benchmark_data.__file__).parent
 MMLU = {"question": "q", "subject": "anatomy", "choices": ["w", "x", "y", "z"], "answer": 1}
 PRO = {"question": "q", "options": ["x", "y"], "answer": "B", "category": "law", "cot_content": "A: Let's think."}
-
+SNIPS = [
+    {"instruction": "play a song ", "response": '{"intent": "PlayMusic", "item": "song", "artist": "é", "year": "2"}'},
+    {"instruction": "how warm", "response": '{"intent": "GetWeather", "condition": "warm"}'},
+    {"instruction": "rate it", "response": '{"intent": "RateBook", "rating": "3"}'},
+]
 
 CATEGORIES = """biology, business, chemistry, computer science, economics, engineering, health, history, law, math,
     other, philosophy, physics, psychology"""
@@ -43,12 +50,17 @@ def data_dir(tmp_path_factory):
     trivia = {"question": "q", "answer": {"value": "x", "aliases": ["x", "X y"]}}
     write("triviaqa_validation", trivia)
     write("triviaqa_train", trivia)
+    write("snips_test", *[{"context": "", "category": "c"} | row for row in SNIPS])
     return str(folder)
 
 
 @pytest.fixture(scope="module")
-def load(data_dir):
-    manager = TaskManager(include_path=str(TASKS), metadata={"data_dir": data_dir})
+def manager(data_dir):
+    return TaskManager(include_path=str(TASKS), metadata={"data_dir": data_dir})
+
+
+@pytest.fixture(scope="module")
+def load(manager):
     return lambda name: manager.load([name])["tasks"]
 
 
@@ -98,6 +110,45 @@ def test_dolly_asks_what_training_holds_out(load, data_dir):
     figures = dolly.process_results({"response": "a cat sat"}, [" a cat sat"])
     assert figures["rouge_l"] == figures["token_f1"] == 1
     assert figures["degenerate"] == 0
+
+
+def test_snips_answers_are_measured_as_json(load, manager):
+    (snips,) = load("protogen_snips").values()
+    assert [snips.doc_to_text(doc) for doc in snips.test_docs()] == ["play a song", "how warm", "rate it"]
+    assert snips.config.num_fewshot == 0
+    answers = {
+        "play a song": '{"artist": "é", "year": "2", "intent": "PlayMusic", "item": "song"}',
+        "how warm": '{"intent": "GetWeather", "condition": "cold", "city": "x"}',
+        "rate it": "rating: 3",
+    }
+    calls = []
+
+    def write(prompts, contexts, max_new_tokens):
+        calls.append(max_new_tokens)
+        return Written([answers[prompt] for prompt in prompts], [])
+
+    found = lm_eval.simple_evaluate(WriterLM(write, 2), tasks=["protogen_snips"], task_manager=manager)
+    figures = {name.removesuffix(",none"): value for name, value in found["results"]["protogen_snips"].items()}
+    assert figures["exact_match"] == pytest.approx(1 / 3)
+    assert figures["intent_accuracy"] == figures["valid_json"] == pytest.approx(2 / 3)
+    # Of all answers together: three slots of five are right, and of five wanted.
+    assert figures["slot_f1"] == pytest.approx(2 * 3 / (5 + 5))
+    assert set(calls) == {128}
+
+    cell = evaluate_cell(WriterLM(write), "protogen_snips", manager)
+    assert [sample["answer"] for sample in cell["samples"]] == list(answers.values())
+    assert cell["samples"][1]["metrics"] == {"exact_match": 0, "intent_accuracy": 1, "valid_json": 1}
+    assert cell["samples"][1]["target"] == SNIPS[1]["response"]
+
+
+def test_snips_is_read_from_a_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="give its folder as data_dir, in the repository scripts/data"):
+        benchmark_data.snips()
+    with pytest.raises(FileNotFoundError, match=r"there is no .*snips_test.jsonl"):
+        benchmark_data.snips(str(tmp_path))
+    (rows,) = benchmark_data.snips(str(TASKS.parent / "scripts" / "data")).values()
+    assert len(rows) == 700
+    assert all(INTENT in parse_reference(row["response"]) for row in rows)
 
 
 def test_a_folder_without_the_data_is_named(tmp_path):

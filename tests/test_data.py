@@ -13,8 +13,8 @@ from trainers.data import (
     category_id,
     load_examples,
     split_by_instruction,
-    with_own_texts,
     with_continuations,
+    with_own_texts,
 )
 
 ROWS = [

@@ -9,6 +9,7 @@ FIELDS = [
     {"decoder_sees_prompt": True},
     {"decoder_sees_prompt": True, "first_tokens": "decoder"},
     {"decoder_sees_prompt": True, "latent_source": "decoder", "slot_adapter_rank": 2},
+    {"latent_source": "decoder"},
     {"arrangement": "e_m", "chunk_size": 3, "max_chunks": 3, "max_answer_length": 8},
     {"arrangement": "halves"},
 ]
@@ -48,7 +49,7 @@ def test_tokens_and_confidence_are_those_of_forward(build, decoder_dir, fields):
     assert torch.equal(model.generate(**batch, length=lengths), output.sequences)
 
 
-@pytest.mark.parametrize("fields", FIELDS[:5], ids=str)
+@pytest.mark.parametrize("fields", FIELDS[:6], ids=str)
 def test_a_batch_equals_its_texts_alone(build, decoder_dir, fields):
     model, processor = build(decoder_dir, **fields)
     stir_slot_adapters(model)
@@ -161,3 +162,40 @@ def test_uncertain_answers_are_not_given(build, llama_dir):
         assert output.lengths[row] == (0 if abstained else whole.lengths[row])
     assert torch.equal(model.generate(**batch, abstain_above=threshold), output.sequences)
     torch.testing.assert_close(output.uncertainties, whole.uncertainties)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"decoder_sees_prompt": True, "latent_source": "decoder", "upsamples_prompt": True}
+        | {"arrangement": "e_only", "chunk_size": 1, "max_chunks": 8},
+    ],
+    ids=["no durations", "durations"],
+)
+@torch.no_grad()
+def test_the_score_of_a_sequence_is_that_of_all_its_tokens_and_durations(build, llama_dir, fields):
+    model, processor = build(llama_dir, **fields)
+    batch = processor(INSTRUCTIONS, CONTEXTS)
+    output = model.generate(**batch, length=6, return_dict_in_generate=True, output_uncertainty_scores=True)
+    durations = model.predict(**batch).duration_logits
+    for row, length in enumerate(output.lengths.tolist()):
+        right = output.token_confidences[row, :length].prod()
+        if fields:
+            p = durations[row].softmax(-1).max(-1).values
+            right = right * p[batch["decoder_prompt_mask"][row].bool()].prod()
+        assert output.uncertainty_scores["sequence"][row].item() == pytest.approx(1 - right.item(), abs=1e-6)
+    assert (durations is None) == (not fields)
+
+
+def test_candidates_are_of_the_instruction_that_they_answer(build, llama_dir):
+    """Also what is not used to write them: the scores of the chosen ones are those of their instructions."""
+    fields = {"decoder_sees_prompt": True, "latent_source": "decoder", "upsamples_prompt": True}
+    model, processor = build(llama_dir, **fields, arrangement="e_only", chunk_size=1, max_chunks=8)
+    batch = processor(INSTRUCTIONS, CONTEXTS)
+    options = {"length": 6, "return_dict_in_generate": True, "output_uncertainty_scores": True}
+    plain = model.generate(**batch, **options)
+    ranked = model.generate(**batch, **options, num_candidates=3, candidate_noise=0)
+    assert torch.equal(ranked.sequences, plain.sequences)
+    for name, scores in plain.uncertainty_scores.items():
+        torch.testing.assert_close(ranked.uncertainty_scores[name], scores, msg=name)

@@ -143,6 +143,42 @@ def test_in_a_chat_the_encoder_reads_what_is_said(llama_checkpoint):
     assert inputs["decoder_prompt_ids"].tolist() == expected["decoder_prompt_ids"].tolist()
 
 
+def test_a_models_own_prompt_takes_the_place_of_the_chat_template(llama_checkpoint):
+    processor = ProtoGenProcessor.from_pretrained(llama_checkpoint)
+    processor.prompt_template = "name {message} {x}\n\nshort answer"
+    processor.save_pretrained(llama_checkpoint)
+    lm = ProtoGenLM(str(llama_checkpoint))
+    question = {"role": "user", "content": "who sat on {the} mat"}
+    text = lm.apply_chat_template([question])
+    assert text == "name who sat on {the} mat {x}\n\nshort answer"
+    inputs = lm.inputs([text], [lm.tok_encode(text)])
+    expected = lm.processor("who sat on {the} mat")
+    assert inputs["input_ids"].tolist() == expected["input_ids"].tolist()
+    assert inputs["decoder_prompt_ids"].tolist() == expected["decoder_prompt_ids"].tolist()
+    for others in ([{"role": "system", "content": "be short"}], [question, {"role": "assistant", "content": "a"}]):
+        with pytest.raises(ValueError, match="prompt_template takes one user message"):
+            lm.apply_chat_template([*others, question])
+    with pytest.raises(ValueError, match="prompt_template takes one user message"):
+        lm.apply_chat_template([{"role": "system", "content": "be short"}])
+
+
+@pytest.mark.parametrize("mode", ["one_step", "adaptive"])
+def test_answers_that_are_lines_inside_are_json_outside(llama_checkpoint, mode):
+    lm = ProtoGenLM(str(llama_checkpoint), mode=mode)
+    requests = [[context, {"until": [], "max_gen_toks": 6}] for context in CONTEXTS]
+    texts = lm.generate_until(instances("generate_until", requests))
+
+    class LineTokenizer:
+        def decode(self, ids, **kwargs):
+            return f"intent: GetWeather\ncity: {lm.tokenizer.decode(ids, **kwargs)}"
+
+    lm.processor.answer_format = "key_value_lines"
+    lm.processor.decoder_tokenizer = LineTokenizer()
+    answers = lm.generate_until(instances("generate_until", requests))
+    assert list(map(json.loads, answers)) == [{"intent": "GetWeather", "city": text} for text in texts]
+    assert any(texts)
+
+
 def test_unknown_modes_are_named(llama_checkpoint):
     with pytest.raises(ValueError, match="mode=fast is not one of one_step"):
         ProtoGenLM(str(llama_checkpoint), mode="fast")

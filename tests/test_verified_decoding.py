@@ -25,6 +25,7 @@ FIELDS = [
     SEEN | {"latent_source": "both", "slot_adapter_rank": 2} | CHUNKS,
     SEEN | {"latent_source": "none", "slot_adapter_rank": 2},
     SEEN | {"latent_source": "decoder"} | UPSAMPLED,
+    {"latent_source": "decoder"},
 ]
 
 

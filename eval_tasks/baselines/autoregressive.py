@@ -20,7 +20,8 @@ def autoregressive(decoder: PreTrainedModel, processor: ProtoGenProcessor, **opt
     def write(instructions, contexts, max_new_tokens, exactly=False):
         inputs = processor(instructions, contexts).to(decoder.device)
         prompt = {"input_ids": inputs["decoder_prompt_ids"], "attention_mask": inputs["decoder_prompt_mask"]}
-        return generated(decoder, processor.decoder_tokenizer, prompt, max_new_tokens, exactly, **options)
+        found = generated(decoder, processor.decoder_tokenizer, prompt, max_new_tokens, exactly, **options)
+        return Written(processor.batch_decode(found.token_ids), found.token_ids)
 
     return write
 

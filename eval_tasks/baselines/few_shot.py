@@ -1,0 +1,54 @@
+"""The decoder as it is, with some answered examples in its prompt."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, StoppingCriteriaList
+
+from modeling_protogen import ProtoGenProcessor
+from modeling_protogen.processing_protogen import PROMPT_TEMPLATE, pad_left, user_message
+
+from .writing import Writer, Written, up_to_eos
+
+
+def few_shot(decoder: PreTrainedModel, processor: ProtoGenProcessor, shown: Sequence) -> Writer:
+    """
+    Greedy answers after examples in the processor's template, up to an empty line.
+
+    Args:
+        shown (`Sequence`): examples with `instruction`, `context` and `answer`.
+    """
+    template = processor.prompt_template or PROMPT_TEMPLATE
+    tokenizer = processor.decoder_tokenizer
+
+    def prompt(instruction, context):
+        return template.replace("{message}", user_message(instruction, context))
+
+    answers = processor.encode_answers([example.answer for example in shown])["labels"]
+    before = "".join(
+        f"{prompt(example.instruction, example.context)}{tokenizer.decode(row[row >= 0], skip_special_tokens=True)}\n\n"
+        for example, row in zip(shown, answers, strict=True)
+    )
+
+    def ends_with_empty_line(ids, scores, **kwargs):
+        # An answer has none inside.
+        return torch.tensor(["\n\n" in end for end in tokenizer.batch_decode(ids[:, -2:])], device=ids.device)
+
+    def write(instructions, contexts, max_new_tokens):
+        asked = zip(instructions, contexts, strict=True)
+        ids, mask = pad_left([tokenizer(before + prompt(*pair)).input_ids for pair in asked])
+        inputs = {"input_ids": ids.to(decoder.device), "attention_mask": mask.to(decoder.device)}
+        with torch.no_grad():
+            written = decoder.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.eos_token_id,
+                stopping_criteria=StoppingCriteriaList([ends_with_empty_line]),
+            )
+        found = up_to_eos(tokenizer, written[:, ids.shape[1] :])
+        texts = [text.split("\n\n")[0].rstrip("\n") for text in found.texts]
+        lines = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        return Written(processor.batch_decode(lines), found.token_ids)
+
+    return write

@@ -1,0 +1,41 @@
+"""
+Packs a trained run to go with the repository: its model in bfloat16, without the frozen decoder and without a copy of
+the code, and what tells how it was made.
+
+    python scripts/pack.py runs/snips scripts/data/snips_smollm2_135m
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import cli
+import torch
+from transformers import HfArgumentParser
+
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+
+
+def main(arguments: list[str]) -> None:
+    parser = HfArgumentParser([], description=__doc__)
+    parser.add_argument("run", type=Path, help="output_dir of a training")
+    parser.add_argument("folder", type=Path, help="where the packed run goes; must not exist")
+    arguments = parser.parse_args(arguments)
+    if arguments.folder.exists():
+        raise FileExistsError(f"{arguments.folder} exists; remove it, or give another folder.")
+    metrics = json.loads((arguments.run / "metrics.json").read_text())
+    model = ProtoGenForConditionalGeneration.from_pretrained(arguments.run / "model")
+    # The name that the recipe has, which is the same on every machine.
+    model.config.decoder_name_or_path = metrics["run"]["decoder"]
+    model.to(torch.bfloat16).save_pretrained(arguments.folder / "model", thin=True)
+    ProtoGenProcessor.from_pretrained(arguments.run / "model").save_pretrained(arguments.folder / "model")
+    for path in (arguments.folder / "model").glob("*.py"):
+        path.unlink()  # Beside this repository's code a copy of it would only grow old.
+    for name in ("metrics.json", "answers.csv"):
+        shutil.copy(arguments.run / name, arguments.folder / name)
+    megabytes = sum(path.stat().st_size for path in arguments.folder.rglob("*") if path.is_file()) / 1e6
+    print(f"{arguments.folder}: {megabytes:.1f} MB")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,174 @@
+"""Commands to JSON: the recipe's road from two trainings and a rival to a result file, on tiny models."""
+
+import json
+
+import pack
+import pandas as pd
+import pytest
+import torch
+import train
+import yaml
+from benchmarks.snips import one_of_each_kind, uncertainty_figures
+from conftest import INSTRUCTIONS, weights_hash
+from test_scripts import benchmark, call  # noqa: F401
+from transformers import AutoModelForCausalLM
+
+from eval_tasks.baselines.few_shot import few_shot
+from eval_tasks.report import read_result
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from trainers.data import Example
+from trainers.finetuning import AnswerTrainer, PromptAndAnswerCollator
+from trainers.training_args import ProtoGenTrainingArguments
+
+EXAMPLES = [
+    Example(str(row), instruction, "", json.dumps({"name": word}), kind)
+    for row, (instruction, word, kind) in enumerate(zip(INSTRUCTIONS, ("cat", "sky", "three"), "aab", strict=True))
+]
+
+
+@pytest.fixture
+def recipe(llama_dir, tmp_path):
+    rows = [
+        {"instruction": f"{start} {word}", "context": "", "response": json.dumps({"name": word}), "category": start}
+        for start in INSTRUCTIONS
+        for word in ("cat", "dog", "bird", "mat", "tree", "sky", "red", "blue", "green", "ran", "sat", "flew")
+    ]
+    (tmp_path / "commands.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    content = {
+        "output_dir": str(tmp_path / "run"),
+        "decoder": str(llama_dir),
+        "decoder_dtype": "float32",
+        "data": str(tmp_path / "commands.jsonl"),
+        "validation_share": 0.4,
+        "latent_source": "decoder",
+        "decoder_sees_prompt": True,
+        "upsamples_prompt": True,
+        "arrangement": "e_only",
+        "chunk_size": 1,
+        "max_chunks": 8,
+        "predictor_dim": 64,
+        "num_source_layers": 1,
+        "num_query_layers": 1,
+        "slot_adapter_rank": 2,
+        "prompt_template": "the {message} is ",
+        "answer_format": "key_value_lines",
+        "losses": {"reconstruction": 1.0, "duration": 1.0, "length_nll": 0.1, "error_nll": 0.1},
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "ema_decay": 0.5,
+        "use_cpu": True,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_two_trainings_a_rival_and_their_result(call, recipe, tmp_path, llama_dir):  # noqa: F811
+    before = weights_hash(AutoModelForCausalLM.from_pretrained(llama_dir))
+    first = ["--output_dir", tmp_path / "predictor", "--losses", '{"token_head": 1, "duration": 1}']
+    assert "model in" in call(train, "--config", recipe, *first)
+    assert "model in" in call(train, "--config", recipe, "--start_from", tmp_path / "predictor" / "model")
+    assert "model in" in call(train, "--config", recipe, "--stage", "finetune", "--output_dir", tmp_path / "rival")
+    assert "already trained" in call(
+        train, "--config", recipe, "--stage", "finetune", "--output_dir", tmp_path / "rival"
+    )
+    assert weights_hash(AutoModelForCausalLM.from_pretrained(llama_dir)) == before
+    assert weights_hash(AutoModelForCausalLM.from_pretrained(tmp_path / "rival" / "model")) != before
+
+    assert "MB" in call(pack, tmp_path / "run", tmp_path / "packed")
+    packed = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "packed" / "model")
+    assert {p.dtype for p in packed.proto_predictor.parameters()} == {torch.bfloat16}
+    assert "exists; remove it" in call(pack, tmp_path / "run", tmp_path / "packed")
+
+    (tmp_path / "foreign.jsonl").write_text('{"question": "three animals"}\n{"instruction": "the sky"}\n')
+    measure = ["--run", tmp_path / "packed", "--finetuned", tmp_path / "rival" / "model", "--predictor"]
+    measure += [tmp_path / "predictor", "--data", tmp_path / "commands.jsonl", "--train-data"]
+    measure += [tmp_path / "commands.jsonl", "--few-shot", 2, "--foreign", tmp_path / "foreign.jsonl", "--limit", 9]
+    measure += ["--rival-limit", 3, "--show", 2, "--rounds", 2, "--result", tmp_path / "snips.json"]
+    out = call(benchmark, "snips", *measure)
+    assert out.count(" ms ") == 6
+    figures = read_result(tmp_path / "snips.json")["figures"]
+    for name in ("one_step", "finetuned", "few_shot", "token_head"):
+        assert 0 <= figures[f"{name}_valid_json"] <= 1
+    assert figures["finetuned_commands"] == 3
+    assert figures["foreign_questions"] == 2
+    assert figures["trained_parameters_in_slot_adapters"] > 0
+    assert {"held_out_exact_match_after_8_examples", "held_out_exact_match_after_16_examples"} <= figures.keys()
+    assert (tmp_path / "snips.md").read_text().count("\n") == 11
+    assert (tmp_path / "snips.png").is_file()
+
+
+def test_losses_and_layout_that_do_not_go_together_are_refused(call, recipe):  # noqa: F811
+    out = call(train, "--config", recipe, "--losses", '{"reconstruction": 1}')
+    assert "upsamples_prompt: true and the loss duration need each other" in out
+    out = call(train, "--config", recipe, "--chunk_size", 2, "--losses", '{"token_head": 1, "duration": 1}')
+    assert "arrangement: e_only, chunk_size: 1" in out
+
+
+def test_a_start_of_another_shape_is_refused(call, recipe, tmp_path):  # noqa: F811
+    call(train, "--config", recipe)
+    other = ["--output_dir", tmp_path / "other", "--num_source_layers", 2, "--start_from", tmp_path / "run" / "model"]
+    assert "start_from needs a model of the same shape" in call(train, "--config", recipe, *other)
+
+
+def test_the_rival_learns_answers_and_nothing_else(llama_dir, tmp_path):
+    processor = ProtoGenProcessor.from_encoder_decoder_pretrained(
+        None, str(llama_dir), prompt_template="the {message} is", answer_format="key_value_lines"
+    )
+    batch = PromptAndAnswerCollator(processor)(EXAMPLES)
+    decoder = AutoModelForCausalLM.from_pretrained(llama_dir)
+    args = ProtoGenTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    loss = AnswerTrainer(model=decoder, args=args).compute_loss(decoder, dict(batch))
+    means = []
+    for example in EXAMPLES:
+        prompt = processor(example.instruction)["decoder_prompt_ids"][0]
+        labels = processor.encode_answers([example.answer])["labels"][0]
+        logits = decoder(torch.cat([prompt, labels])[None]).logits[0, len(prompt) - 1 : -1]
+        means.append(torch.nn.functional.cross_entropy(logits, labels))
+    torch.testing.assert_close(loss, torch.stack(means).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_few_shot_prompts_hold_the_examples_and_answers_end_at_an_empty_line(llama_dir, monkeypatch):
+    processor = ProtoGenProcessor.from_encoder_decoder_pretrained(
+        None, str(llama_dir), prompt_template="the {message} is "
+    )
+    decoder, seen = AutoModelForCausalLM.from_pretrained(llama_dir), []
+    tokenizer = processor.decoder_tokenizer
+
+    def generate(**inputs):
+        seen.append(inputs["input_ids"])
+        return torch.cat([inputs["input_ids"], tokenizer("cat dog", return_tensors="pt").input_ids], dim=1)
+
+    monkeypatch.setattr(decoder, "generate", generate)
+    shown = [Example("0", "tell me", "", "red"), Example("1", "about", "sky", "blue")]
+    written = few_shot(decoder, processor, shown)(["who sat"], ["mat"], 4)
+    words = "the tell me is red the about sky is blue the who sat mat is"
+    assert tokenizer.decode(seen[0][0]) == words
+    assert written.texts == ["cat dog"]
+
+
+def test_few_shot_examples_take_turns():
+    assert [example.id for example in one_of_each_kind(EXAMPLES, 3)] == ["0", "2", "1"]
+
+
+def test_thresholds_come_from_held_out_commands(build, llama_dir, tmp_path):
+    """Nine right answers below a score of 0.5 and one wrong above; the same threshold on the test."""
+    model, processor = build(llama_dir, decoder_sees_prompt=True, latent_source="decoder")
+    scores = [0.1, 0.2, 0.3, 0.4, 0.9]
+    right, wrong = '{"name": "cat"}', '{"name": "dog"}'
+    table = pd.DataFrame({"exact_match": [1, 1, 1, 1, 0], model.config.uncertainty_score: scores})
+    table.to_csv(tmp_path / "answers.csv", index=False)
+    records = pd.DataFrame(
+        {"answer": [right, wrong, right, wrong], model.config.uncertainty_score: [0.15, 0.3, 0.6, 0.95]}
+    )
+    figures = uncertainty_figures(model, processor, tmp_path, records, [right] * 4, [])
+    assert figures["auroc_wrong"] == pytest.approx(3 / 4)
+    # Up to 0.4 all held-out answers are right: of the test's, one right and one wrong are given.
+    assert figures["kept_right_at_threshold_for_95"] == 0.5
+    assert figures["precision_at_threshold_for_95"] == 0.5
+    # With hindsight only the first may be given.
+    assert figures["kept_right_at_95_precision"] == 0.5
+    assert figures["coverage_at_95_precision"] == 0.25
