@@ -15,7 +15,7 @@ from eval_tasks.page import Section, html_page
 from eval_tasks.report import fill_figures, fill_tables, read_result
 
 ROOT = Path(__file__).parent.parent
-READMES = [ROOT / "README.md", ROOT / "scripts" / "recipes" / "anatomy" / "README.md"]
+READMES = [ROOT / "README.md", ROOT / "docs" / "snips.md", ROOT / "scripts" / "recipes" / "anatomy" / "README.md"]
 
 
 def header(recipe: Path) -> str:

@@ -242,5 +242,6 @@ def write_answers(path: Path, examples: list[Example], records: pd.DataFrame, co
     right = exact_match(list(records["answer"]), [example.answer for example in examples])
     for example, answer, is_right in list(zip(examples, records["answer"], right, strict=True))[:count]:
         wanted = "yes" if is_right else f"no: `{example.answer}`"
-        lines.append(f"| {example.instruction} | `{answer}` | {wanted} |")
+        shown = answer.replace("\n", "\\n")
+        lines.append(f"| {example.instruction} | `{shown}` | {wanted} |")
     path.write_text("\n".join(lines) + "\n")
