@@ -52,6 +52,7 @@ def add_commands(commands) -> None:
 
 def snips(arguments) -> None:
     run, device = Path(arguments.run), best_device()
+    Path(arguments.result).parent.mkdir(parents=True, exist_ok=True)
     model = load_protogen(run / "model").to(device)
     processor = ProtoGenProcessor.from_pretrained(run / "model")
     examples = load_examples(DataArguments(data=arguments.data))[: arguments.limit]
