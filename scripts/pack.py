@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> None:
     model = ProtoGenForConditionalGeneration.from_pretrained(arguments.run / "model")
     # The name that the recipe has, which is the same on every machine.
     model.config.decoder_name_or_path = metrics["run"]["decoder"]
+    model.config.decoder_config._name_or_path = metrics["run"]["decoder"]
     model.to(torch.bfloat16).save_pretrained(arguments.folder / "model", thin=True)
     ProtoGenProcessor.from_pretrained(arguments.run / "model").save_pretrained(arguments.folder / "model")
     for path in (arguments.folder / "model").glob("*.py"):
