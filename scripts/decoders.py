@@ -6,6 +6,7 @@ Decoders by name: a Hub id, a folder or an `embedded:` name, or a variant of one
     NAME@untrained-gpt_neox:256x6    a GPTNeoX of 6 layers of width 256 with random weights, and NAME's tokenizer
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import PROCESSOR_NAME
 
 from eval_tasks.latency import fastest_dtype
-from modeling_protogen import ProtoGenForConditionalGeneration
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 
 VARIANTS = re.compile(r"first:(?P<layers>\d+)|untrained|untrained-gpt_neox:(?P<width>\d+)x(?P<depth>\d+)")
 
@@ -76,6 +78,23 @@ def load_protogen(
     moved = {"decoder_name_or_path": resolve(name)} if name else {}
     dtype = getattr(torch, fastest_dtype() if dtype == "auto" else dtype)
     return ProtoGenForConditionalGeneration.from_pretrained(folder, dtype=dtype, **moved).eval()
+
+
+def load_processor_of(folder: str | Path, decoder: str | None = None) -> ProtoGenProcessor:
+    """
+    A trained model's processor; a packed one has the decoder's own tokenizer, which is not packed with it.
+
+    Args:
+        folder (`str` or `Path`), decoder (`str`, *optional*): as of `load_protogen`.
+    """
+    path = Path(folder) / PROCESSOR_NAME
+    if not path.is_file() or (path.parent / "decoder_tokenizer").is_dir():
+        return ProtoGenProcessor.from_pretrained(folder)
+    fields = json.loads(path.read_text())
+    names = ("max_prompt_length", "max_answer_length", "prompt_template", "answer_format")
+    options = {name: fields[name] for name in names}
+    name = decoder or ProtoGenForConditionalGeneration.config_class.from_pretrained(folder).decoder_name_or_path
+    return ProtoGenProcessor.from_encoder_decoder_pretrained(None, resolve(name), **options)
 
 
 def gpt_neox_config(width: int, layers: int, like) -> GPTNeoXConfig:

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import cli
 import torch
-from decoders import load_protogen
+from decoders import load_processor_of, load_protogen
 from transformers import TextStreamer
 
 from eval_tasks.latency import best_device
 from eval_tasks.retrieval import nearest_rows
-from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen import ProtoGenForConditionalGeneration
 from modeling_protogen.generation_protogen import MODES, ProtoGenGenerateOutput
 from modeling_protogen.proto_tokens import flatten_proto_tokens
 from trainers.data import category_id
@@ -124,7 +124,7 @@ def main(argv: list[str]) -> None:
     if not Path(arguments.model).is_dir() and arguments.model.count("/") != 1:
         raise FileNotFoundError(f"there is no model folder {arguments.model}, and it is no Hub id either.")
     device = best_device()
-    processor = ProtoGenProcessor.from_pretrained(arguments.model)
+    processor = load_processor_of(arguments.model, arguments.decoder)
     model = load_protogen(arguments.model, arguments.dtype, arguments.decoder).to(device)
 
     names = {"temperature", "top_p"}.union(*MODES.values())

@@ -1,6 +1,6 @@
 """
-Packs a trained run to go with the repository: its model in bfloat16, without the frozen decoder and without a copy of
-the code, and what tells how it was made.
+Packs a trained run to go with the repository: its model in bfloat16, without what is the frozen decoder's and without a
+copy of the code, and what tells how it was made.
 
     python scripts/pack.py runs/snips scripts/data/snips_smollm2_135m
 """
@@ -29,9 +29,14 @@ def main(arguments: list[str]) -> None:
     model.config.decoder_name_or_path = metrics["run"]["decoder"]
     model.config.decoder_config._name_or_path = metrics["run"]["decoder"]
     model.to(torch.bfloat16).save_pretrained(arguments.folder / "model", thin=True)
-    ProtoGenProcessor.from_pretrained(arguments.run / "model").save_pretrained(arguments.folder / "model")
+    processor = ProtoGenProcessor.from_pretrained(arguments.run / "model")
+    processor.save_pretrained(arguments.folder / "model")
     for path in (arguments.folder / "model").glob("*.py"):
         path.unlink()  # Beside this repository's code a copy of it would only grow old.
+    if not processor.for_encoder:  # Both tokenizers are the decoder's, which comes with the decoder.
+        shutil.rmtree(arguments.folder / "model" / "decoder_tokenizer")
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (arguments.folder / "model" / name).unlink(missing_ok=True)
     for name in ("metrics.json", "answers.csv"):
         shutil.copy(arguments.run / name, arguments.folder / name)
     megabytes = sum(path.stat().st_size for path in arguments.folder.rglob("*") if path.is_file()) / 1e6

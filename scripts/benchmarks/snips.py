@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from decoders import load_protogen
+from decoders import load_processor_of, load_protogen
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -54,7 +54,7 @@ def snips(arguments) -> None:
     run, device = Path(arguments.run), best_device()
     Path(arguments.result).parent.mkdir(parents=True, exist_ok=True)
     model = load_protogen(run / "model").to(device)
-    processor = ProtoGenProcessor.from_pretrained(run / "model")
+    processor = load_processor_of(run / "model")
     examples = load_examples(DataArguments(data=arguments.data))[: arguments.limit]
     references, longest = [example.answer for example in examples], model.config.max_answer_length
     writers: dict[str, Writer] = {"one_step": protogen(model, processor)}
