@@ -18,7 +18,7 @@ from eval_tasks.abstention import coverage_curve, ranking_figures, threshold_for
 from eval_tasks.baselines.autoregressive import autoregressive
 from eval_tasks.baselines.few_shot import few_shot
 from eval_tasks.baselines.one_pass import protogen
-from eval_tasks.baselines.writing import Writer
+from eval_tasks.baselines.writing import Writer, up_to_eos
 from eval_tasks.latency import best_device, interleaved_seconds, ratio_with_interval
 from eval_tasks.pictures import curves, exact_points
 from eval_tasks.retention import retention_figures
@@ -162,13 +162,13 @@ def written(write: Writer, examples: list[Example], longest: int, name: str) -> 
 @torch.no_grad()
 def token_head_answers(model, processor: ProtoGenProcessor, examples: list[Example]) -> list[str]:
     """What the predictor's token head reads off the proto-tokens, without the decoder's pass."""
-    answers, eos = [], processor.decoder_tokenizer.eos_token_id
+    answers = []
     for first in range(0, len(examples), BATCH_SIZE):
         part = examples[first : first + BATCH_SIZE]
         inputs = processor([e.instruction for e in part], [e.context for e in part]).to(model.device)
         e = model.predict(**inputs).e[:, :, 0]
-        for row in head_tokens(e, model.decoder.get_output_embeddings().weight).tolist():
-            answers.append(processor.decode(row[: row.index(eos)] if eos in row else row))
+        tokens = head_tokens(e, model.decoder.get_output_embeddings().weight)
+        answers += processor.batch_decode(up_to_eos(processor.decoder_tokenizer, tokens).token_ids)
     return answers
 
 
@@ -204,8 +204,9 @@ def uncertainty_figures(model, processor, run: Path, records: pd.DataFrame, refe
     for wanted in (0.95, 0.99):
         percent = round(100 * wanted)
         reached = np.flatnonzero(precision >= wanted)
-        figures[f"coverage_at_{percent}_precision"] = float(coverage[reached[-1]]) if len(reached) else 0.0
-        kept = right[np.argsort(uncertainties, kind="stable")][: reached[-1] + 1].sum() if len(reached) else 0
+        last = reached[-1] if len(reached) else None
+        figures[f"coverage_at_{percent}_precision"] = 0.0 if last is None else float(coverage[last])
+        kept = 0.0 if last is None else coverage[last] * precision[last] * len(right)
         figures[f"kept_right_at_{percent}_precision"] = float(kept / right.sum())
         threshold = threshold_for_accuracy(held_out["exact_match"], held_out[score], wanted)
         given = uncertainties <= (-np.inf if threshold is None else threshold)
@@ -213,12 +214,12 @@ def uncertainty_figures(model, processor, run: Path, records: pd.DataFrame, refe
         figures[f"precision_at_threshold_for_{percent}"] = float(right[given].mean()) if given.any() else 1.0
     if foreign:
         asked = records_of(model, processor, foreign)[score].to_numpy()
-        errors = np.concatenate([1 - right, np.ones(len(asked))])
-        if right.any():
-            figures |= named("with_foreign", retention_figures(errors, np.concatenate([uncertainties, asked]), 0.5))
-        is_foreign = np.concatenate([np.zeros(len(right)), np.ones(len(asked))])
         both = np.concatenate([uncertainties, asked])
-        figures["auroc_foreign"] = ranking_figures(1 - is_foreign, both)["auroc_wrong"]
+        if right.any():
+            errors = np.concatenate([1 - right, np.ones(len(asked))])
+            figures |= named("with_foreign", retention_figures(errors, both, 0.5))
+        is_command = np.repeat([1.0, 0.0], [len(right), len(asked)])
+        figures["auroc_foreign"] = ranking_figures(is_command, both)["auroc_wrong"]
         figures["foreign_questions"] = len(asked)
     return figures
 
