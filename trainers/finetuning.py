@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, ProgressCallback, TrainingArguments
 
 from modeling_protogen import ProtoGenProcessor
 from modeling_protogen.modeling_protogen import IGNORE_INDEX, reconstruction_loss
@@ -13,7 +13,7 @@ from modeling_protogen.proto_tokens import position_ids
 
 from .data import Example
 from .grouped_attention import use_grouped_attention
-from .protogen_trainer import ProgressLines, last_complete_checkpoint
+from .protogen_trainer import ExampleTrainer, ProgressLines, last_complete_checkpoint
 
 
 class PromptAndAnswerCollator:
@@ -39,7 +39,7 @@ class PromptAndAnswerCollator:
         }
 
 
-class AnswerTrainer(Trainer):
+class AnswerTrainer(ExampleTrainer):
     """The transformers trainer, with logits at the answers' positions only: there are few others' to pay for."""
 
     loss_is_scaled_for_ga = False

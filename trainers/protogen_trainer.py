@@ -61,7 +61,18 @@ class LengthGroupedEpochs(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
-class ProtoGenTrainer(Trainer):
+class ExampleTrainer(Trainer):
+    """The transformers trainer for [`Example`]s: group_by_length knows their lengths, and its epochs resume."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = [example.num_characters for example in train_dataset or self.train_dataset]
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedEpochs(lengths, batch_size, self.args.seed)
+
+
+class ProtoGenTrainer(ExampleTrainer):
     """
     Trains the encoder and the heads; the decoder stays frozen.
 
@@ -135,13 +146,6 @@ class ProtoGenTrainer(Trainer):
             self._components[model.training][name].append(sum_and_count)
             total = total + weight * component
         return (total, outputs) if return_outputs else total
-
-    def _get_train_sampler(self, train_dataset=None):
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        lengths = [example.num_characters for example in train_dataset or self.train_dataset]
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedEpochs(lengths, batch_size, self.args.seed)
 
     def _get_eval_sampler(self, eval_dataset):
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
