@@ -78,9 +78,10 @@ class ProtoGenConfig(PreTrainedConfig):
     # for, and may copy its tokens' embeddings: for answers that repeat the prompt's words in their order. Trained by
     # the loss `duration`.
     upsamples_prompt: bool = False
-    # The predictor: its width, a multiple of 64; layers that mix the source's states in both directions; and layers of
+    # The predictor: its width, a multiple of 64; the share of activations dropped in training; layers that mix the source's states in both directions; and layers of
     # queries that attend to one another and to the source. Without a source there are none of either.
     predictor_dim: int = 384
+    predictor_dropout: float = 0.1
     num_source_layers: int = 2
     num_query_layers: int = 3
     # Standard deviation of freshly initialised proto-tokens: about that of fitted ones, `FITTED_SIZE` times that of the

@@ -188,10 +188,10 @@ class Attention(nn.MultiheadAttention):
         return self.out_proj(mixed.transpose(1, 2).flatten(2)), None
 
 
-def transformer_layer(kind: type[nn.Module], dim: int) -> nn.Module:
+def transformer_layer(kind: type[nn.Module], dim: int, dropout: float = 0.1) -> nn.Module:
     """An `nn.TransformerEncoderLayer` or `nn.TransformerDecoderLayer` with [`Attention`]."""
     heads = dim // HEAD_DIM
-    layer = kind(dim, heads, 4 * dim, activation="gelu", batch_first=True, norm_first=True)
+    layer = kind(dim, heads, 4 * dim, dropout, activation="gelu", batch_first=True, norm_first=True)
     for name, module in list(layer.named_children()):
         if isinstance(module, nn.MultiheadAttention):
             setattr(layer, name, Attention(dim, heads, module.dropout, batch_first=True))
@@ -222,11 +222,11 @@ class ProtoTokenPredictor(nn.Module):
         self.decoder_readings = nn.ModuleList(reading(decoder_dim) for _ in config.layers_read)
         self.encoder_reading = reading(config.encoder_config.hidden_size) if config.has_encoder else None
         self.source_layers = nn.ModuleList(
-            transformer_layer(nn.TransformerEncoderLayer, dim) for _ in range(config.num_source_layers)
+            transformer_layer(nn.TransformerEncoderLayer, dim, config.predictor_dropout) for _ in range(config.num_source_layers)
         )
         self.queries = nn.Parameter(torch.empty(2 + config.max_chunks * self.queries_per_chunk, dim))
         self.query_layers = nn.ModuleList(
-            transformer_layer(nn.TransformerDecoderLayer, dim) for _ in range(config.num_query_layers)
+            transformer_layer(nn.TransformerDecoderLayer, dim, config.predictor_dropout) for _ in range(config.num_query_layers)
         )
         self.upsampling = Upsampling(dim) if config.upsamples_prompt else None
         self.copy_gate = nn.Linear(dim, 1) if config.upsamples_prompt else None

@@ -150,6 +150,7 @@ class ModelArguments:
         metadata={"help": "Queries start from the prompt's states, for answers that repeat its words in their order."},
     )
     predictor_dim: int = field(default=384, metadata={"help": "Width of the predictor, a multiple of 64."})
+    predictor_dropout: float = field(default=0.1, metadata={"help": "Share of activations dropped in training."})
     num_source_layers: int = field(default=2, metadata={"help": "Layers that mix the source's states."})
     num_query_layers: int = field(default=3, metadata={"help": "Layers of queries over the source."})
     first_tokens: str | None = field(
