@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from modeling_protogen.modeling_protogen import IGNORE_INDEX, likeliest_tokens
+from modeling_protogen.objectives import IGNORE_INDEX, argmax_tokens
 from modeling_protogen.proto_tokens import flatten_proto_tokens
 
 from .retrieval import nearest_rows
@@ -60,7 +60,7 @@ def _rows(model, processor, inputs, banked) -> Iterator[dict]:
     labels, lengths = inputs.pop("labels"), inputs.pop("length_labels")
     forced = model(**inputs, labels=labels, return_loss=False)
     is_token = labels != IGNORE_INDEX
-    agree = (likeliest_tokens(forced.logits, labels) == labels) & is_token
+    agree = (argmax_tokens(forced.logits, labels) == labels) & is_token
     num_tokens = is_token.sum(-1)
     output = model.generate(**inputs, return_dict_in_generate=True, output_uncertainty_scores=True)
     answers = processor.batch_decode(output.sequences)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.generation_protogen import MODES
-from modeling_protogen.modeling_protogen import IGNORE_INDEX, likeliest_tokens, log_probabilities
+from modeling_protogen.objectives import IGNORE_INDEX, argmax_tokens, log_probabilities
 from modeling_protogen.processing_protogen import pad_left
 
 log = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ class ProtoGenLM(HFLM):
         is_token = labels != IGNORE_INDEX
         log_p = torch.zeros(labels.shape, device=self.device)
         log_p[is_token] = log_probabilities(logits, labels[is_token][:, None])[:, 0]
-        is_likeliest = (likeliest_tokens(logits, labels) == labels).all(-1)
+        is_likeliest = (argmax_tokens(logits, labels) == labels).all(-1)
         return list(zip(log_p.sum(-1).tolist(), is_likeliest.tolist(), strict=True))
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:

@@ -12,7 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 from transformers import EvalPrediction, PreTrainedModel
 
-from modeling_protogen.modeling_protogen import IGNORE_INDEX
+from modeling_protogen.objectives import IGNORE_INDEX
 from modeling_protogen.processing_protogen import ProtoGenProcessor
 
 

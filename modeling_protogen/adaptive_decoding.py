@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from .autoregressive import TextSoFar
+from .autoregressive import DecoderState
 from .block_decoding import Answers, Instruction, read_and_draft
 from .draft_length import DraftLength
 from .sampling import Sampling, log_probability
@@ -20,7 +20,7 @@ def adaptive_decoding(
     model,
     answers: Answers,
     instruction: Callable[[], Instruction],
-    text: TextSoFar,
+    text: DecoderState,
     block_size: int,
     confidence_threshold: float,
     sampling: Sampling,
@@ -33,7 +33,7 @@ def adaptive_decoding(
     Args:
         model (`ProtoGenForConditionalGeneration`)
         answers (`Answers`): empty; they are complete when this returns.
-        text (`TextSoFar`): the prompts.
+        text (`DecoderState`): the prompts.
         block_size (`int`): tokens that a pass writes at most.
     """
     tokens = sampling.pick(text.next_logits)

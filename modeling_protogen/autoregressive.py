@@ -3,13 +3,13 @@
 import torch
 from transformers import Cache, PreTrainedModel
 
-from .prefix import cut_cache, logits_after, new_cache, states_of
+from .frozen_decoder import crop_cache, logits_after, new_cache, states_of
 from .proto_tokens import position_ids
 from .slot_adapters import slots_at_the_end
 
 
 @torch.no_grad()
-def own_logits(
+def teacher_forced_logits(
     decoder: PreTrainedModel,
     prompt_ids: torch.LongTensor,
     prompt_mask: torch.Tensor,
@@ -43,7 +43,7 @@ def own_logits(
     )
 
 
-class TextSoFar:
+class DecoderState:
     """
     A batch of texts that the decoder has read: its keys and values, its hidden states of the layers that are wanted
     `(batch, read, layers, dim)`, and which of the positions count `(batch, read)`. What was read and turned out wrong
@@ -97,7 +97,7 @@ class TextSoFar:
 
     def keep(self, length: int) -> None:
         """Forgets all that was read after the first `length` positions."""
-        cut_cache(self.cache, length)
+        crop_cache(self.cache, length)
         self.mask = self.mask[:, :length]
         if self.states is not None:
             self.states = self.states[:, :length]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from .autoregressive import TextSoFar
+from .autoregressive import DecoderState
 from .proto_tokens import fill_slots, predicting_positions
 
 
@@ -115,7 +115,7 @@ class Answers:
 
 def read_and_draft(
     model,
-    text: TextSoFar,
+    text: DecoderState,
     new_tokens: torch.LongTensor,
     new_mask: torch.LongTensor,
     size: int,

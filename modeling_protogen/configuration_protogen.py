@@ -78,8 +78,9 @@ class ProtoGenConfig(PreTrainedConfig):
     # for, and may copy its tokens' embeddings: for answers that repeat the prompt's words in their order. Trained by
     # the loss `duration`.
     upsamples_prompt: bool = False
-    # The predictor: its width, a multiple of 64; the share of activations dropped in training; layers that mix the source's states in both directions; and layers of
-    # queries that attend to one another and to the source. Without a source there are none of either.
+    # The predictor: its width, a multiple of 64; the share of activations that training drops; layers that mix the
+    # source's states in both directions; and layers of queries that attend to one another and to the source. Without a
+    # source there are none of either.
     predictor_dim: int = 384
     predictor_dropout: float = 0.1
     num_source_layers: int = 2
@@ -183,6 +184,11 @@ class ProtoGenConfig(PreTrainedConfig):
             "0 in decoder_layers_read.",
         )
         require(
+            not self.upsamples_prompt or self.decoder_dim == self.decoder_text_config.hidden_size,
+            "upsamples_prompt copies states of the decoder as proto-tokens; this decoder's embeddings are narrower.",
+        )
+        require(0 <= self.predictor_dropout < 1, f"predictor_dropout={self.predictor_dropout} must lie in 0..1.")
+        require(
             self.num_own_tokens < 2 or last in self.layers_read,
             f"first_tokens=decoder needs the last layer, {last}, in decoder_layers_read: it is read there.",
         )
@@ -194,6 +200,20 @@ class ProtoGenConfig(PreTrainedConfig):
     def decoder_text_config(self) -> PreTrainedConfig:
         """The decoder's configuration; of a multimodal decoder, that of its language model."""
         return self.decoder_config.get_text_config()
+
+    @property
+    def decoder_dim(self) -> int:
+        """
+        Width of the decoder's input embeddings, and so of proto-tokens, and of its last states. Its other states have
+        its `hidden_size`, which differs in OPT-350m alone.
+        """
+        config = self.decoder_text_config
+        return config.to_dict().get("word_embed_proj_dim", config.hidden_size)
+
+    def state_dim(self, layer: int) -> int:
+        """Width of the decoder's hidden states of a layer, 0 being the first layer's input."""
+        config = self.decoder_text_config
+        return self.decoder_dim if layer == config.num_hidden_layers else config.hidden_size
 
     @property
     def has_encoder(self) -> bool:

@@ -1,13 +1,13 @@
 """Decoding: `generate` in all its modes, and what it returns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
 from .adaptive_decoding import adaptive_decoding
-from .autoregressive import TextSoFar
+from .autoregressive import DecoderState
 from .block_decoding import Answers, Instruction, stops_at
 from .configuration_protogen import UNCERTAINTY_SCORES
 from .cuda_graphs import OneStepGraphs
@@ -160,8 +160,8 @@ class ProtoGenGenerationMixin(GenerationMixin):
             confidence_threshold (`float`, refine and adaptive): probability from which on a token is sure; 0.9 by
                 default.
             max_new_tokens (`int`, adaptive and verified): tokens at most; `config.max_answer_length` by default.
-            block_size (`int`, adaptive and verified): tokens of a draft at most; `config.chunk_size` by default, or as
-                many as there are proto-tokens for.
+            block_size (`int`, adaptive and verified): tokens of a draft at most; by default as many as there are
+                proto-tokens for. Drafts are shorter where long ones do not pay.
             stop_strings (`list[str]`, adaptive and verified): an answer ends with the token that completes one of them.
             processor (`ProtoGenProcessor`, adaptive and verified): needed by `stop_strings`; and where it has
                 `encoder_reads_answer`, the encoder reads the answer so far before each draft.
@@ -220,7 +220,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
         passes = self.graphs if is_recorded else self
         prediction = passes.predict(*instruction, *prompt, category_ids)
         if proto_tokens is not None:
-            prediction.e, prediction.m = proto_tokens
+            prediction = replace(prediction, e=proto_tokens[0], m=proto_tokens[1])
         quantiles = 0.0
         if num_candidates > 1:
             prediction, quantiles = candidates(prediction, num_candidates, candidate_noise * config.proto_token_std)
@@ -314,7 +314,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
         # Own tokens that a draft stands after: the last one written.
         num_before = int(config.reads_decoder_states)
         longest_block = config.chunk_size * config.max_chunks - num_before
-        block_size = min(config.chunk_size, longest_block) if block_size is None else block_size
+        block_size = longest_block if block_size is None else block_size
         if not 1 <= block_size <= longest_block:
             raise ValueError(f"block_size must lie in 1..{longest_block} tokens; got {block_size}.")
         max_new_tokens = config.max_answer_length if max_new_tokens is None else max_new_tokens
@@ -333,7 +333,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
             written = [tokens[: len(tokens) - num_before] for tokens in answers.tokens]
             return Instruction(*self.encode(*processor.add_answers(*instruction, written)), category_ids)
 
-        text = TextSoFar(self.decoder, *prompt, config.layers_read)
+        text = DecoderState(self.decoder, *prompt, config.layers_read)
         if mode == "adaptive":
             adaptive_decoding(self, answers, source, text, block_size, confidence_threshold, sampling)
         else:

@@ -1,24 +1,29 @@
 """ProtoGen: an encoder predicts `e`, `m` and the answer's length; a frozen decoder writes the answer in one pass."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_protogen import FITTED_SIZE, ProtoGenConfig
+from .frozen_decoder import (
+    answer_logits,
+    bucket_by_length,
+    check_decoder,
+    embedding_std,
+    logits_of,
+    read_prefix,
+    sink_ids,
+)
 from .generation_protogen import ProtoGenGenerationMixin
-from .prefix import logits_after, read_prefix, rows_of_like_lengths
+from .objectives import IGNORE_INDEX, length_nll, reconstruction_loss
 from .proto_predictor import Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
-from .proto_tokens import Layout, build_layout, fill_slots, position_ids, predicting_positions
-from .slot_adapters import SlotAdapters, slots_at_the_end
-
-IGNORE_INDEX = -100
-# Logits that are in float32 at once: what a processor's cache holds. Larger slices are slower on CPUs as well.
-MAX_FLOAT_LOGITS = 2**22
+from .proto_tokens import Layout, build_layout, fill_slots
+from .slot_adapters import SlotAdapters
 
 
 @dataclass
@@ -58,141 +63,6 @@ class ProtoGenOutput(ModelOutput):
     duration_logits: torch.FloatTensor | None = None
     lengths: torch.LongTensor | None = None
     prompt_cache: Cache | None = None
-
-
-def reconstruction_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """
-    Cross-entropy of the answers' tokens: the mean over a text's tokens, then the mean over texts, so that equal
-    micro-batches average exactly under gradient accumulation.
-
-    Args:
-        logits (`torch.Tensor` of shape `(answer_tokens, vocab)`): rows in the order of `labels[labels != -100]`.
-        labels (`torch.LongTensor` of shape `(batch, length)`): token ids, -100 where there is no token.
-    """
-    is_token = labels != IGNORE_INDEX
-    weight = is_token / is_token.sum(-1, keepdim=True)
-    log_p = log_probabilities(logits, labels[is_token][:, None])[:, 0]
-    return -(log_p * weight[is_token]).sum() / len(labels)
-
-
-def likeliest_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.LongTensor:
-    """
-    The one-step tokens in the places of the labels `(batch, length)`, -100 where there is none; arguments as of
-    [`reconstruction_loss`].
-    """
-    tokens = labels.clone()
-    # `argmax` over bfloat16 is several times slower than `max` on CPUs.
-    tokens[labels != IGNORE_INDEX] = logits.detach().max(-1).indices
-    return tokens
-
-
-def log_probabilities(logits: torch.Tensor, ids: torch.LongTensor) -> torch.Tensor:
-    """
-    Log-probabilities in float32 of some tokens, `(answer_tokens, k)`, without a float32 copy of all logits
-    `(answer_tokens, vocab)`: a few rows at a time, made again in the backward pass.
-
-    Args:
-        ids (`torch.LongTensor` of shape `(answer_tokens, k)`): the tokens at each position.
-    """
-
-    def of_rows(rows, tokens):
-        return rows.log_softmax(-1, dtype=torch.float32).gather(1, tokens)
-
-    size = max(1, MAX_FLOAT_LOGITS // logits.shape[-1])
-    parts = zip(logits.split(size), ids.split(size), strict=True)
-    return torch.cat([checkpoint(of_rows, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
-
-
-def gaussian_nll(mean: torch.Tensor, variance: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """
-    Gaussian negative log-likelihood `mean(((x - mean)^2 / variance + log variance) / 2)` (Nix & Weigend, 1994), without
-    its constant, in float32. Each element's gradient is multiplied by its standard deviation (beta = 0.5 of Seitzer et
-    al., 2022, https://arxiv.org/abs/2203.09168): a head that is sure would outweigh all that it shares its input with.
-
-    Args:
-        mean, variance, targets (`torch.Tensor` of shape `(batch,)`)
-    """
-    mean, variance = mean.float(), variance.float()
-    nll = F.gaussian_nll_loss(mean, targets, variance, reduction="none")
-    weighted = variance.detach().sqrt() * nll
-    return (weighted + (nll - weighted).detach()).mean()
-
-
-def length_nll(mean: torch.Tensor, variance: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """[`gaussian_nll`] of the log length. All arguments have shape `(batch,)`; lengths are in tokens."""
-    return gaussian_nll(mean, variance, lengths.float().log())
-
-
-def sink_ids(decoder_config: PreTrainedConfig, sink: str, batch: int, device: torch.device) -> torch.LongTensor:
-    """The prefix of a decoder that sees no prompt: `(batch, 1)` BOS ids, or `(batch, 0)` for `sink="none"`."""
-    if sink == "none":
-        return torch.empty(batch, 0, dtype=torch.long, device=device)
-    return torch.full((batch, 1), decoder_config.get_text_config().bos_token_id, device=device)
-
-
-def joined_inputs(
-    decoder: PreTrainedModel,
-    slots: torch.Tensor,
-    layout: Layout,
-    prefix_ids: torch.LongTensor,
-    prefix_mask: torch.Tensor | None = None,
-    num_own_tokens: int = 0,
-) -> tuple[dict[str, torch.Tensor], torch.BoolTensor]:
-    """
-    `[prefix][slots]` as the decoder takes it in one pass, and a mask `(batch, prefix + slots)` of the positions that
-    predict an answer token. Arguments as in [`answer_logits`].
-    """
-    if prefix_mask is None:
-        prefix_mask = torch.ones_like(prefix_ids)
-    mask = torch.cat([prefix_mask.long(), layout.mask.long()], dim=1)
-    prefix = decoder.get_input_embeddings()(prefix_ids)
-    inputs = {
-        "inputs_embeds": torch.cat([prefix, slots.to(decoder.dtype)], dim=1),
-        "attention_mask": mask,
-        "position_ids": position_ids(mask),
-    }
-    return inputs, F.pad(predicting_positions(layout, num_own_tokens), (prefix_ids.shape[1] - num_own_tokens, 0))
-
-
-def answer_logits(
-    decoder: PreTrainedModel,
-    slots: torch.Tensor,
-    layout: Layout,
-    prefix_ids: torch.LongTensor,
-    prefix_mask: torch.Tensor | None = None,
-    num_own_tokens: int = 0,
-    prefix_cache: Cache | None = None,
-    places: torch.LongTensor | None = None,
-) -> torch.Tensor:
-    """
-    Runs the frozen decoder over `[prefix][slots]` and returns the logits at the answers' positions.
-
-    Args:
-        decoder (`PreTrainedModel`): a causal language model.
-        slots (`torch.Tensor` of shape `(batch, slots, dim)`): proto-tokens in their slots.
-        layout (`Layout`): what the slots are.
-        prefix_ids (`torch.LongTensor` of shape `(batch, prefix)`): sink or prompt; padded on the left; may be empty.
-        prefix_mask (`torch.Tensor` of shape `(batch, prefix)`, *optional*): 1 for real tokens; all by default.
-        num_own_tokens (`int`): answer tokens that the prefix's last positions predict, as after a prompt.
-        prefix_cache (`Cache`, *optional*): keys and values of the prefix, but for the tokens that it may lack at the
-            end, from [`read_prefix`]. In training this saves the prefix's backward pass; without gradients one joined
-            pass is faster.
-        places (`torch.LongTensor` of shape `(places,)`, *optional*):
-            Slots to predict from in all rows alike; -1 is the prefix's last position.
-
-    Returns:
-        `torch.Tensor` of shape `(answer_tokens, vocab)`, in the decoder's dtype, ordered text after text; with `places`
-        of shape `(batch, places, vocab)`.
-    """
-    inputs, predicts = joined_inputs(decoder, slots, layout, prefix_ids, prefix_mask, num_own_tokens)
-    if places is not None:
-        predicts = places - slots.shape[1]
-    # The prefix's last positions are read again where they predict. A boolean mask gathers the answer positions into
-    # one contiguous matrix before the language-model head: no logits at other positions, and none of the slowness of a
-    # linear layer on a strided bfloat16 slice on CPUs.
-    start = prefix_ids.shape[1] - num_own_tokens
-    with slots_at_the_end(slots.shape[1]):
-        return logits_after(decoder, prefix_cache, start, predicts=predicts, **inputs)
 
 
 class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel):
@@ -243,8 +113,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         self.post_init()
         self._prepare_decoder()
         self.graphs = None
-        # Called as [`read_prefix`], which training may replace by one that remembers what it has read.
-        self.read_prompt = read_prefix
+        # A reader with the signature of [`read_prefix`] that remembers prompts; training may set one.
+        self.prompt_store: Callable | None = None
 
     @classmethod
     def from_encoder_decoder_pretrained(
@@ -272,6 +142,9 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             decoder_dtype (`torch.dtype` or `"auto"`): dtype of the frozen decoder; bfloat16 is much faster than float32
                 where the processor has it.
             **config_kwargs: fields of [`ProtoGenConfig`].
+
+        Raises:
+            ValueError: if the decoder cannot serve ([`check_decoder`]).
         """
         encoder = None
         if encoder_name_or_path is not None:
@@ -283,9 +156,9 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         decoder = AutoModelForCausalLM.from_pretrained(
             decoder_name_or_path, revision=decoder_revision, dtype=decoder_dtype
         )
+        check_decoder(decoder)
         if "proto_token_std" not in config_kwargs:
-            std = decoder.get_input_embeddings().weight.float().std().item()
-            config_kwargs["proto_token_std"] = FITTED_SIZE * std
+            config_kwargs["proto_token_std"] = FITTED_SIZE * embedding_std(decoder)
         config = cls.config_class(
             decoder_config=decoder.config.to_dict(),
             decoder_name_or_path=decoder_name_or_path,
@@ -423,14 +296,21 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         self._check_prompt(decoder_prompt_ids, self.config.latent_source != "encoder")
         if self.config.reads_decoder_states:
             prompt = decoder_prompt_ids, decoder_prompt_mask
-            cache, decoder_states = self.read_prompt(self.decoder, *prompt, self.config.layers_read)
+            cache, decoder_states = self.read_prompt(*prompt, self.config.layers_read)
             if self.config.num_own_tokens:
-                next_logits = self.decoder.get_output_embeddings()(decoder_states[:, -1, -1].contiguous())
+                last = decoder_states[:, -1, -1, : self.config.decoder_dim].contiguous()
+                next_logits = logits_of(self.decoder, last)
         prediction = self.proto_predictor(
             states, mask, decoder_states, decoder_prompt_mask, category_ids, durations, longest
         )
-        prediction.prompt_cache, prediction.next_logits = cache, next_logits
-        return prediction
+        return replace(prediction, prompt_cache=cache, next_logits=next_logits)
+
+    def read_prompt(
+        self, decoder_prompt_ids: torch.LongTensor, decoder_prompt_mask: torch.Tensor, layers: list[int]
+    ) -> tuple[Cache, torch.Tensor | None]:
+        """What the decoder has read of a prompt, from the prompt store where there is one; as [`read_prefix`]."""
+        read = read_prefix if self.prompt_store is None else self.prompt_store
+        return read(self.decoder, decoder_prompt_ids, decoder_prompt_mask, layers)
 
     def encode(
         self, input_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None = None
@@ -442,7 +322,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             raise ValueError(f"latent_source={self.config.latent_source} needs input_ids; the processor makes them.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        groups = rows_of_like_lengths(attention_mask)
+        groups = bucket_by_length(attention_mask)
         if len(groups) == 1:
             return self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, attention_mask
         places = [(rows[:, None], attention_mask[rows].any(0).nonzero()[:, 0]) for rows, _ in groups]
@@ -507,8 +387,6 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             sink = sink_ids(config.decoder_config, config.sink, len(slots), slots.device)
             return answer_logits(self.decoder, slots, layout, sink, places=places)
         prompt = decoder_prompt_ids, decoder_prompt_mask
-        if prediction.prompt_cache is None and (slots.requires_grad or self.read_prompt is not read_prefix):
-            prediction.prompt_cache, _ = self.read_prompt(self.decoder, *prompt, [])
         if first_tokens is not None:
             prompt = torch.cat([prompt[0], first_tokens[:, None]], dim=1), F.pad(prompt[1], (0, 1), value=1)
         own = config.num_own_tokens
@@ -558,6 +436,11 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         prediction = self.predict(
             input_ids, attention_mask, *prompt, category_ids, durations, None if labels is None else labels.shape[1]
         )
+        # In training a prompt that is read apart has no backward pass; without gradients one joined pass is faster.
+        reads_apart = torch.is_grad_enabled() or self.prompt_store is not None
+        if return_logits and self.config.decoder_sees_prompt and prediction.prompt_cache is None and reads_apart:
+            self._check_prompt(decoder_prompt_ids, True)
+            prediction = replace(prediction, prompt_cache=self.read_prompt(*prompt, [])[0])
         mean, variance = prediction.log_length_mean, prediction.log_length_variance
         lengths = self.clamp_lengths(mean.exp()) if labels is None else (labels != IGNORE_INDEX).sum(-1)
         logits = self.decode(prediction, lengths, *prompt, first_tokens=first_tokens) if return_logits else None

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
-from .autoregressive import own_logits
+from .autoregressive import teacher_forced_logits
 from .proto_predictor import Prediction
 from .sampling import Sampling, log_probability
 
@@ -57,7 +57,7 @@ def refine(
         unsure = log_probability(logits, tokens).exp() < confidence_threshold
         if not unsure.any():
             break
-        own = own_logits(decoder, *prompt, as_rows(tokens, lengths, 0), token_mask(lengths))
+        own = teacher_forced_logits(decoder, *prompt, as_rows(tokens, lengths, 0), token_mask(lengths))
         logits = torch.where(unsure[:, None], own, logits)
         tokens = torch.where(unsure, sampling.pick(own), tokens)
     return logits, tokens
@@ -118,7 +118,7 @@ def likeliest_candidates(
     """
     is_token = token_mask(lengths)
     sequences = sequences[:, : is_token.shape[1]]
-    own = own_logits(decoder, *prompt, sequences, is_token)
+    own = teacher_forced_logits(decoder, *prompt, sequences, is_token)
     log_p = as_rows(log_probability(own, sequences[is_token]), lengths, 0.0).sum(1) / lengths
     best = log_p.view(-1, num_candidates).argmax(1)
     return best + num_candidates * torch.arange(len(best), device=best.device)

@@ -212,21 +212,23 @@ class ProtoTokenPredictor(nn.Module):
     def __init__(self, config: ProtoGenConfig):
         super().__init__()
         self.config = config
-        dim, decoder_dim = config.predictor_dim, config.decoder_text_config.hidden_size
+        dim, decoder_dim = config.predictor_dim, config.decoder_dim
         predicts_m = config.m_scope == "per_example" and config.arrangement != "e_only"
         self.queries_per_chunk = config.num_e_tokens + int(predicts_m)
 
         def reading(width):
             return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
 
-        self.decoder_readings = nn.ModuleList(reading(decoder_dim) for _ in config.layers_read)
+        self.decoder_readings = nn.ModuleList(reading(config.state_dim(layer)) for layer in config.layers_read)
         self.encoder_reading = reading(config.encoder_config.hidden_size) if config.has_encoder else None
         self.source_layers = nn.ModuleList(
-            transformer_layer(nn.TransformerEncoderLayer, dim, config.predictor_dropout) for _ in range(config.num_source_layers)
+            transformer_layer(nn.TransformerEncoderLayer, dim, config.predictor_dropout)
+            for _ in range(config.num_source_layers)
         )
         self.queries = nn.Parameter(torch.empty(2 + config.max_chunks * self.queries_per_chunk, dim))
         self.query_layers = nn.ModuleList(
-            transformer_layer(nn.TransformerDecoderLayer, dim, config.predictor_dropout) for _ in range(config.num_query_layers)
+            transformer_layer(nn.TransformerDecoderLayer, dim, config.predictor_dropout)
+            for _ in range(config.num_query_layers)
         )
         self.upsampling = Upsampling(dim) if config.upsamples_prompt else None
         self.copy_gate = nn.Linear(dim, 1) if config.upsamples_prompt else None
@@ -330,7 +332,9 @@ class ProtoTokenPredictor(nn.Module):
         dtype, parts = self.queries.dtype, []
         if len(self.decoder_readings):
             states = decoder_states.to(dtype).unbind(2)
-            read = sum(reading(state) for reading, state in zip(self.decoder_readings, states, strict=True))
+            widths = map(self.config.state_dim, self.config.layers_read)
+            pairs = zip(self.decoder_readings, states, widths, strict=True)
+            read = sum(reading(state[..., :width]) for reading, state, width in pairs)
             parts.append((read, decoder_mask.bool()))
         if self.encoder_reading is not None:
             parts.append((self.encoder_reading(encoder_states.to(dtype)), encoder_mask.bool()))

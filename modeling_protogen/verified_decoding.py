@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .autoregressive import TextSoFar
+from .autoregressive import DecoderState
 from .block_decoding import Answers, Instruction, read_and_draft
 from .draft_length import DraftLength
 from .sampling import Sampling, log_probability
@@ -21,7 +21,7 @@ EXPECTED = 2.0
 
 
 def accept(
-    drafts: torch.LongTensor, draft_logits: torch.Tensor, own_logits: torch.Tensor, sampling: Sampling
+    drafts: torch.LongTensor, draft_logits: torch.Tensor, target_logits: torch.Tensor, sampling: Sampling
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
     """
     Algorithm 1 of Leviathan et al.: what is kept of a draft and the token after that have the decoder's distribution.
@@ -29,16 +29,16 @@ def accept(
     Args:
         drafts (`torch.LongTensor` of shape `(batch, size)`), draft_logits (`torch.Tensor` of shape `(batch, size,
             vocab)`): drafted tokens, and what they were drawn from.
-        own_logits (`torch.Tensor` of shape `(batch, size + 1, vocab)`): the decoder's own, before and after each.
+        target_logits (`torch.Tensor` of shape `(batch, size + 1, vocab)`): the decoder's own, before and after each.
 
     Returns:
         Drafted tokens that are kept, and the decoder's token after them, each `(batch,)`.
     """
     if sampling.is_greedy:
-        own = sampling.pick(own_logits)
+        own = sampling.pick(target_logits)
         kept = (drafts == own[:, :-1]).long().cumprod(1).sum(1)
         return kept, own.gather(1, kept[:, None])[:, 0]
-    p, q = sampling.probabilities(own_logits), sampling.probabilities(draft_logits)
+    p, q = sampling.probabilities(target_logits), sampling.probabilities(draft_logits)
     p_drafted, q_drafted = (table.gather(2, drafts[..., None])[..., 0] for table in (p[:, :-1], q))
     ratio = p_drafted / q_drafted
     kept = (torch.rand_like(ratio) < ratio).long().cumprod(1).sum(1)
@@ -52,7 +52,7 @@ def verified_decoding(
     model,
     answers: Answers,
     instruction: Callable[[], Instruction],
-    text: TextSoFar,
+    text: DecoderState,
     block_size: int,
     sampling: Sampling,
 ) -> None:
@@ -64,7 +64,7 @@ def verified_decoding(
     Args:
         model (`ProtoGenForConditionalGeneration`)
         answers (`Answers`): empty; they are complete when this returns.
-        text (`TextSoFar`): the prompts.
+        text (`DecoderState`): the prompts.
         block_size (`int`): tokens of a draft at most, the certain one included.
     """
     draft_length = DraftLength(EXPECTED, BREAK_EVEN)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import weights_hash
 from transformers import AutoModelForCausalLM
 
-from modeling_protogen.modeling_protogen import answer_logits, sink_ids
+from modeling_protogen.frozen_decoder import answer_logits, sink_ids
 from modeling_protogen.proto_tokens import build_layout, fill_slots
 from trainers import fitting
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text, TextFit, passes
@@ -318,5 +318,5 @@ def test_impossible_requests_are_refused(decoder, monkeypatch):
         return output
 
     monkeypatch.setattr(decoder, "forward", soft_capped)
-    with pytest.raises(ValueError, match="LlamaForCausalLM changes its logits after the output layer"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot be the frozen decoder: it changes its logits"):
         fitter_for(decoder)

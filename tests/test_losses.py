@@ -8,8 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import multiprocessing
 
-from modeling_protogen import ProtoGenOutput, prefix
-from modeling_protogen.modeling_protogen import gaussian_nll
+from modeling_protogen import ProtoGenOutput, frozen_decoder
+from modeling_protogen.objectives import gaussian_nll
 from trainers.distillation import teacher_top_k
 from trainers.losses import (
     BANK_LOSSES,
@@ -205,7 +205,7 @@ def prompts():
 
 @pytest.mark.parametrize("group_tokens", [1024, 4], ids=["one group", "two groups"])
 def test_the_teacher_reads_the_prompt_and_the_tokens_before(decoder, prompts, group_tokens, monkeypatch):
-    monkeypatch.setattr(prefix, "GROUP_TOKENS", group_tokens)
+    monkeypatch.setattr(frozen_decoder, "GROUP_TOKENS", group_tokens)
     ids, q = teacher_top_k(decoder, *prompts, top_k=5)
     row = 0
     for prompt, mask, answer in zip(*prompts, strict=True):
@@ -216,7 +216,7 @@ def test_the_teacher_reads_the_prompt_and_the_tokens_before(decoder, prompts, gr
             torch.testing.assert_close(q[row], p.topk(5).values / p.topk(5).values.sum(), atol=1e-5, rtol=1e-4)
             read, row = [*read, token], row + 1
     assert row == len(ids) == 5
-    cache, _ = prefix.read_prefix(decoder, *prompts[:2], [])
+    cache, _ = frozen_decoder.read_prefix(decoder, *prompts[:2], [])
     for _ in range(2):  # What was read after the prompt is forgotten.
         again = teacher_top_k(decoder, *prompts, top_k=5, prompt_cache=cache)
         assert torch.equal(again[0], ids)

@@ -18,9 +18,9 @@ from conftest import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, RobertaModel
 
-from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor, modeling_protogen, prefix
-from modeling_protogen.modeling_protogen import answer_logits, reconstruction_loss
-from modeling_protogen.prefix import read_prefix
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor, frozen_decoder, modeling_protogen
+from modeling_protogen.frozen_decoder import answer_logits, read_prefix
+from modeling_protogen.objectives import reconstruction_loss
 from modeling_protogen.proto_tokens import build_layout, fill_slots
 
 VARIANTS = [
@@ -139,8 +139,8 @@ def test_reusing_the_prompts_cache_changes_neither_logits_nor_gradients(
     batch = processor(INSTRUCTIONS, CONTEXTS)
     prompt = batch["decoder_prompt_ids"], batch["decoder_prompt_mask"]
     assert (prompt[1].sum(1) < prompt[1].shape[1]).any(), "the prompts must be ragged"
-    monkeypatch.setattr(prefix, "GROUP_TOKENS", group_tokens)
-    assert len(prefix.rows_of_like_lengths(prompt[1])) == (1 if group_tokens > 100 else 3)
+    monkeypatch.setattr(frozen_decoder, "GROUP_TOKENS", group_tokens)
+    assert len(frozen_decoder.bucket_by_length(prompt[1])) == (1 if group_tokens > 100 else 3)
     layout = build_layout(torch.tensor([5, 2, 8]), "e_mN", chunk_size=8, num_chunks=1)
     results = []
     for cached in (False, True):
@@ -338,15 +338,15 @@ def test_rows_of_like_lengths_give_the_same_states(build, decoder_dir, monkeypat
     ids, mask = batch["decoder_prompt_ids"], batch["decoder_prompt_mask"]
     cache, states = read_prefix(model.decoder, ids, mask, [0, 2])
     assert states.shape[2] == 2
-    assert len(prefix.rows_of_like_lengths(mask)) == 1
+    assert len(frozen_decoder.bucket_by_length(mask)) == 1
 
-    monkeypatch.setattr(prefix, "GROUP_TOKENS", 2 * mask.sum(1).median().item())
-    groups = prefix.rows_of_like_lengths(mask)
+    monkeypatch.setattr(frozen_decoder, "GROUP_TOKENS", 2 * mask.sum(1).median().item())
+    groups = frozen_decoder.bucket_by_length(mask)
     assert len(groups) > 1
     assert sorted(torch.cat([rows for rows, _ in groups]).tolist()) == [0, 1, 2, 3]
     for (rows, length), (longer_rows, _) in pairwise(groups):
         assert mask[rows].sum(1).max() == length <= mask[longer_rows].sum(1).min()
-        assert len(rows) * length <= prefix.GROUP_TOKENS
+        assert len(rows) * length <= frozen_decoder.GROUP_TOKENS
     grouped_cache, grouped = read_prefix(model.decoder, ids, mask, [0, 2])
     torch.testing.assert_close(grouped[mask.bool()], states[mask.bool()], atol=1e-5, rtol=1e-4)
     for layer, expected in zip(grouped_cache.layers, cache.layers, strict=True):
@@ -362,7 +362,7 @@ def test_the_encoder_reads_rows_of_like_lengths_with_the_same_states_and_gradien
     assert (mask.sum(1) < mask.shape[1]).any(), "the instructions must be ragged"
     found = []
     for group_tokens in (512, 1):
-        monkeypatch.setattr(prefix, "GROUP_TOKENS", group_tokens)
+        monkeypatch.setattr(frozen_decoder, "GROUP_TOKENS", group_tokens)
         model.zero_grad()
         states = model.encode(ids, mask)[0]
         states[mask.bool()].square().sum().backward()

@@ -5,7 +5,7 @@ import torch
 from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS, save_decoder, set_dropout
 from transformers import AutoModelForCausalLM
 
-from modeling_protogen.prefix import read_prefix
+from modeling_protogen.frozen_decoder import read_prefix
 from trainers import prompt_store
 from trainers.prompt_store import PromptStore
 
@@ -39,7 +39,7 @@ def test_a_model_learns_the_same_from_stored_prompts(build, decoder_dir, source,
 
     expected, expected_gradients = learned()
     answers = model.generate(**prompt)
-    model.read_prompt = PromptStore(tmp_path / "prompts", model.decoder, model.config.layers_read)
+    model.prompt_store = PromptStore(tmp_path / "prompts", model.decoder, model.config.layers_read)
     for _ in range(2):
         loss, gradients = learned()
         torch.testing.assert_close(loss, expected)
@@ -77,13 +77,17 @@ def test_other_batches_and_other_processes_find_what_is_there(build, llama_dir, 
     assert len(PromptStore(tmp_path, model.decoder, layers)) == 4
 
 
-def test_who_needs_no_states_gets_none_of_those_that_are_there(build, llama_dir, tmp_path, reads):
+def test_who_needs_fewer_states_gets_those(build, llama_dir, tmp_path, reads):
     model, processor = build(llama_dir, decoder_sees_prompt=True)
     store, inputs = PromptStore(tmp_path, model.decoder, [0, 2]), processor(INSTRUCTIONS, CONTEXTS)
     prompt = inputs["decoder_prompt_ids"], inputs["decoder_prompt_mask"]
     assert store(model.decoder, *prompt, [])[1] is None
-    assert store(model.decoder, *prompt, [0, 2])[1].shape[2] == 2
+    both, last = (store(model.decoder, *prompt, layers)[1] for layers in ([0, 2], [2]))
+    assert torch.equal(both[:, :, 1:], last)
+    assert not torch.equal(both[:, :, :1], last)
     assert reads == [3]
+    with pytest.raises(ValueError, match=r"keeps the states of layers \[0, 2\], not those of \[1\]"):
+        store(model.decoder, *prompt, [1, 2])
 
 
 def test_a_store_is_of_one_decoder_and_its_layers(decoder, tmp_path):

@@ -11,8 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from modeling_protogen import ProtoGenForConditionalGeneration
-from modeling_protogen.modeling_protogen import joined_inputs
-from modeling_protogen.prefix import new_cache
+from modeling_protogen.frozen_decoder import joined_inputs, new_cache
 from modeling_protogen.proto_tokens import fill_slots
 from modeling_protogen.slot_adapters import LowRank, SlotAdapters, slots_at_the_end
 from trainers.data import Example, ProtoGenCollator

@@ -7,7 +7,7 @@ import torch
 from conftest import CONTEXTS, INSTRUCTIONS, stir_slot_adapters
 
 from modeling_protogen import ProtoGenForConditionalGeneration
-from modeling_protogen.autoregressive import TextSoFar
+from modeling_protogen.autoregressive import DecoderState
 from modeling_protogen.block_decoding import Instruction, read_and_draft
 from modeling_protogen.proto_tokens import position_ids
 
@@ -115,7 +115,7 @@ def test_right_drafts_are_kept_and_save_passes(build, llama_dir, monkeypatch):
 
 def plan_drafts(monkeypatch, expected, prompt_lengths, num_right):
     """Drafts that are right in the first `num_right(size)` places after the certain token, and wrong after that."""
-    read = TextSoFar.read
+    read = DecoderState.read
 
     def planned(self, embeds, mask, predicts, num_slots=0):
         is_draft = self.cache is not None and not predicts.all()
@@ -131,7 +131,7 @@ def plan_drafts(monkeypatch, expected, prompt_lengths, num_right):
                     table[row, slot, (token + (slot > right)) % table.shape[2]] = 1e4
         return logits
 
-    monkeypatch.setattr(TextSoFar, "read", planned)
+    monkeypatch.setattr(DecoderState, "read", planned)
 
 
 def test_texts_of_a_batch_grow_at_different_paces(build, decoder_dir, monkeypatch):
@@ -204,7 +204,7 @@ def test_drafts_are_what_training_on_continuations_sees(build, decoder_dir, sour
     with torch.no_grad():
         trained = model(**batch, first_tokens=batch["labels"][:, 0]).logits.view(2, len(after), -1)[:, -len(rest) :]
         prompt = [plain[name] for name in ("decoder_prompt_ids", "decoder_prompt_mask")]
-        text = TextSoFar(model.decoder, *prompt, model.config.layers_read)
+        text = DecoderState(model.decoder, *prompt, model.config.layers_read)
         given = Instruction(*model.encode(batch.get("input_ids"), batch.get("attention_mask")), None)
         last = torch.full((2, 1), last)
         drafted = read_and_draft(model, text, last, torch.ones_like(last), len(rest), lambda: given)
@@ -219,7 +219,7 @@ def test_slots_for_the_first_tokens_are_those_of_training_but_where_the_decoder_
     with torch.no_grad():
         trained = model(**batch).logits.view(2, 4, -1)
         own = model.decoder(prompt[0], attention_mask=prompt[1], position_ids=position_ids(prompt[1])).logits[:, -1]
-        text = TextSoFar(model.decoder, *(part[:, :-1] for part in prompt), [])
+        text = DecoderState(model.decoder, *(part[:, :-1] for part in prompt), [])
         given = Instruction(*model.encode(batch["input_ids"], batch["attention_mask"]), None)
         last = [part[:, -1:] for part in prompt]
         drafted = read_and_draft(model, text, *last, 4, lambda: given)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from datasets import load_dataset, load_from_disk
 
-from modeling_protogen.modeling_protogen import IGNORE_INDEX
+from modeling_protogen.objectives import IGNORE_INDEX
 from modeling_protogen.processing_protogen import ProtoGenProcessor
 
 from .alignment import durations

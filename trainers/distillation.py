@@ -3,9 +3,9 @@
 import torch
 from transformers import Cache, PreTrainedModel
 
-from modeling_protogen.autoregressive import own_logits
-from modeling_protogen.modeling_protogen import IGNORE_INDEX
-from modeling_protogen.prefix import read_prefix
+from modeling_protogen.autoregressive import teacher_forced_logits
+from modeling_protogen.frozen_decoder import read_prefix
+from modeling_protogen.objectives import IGNORE_INDEX
 
 
 def teacher_top_k(
@@ -31,6 +31,6 @@ def teacher_top_k(
     prompt = prompt_ids, prompt_mask
     if prompt_cache is None:
         prompt_cache, _ = read_prefix(decoder, *prompt, [])
-    logits = own_logits(decoder, *prompt, answers.clamp_min(0), answers != IGNORE_INDEX, prompt_cache)
+    logits = teacher_forced_logits(decoder, *prompt, answers.clamp_min(0), answers != IGNORE_INDEX, prompt_cache)
     values, ids = logits.topk(top_k)
     return ids, values.float().softmax(-1)

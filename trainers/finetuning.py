@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, ProgressCallback, TrainingArguments
 
 from modeling_protogen import ProtoGenProcessor
-from modeling_protogen.modeling_protogen import IGNORE_INDEX, reconstruction_loss
+from modeling_protogen.objectives import IGNORE_INDEX, reconstruction_loss
 from modeling_protogen.proto_tokens import position_ids
 
 from .data import Example

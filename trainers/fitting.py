@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modeling_protogen.modeling_protogen import joined_inputs, sink_ids
+from modeling_protogen.frozen_decoder import check_decoder, embedding_std, joined_inputs, logits_of, sink_ids
 from modeling_protogen.proto_tokens import build_layout, fill_slots
 
 from .grouped_attention import use_grouped_attention
@@ -158,7 +158,7 @@ class ProtoTokenFitter:
         args (`FittingArguments`)
 
     Raises:
-        ValueError: if the decoder lacks the sink that `info` asks for, or does anything between its body and its head.
+        ValueError: if the decoder lacks the sink that `info` asks for, or cannot serve ([`check_decoder`]).
     """
 
     def __init__(self, decoder: PreTrainedModel, info: BankInfo, args: FittingArguments):
@@ -166,12 +166,13 @@ class ProtoTokenFitter:
             raise ValueError("sink=bos needs a decoder with a bos_token_id; this one has none: fit with sink=none.")
         self.decoder = decoder.requires_grad_(False).eval()
         use_grouped_attention(decoder)
-        self.body, self.head = body_and_head(decoder)
+        check_decoder(decoder)
+        self.body = decoder.base_model
         if args.fit_compile:
             self.body = torch.compile(self.body, dynamic=True)
         self.info = info
         self.args = args
-        self.init_std = args.fit_init_std or decoder.get_input_embeddings().weight.float().std().item()
+        self.init_std = args.fit_init_std or embedding_std(decoder)
         self.busy_tokens = BUSY_TOKENS.get(decoder.device.type, BUSY_TOKENS_ACCELERATOR)
         # Positions that the decoder was run on so far, and those of them that were padding.
         self.num_positions = self.num_padding = 0
@@ -279,7 +280,7 @@ class ProtoTokenFitter:
         e, m = entry.e.to(self.decoder.device), entry.m.to(self.decoder.device)
         with torch.no_grad():
             states, targets = self._answer_states([TextFit(Text(entry.id, entry.token_ids), e, m)])
-            return (self.head(states).max(-1).indices == targets).float().mean().item()
+            return (logits_of(self.decoder, states).max(-1).indices == targets).float().mean().item()
 
     def num_slots(self, texts: list[Text]) -> int:
         """
@@ -398,12 +399,12 @@ class ProtoTokenFitter:
         """At most MAX_FLOAT_LOGITS are alive at once."""
         states, targets = self._answer_states(fits)
         weights = torch.cat([self._token_weights(fit) for fit in fits]).to(states.device)
-        rows = max(1, MAX_FLOAT_LOGITS // self.head.weight.shape[0])
+        rows = max(1, MAX_FLOAT_LOGITS // self.decoder.config.get_text_config().vocab_size)
         losses, correct, gradients = [], [], []
         for part, target, weight in zip(
             states.detach().split(rows), targets.split(rows), weights.split(rows), strict=True
         ):
-            logits = self.head(part.requires_grad_())
+            logits = logits_of(self.decoder, part.requires_grad_())
             loss = F.cross_entropy(logits.float(), target, reduction="none")
             gradients.append(torch.autograd.grad((loss * weight).sum(), part)[0])
             losses.append(loss.detach())
@@ -458,24 +459,6 @@ class ProtoTokenFitter:
     def _confirmed(self, fit: TextFit) -> BankEntry:
         has_margin = fit.score >= (1.0, SAFE_PROBABILITY)
         return fit.best if has_margin else replace(fit.best, accuracy=self.measure(fit.best))
-
-
-def body_and_head(decoder: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-    """
-    The part of a causal language model that makes its last states, and the linear layer that makes logits of them.
-
-    Raises:
-        ValueError: if the two do not make the model's logits.
-    """
-    body, head = decoder.base_model, decoder.get_output_embeddings()
-    ids = torch.arange(4, device=decoder.device)[None]
-    with torch.no_grad():
-        if not torch.allclose(head(body(ids).last_hidden_state), decoder(ids).logits, atol=1e-2, rtol=1e-2):
-            raise ValueError(
-                f"{type(decoder).__name__} changes its logits after the output layer (soft-capping or scaling), which "
-                "fitting does not know."
-            )
-    return body, head
 
 
 def passes(fits: list[TextFit], max_tokens: int) -> Iterator[list[TextFit]]:

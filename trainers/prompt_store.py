@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Cache, PreTrainedModel
 
-from modeling_protogen.prefix import keeps_all_positions, new_cache, padded_left, read_prefix
+from modeling_protogen.frozen_decoder import is_full_attention, new_cache, padded_left, read_prefix
 
 from .files import write_atomically
 from .proto_bank import decoder_fingerprint
@@ -37,7 +37,7 @@ class PromptStore:
 
     def __init__(self, folder: str | Path, decoder: PreTrainedModel, layers: list[int]):
         self.folder, self.layers = Path(folder), layers
-        if not keeps_all_positions(new_cache(decoder)):
+        if not is_full_attention(new_cache(decoder)):
             raise ValueError("a prompt store needs a decoder whose layers attend to all positions; leave it out.")
         info = {"decoder": decoder_fingerprint(decoder), "dtype": str(decoder.dtype), "layers": layers}
         path = self.folder / INFO_NAME
@@ -70,7 +70,15 @@ class PromptStore:
     def __call__(
         self, decoder: PreTrainedModel, prefix_ids: torch.LongTensor, prefix_mask: torch.Tensor, layers: list[int]
     ) -> tuple[Cache, torch.Tensor | None]:
-        """As [`read_prefix`]."""
+        """
+        As [`read_prefix`].
+
+        Raises:
+            ValueError: if states of a layer are asked for that the store does not keep.
+        """
+        lacking = sorted({*layers} - {*self.layers})
+        if lacking:
+            raise ValueError(f"{self.folder} keeps the states of layers {self.layers}, not those of {lacking}.")
         names = [_name(ids[mask.bool()]) for ids, mask in zip(prefix_ids, prefix_mask, strict=True)]
         if any(name not in self._files for name in names):
             self._open_new_files()
@@ -85,7 +93,10 @@ class PromptStore:
         cache = new_cache(decoder)
         for number, layer in enumerate(stacked(KEYS_AND_VALUES).unflatten(1, (-1, 2)).unbind(1)):
             cache.update(*layer.unbind(1), number)
-        return cache, stacked(STATES).transpose(1, 2) if layers else None
+        if not layers:
+            return cache, None
+        places = [self.layers.index(layer) for layer in layers]
+        return cache, stacked(STATES)[:, places].transpose(1, 2)
 
     def _store(self, names: list[str], decoder, ids: torch.LongTensor, mask: torch.Tensor) -> None:
         cache, states = read_prefix(decoder, ids, mask, self.layers)

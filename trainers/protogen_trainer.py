@@ -14,7 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from modeling_protogen.modeling_protogen import IGNORE_INDEX, likeliest_tokens
+from modeling_protogen.objectives import IGNORE_INDEX, argmax_tokens
 
 from .averaging import WeightAverage
 from .distillation import teacher_top_k
@@ -156,13 +156,13 @@ class ProtoGenTrainer(ExampleTrainer):
         if "soft_reconstruction" in self.args.losses:
             wanted["label_targets"] = labels
         if "on_policy" in self.args.losses:
-            wanted["on_policy_targets"] = likeliest_tokens(outputs.logits, labels)
+            wanted["on_policy_targets"] = argmax_tokens(outputs.logits, labels)
         if not wanted:
             return {}
         model, cache = self.accelerator.unwrap_model(model), outputs.prompt_cache
         prompt = inputs["decoder_prompt_ids"], inputs["decoder_prompt_mask"]
         if cache is None:
-            cache, _ = model.read_prompt(model.decoder, *prompt, [])
+            cache, _ = model.read_prompt(*prompt, [])
         return {
             name: teacher_top_k(model.decoder, *prompt, answers, self.args.teacher_top_k, cache)
             for name, answers in wanted.items()
@@ -230,7 +230,7 @@ class ProtoGenTrainer(ExampleTrainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
             if prediction_loss_only:
                 return loss, None, None
-            tokens = likeliest_tokens(outputs.logits, labels)
+            tokens = argmax_tokens(outputs.logits, labels)
             prompt = {
                 name: value for name, value in inputs.items() if name not in (*LOSS_INPUTS, "labels", "length_labels")
             }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from modeling_protogen.modeling_protogen import joined_inputs, sink_ids
+from modeling_protogen.frozen_decoder import joined_inputs, logits_of, sink_ids
 from modeling_protogen.proto_tokens import build_layout, fill_slots
 
 BATCH_TOKENS = 1024
@@ -70,7 +70,7 @@ class Reader:
                 states = self.decoder.base_model(use_cache=False, **inputs).last_hidden_state[predicts]
             for state in states.split(lengths[part]):
                 with torch.no_grad():
-                    yield self.decoder.get_output_embeddings()(state).float()
+                    yield logits_of(self.decoder, state).float()
 
     def read(self, e: torch.Tensor, m: torch.Tensor, lengths: list[int]) -> list[list[int]]:
         """The likeliest token at each position of each text."""

@@ -162,10 +162,10 @@ def training_speed(arguments) -> None:
     figures["model_flops_utilisation"] = figures["teraflops_per_second"] / figures["peak_teraflops_per_second"]
     if model.config.decoder_sees_prompt:
         with tempfile.TemporaryDirectory() as folder:
-            model.read_prompt = PromptStore(folder, model.decoder, model.config.layers_read)
+            model.prompt_store = PromptStore(folder, model.decoder, model.config.layers_read)
             for batch in map(collate, parts):
                 prompt = batch["decoder_prompt_ids"].to(device), batch["decoder_prompt_mask"].to(device)
-                model.read_prompt(model.decoder, *prompt, model.config.layers_read)
+                model.read_prompt(*prompt, model.config.layers_read)
             stored = timed_steps(model, collate, parts, warm_up)
         figures["milliseconds_a_step_with_stored_prompts"] = stored["milliseconds_a_step"]
     content = report.result(

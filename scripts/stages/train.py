@@ -82,7 +82,7 @@ def train(
     if run.start_from:
         start_from(model, run.start_from)
     if run.prompt_store:
-        model.read_prompt = PromptStore(run.prompt_store, model.decoder, model.config.layers_read)
+        model.prompt_store = PromptStore(run.prompt_store, model.decoder, model.config.layers_read)
     if model_args.encoder_lora_rank:
         add_lora(model, model_args.encoder_lora_rank)
     processor = load_processor(model_args, model.config.max_answer_length)

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modeling_protogen.modeling_protogen import IGNORE_INDEX, ProtoGenOutput
+from modeling_protogen.modeling_protogen import ProtoGenOutput
+from modeling_protogen.objectives import IGNORE_INDEX, mean_over_texts
 
 
 class DurationLoss(nn.Module):
@@ -29,5 +30,4 @@ class DurationLoss(nn.Module):
             return outputs.duration_logits.sum() * 0
         logits = outputs.duration_logits.float()
         nll = F.cross_entropy(logits[mask], batch["durations"][mask], reduction="none")
-        weight = mask / mask.sum(1, keepdim=True).clamp_min(1)
-        return (nll * weight[mask]).sum() / mask.any(1).sum()
+        return mean_over_texts(nll, mask[mask.any(1)])

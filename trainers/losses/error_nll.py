@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from modeling_protogen.modeling_protogen import IGNORE_INDEX, ProtoGenOutput, gaussian_nll, likeliest_tokens
+from modeling_protogen.modeling_protogen import ProtoGenOutput
+from modeling_protogen.objectives import IGNORE_INDEX, argmax_tokens, gaussian_nll
 
 
 class ErrorNLLLoss(nn.Module):
@@ -28,6 +29,6 @@ class ErrorNLLLoss(nn.Module):
 
     def forward(self, outputs: ProtoGenOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         labels = batch["labels"]
-        wrong = likeliest_tokens(outputs.logits, labels) != labels
+        wrong = argmax_tokens(outputs.logits, labels) != labels
         share = wrong.sum(-1) / (labels != IGNORE_INDEX).sum(-1)
         return gaussian_nll(outputs.error_mean, outputs.error_variance, share)

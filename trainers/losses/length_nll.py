@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from modeling_protogen.modeling_protogen import IGNORE_INDEX, ProtoGenOutput, length_nll
+from modeling_protogen.modeling_protogen import ProtoGenOutput
+from modeling_protogen.objectives import IGNORE_INDEX, length_nll
 
 
 class LengthNLLLoss(nn.Module):

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from modeling_protogen.modeling_protogen import ProtoGenOutput, reconstruction_loss
+from modeling_protogen.modeling_protogen import ProtoGenOutput
+from modeling_protogen.objectives import reconstruction_loss
 
 
 class ReconstructionLoss(nn.Module):

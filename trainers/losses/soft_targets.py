@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from modeling_protogen.modeling_protogen import IGNORE_INDEX, ProtoGenOutput, log_probabilities
+from modeling_protogen.modeling_protogen import ProtoGenOutput
+from modeling_protogen.objectives import IGNORE_INDEX, log_probabilities, mean_over_texts
 
 
 class SoftTargetLoss(nn.Module):
@@ -31,9 +32,7 @@ class SoftTargetLoss(nn.Module):
     def forward(self, outputs: ProtoGenOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         ids, q = batch[self.targets]
         log_p = log_probabilities(outputs.logits, ids)
-        lengths = (batch["labels"] != IGNORE_INDEX).sum(-1)
-        weight = (1 / lengths).repeat_interleave(lengths) / len(lengths)
-        return -((q * log_p).sum(-1) * weight).sum()
+        return mean_over_texts(-(q * log_p).sum(-1), batch["labels"] != IGNORE_INDEX)
 
 
 class SoftReconstructionLoss(SoftTargetLoss):

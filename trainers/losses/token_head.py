@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modeling_protogen.modeling_protogen import IGNORE_INDEX, ProtoGenOutput
+from modeling_protogen.modeling_protogen import ProtoGenOutput
+from modeling_protogen.objectives import IGNORE_INDEX, mean_over_texts
 
 # Tokens drawn by chance that the batch's own are told apart from.
 NUM_NEGATIVES = 2048
@@ -44,8 +45,7 @@ class TokenHeadLoss(nn.Module):
         vectors = F.rms_norm(outputs.e[:, : labels.shape[1], 0][is_token].float(), outputs.e.shape[-1:])
         logits = self.log_scale.exp() * vectors @ embeddings[vocabulary].float().T
         nll = F.cross_entropy(logits, torch.searchsorted(vocabulary, labels[is_token]), reduction="none")
-        weight = is_token / is_token.sum(1, keepdim=True)
-        return (nll * weight[is_token]).sum() / len(labels)
+        return mean_over_texts(nll, is_token)
 
 
 def head_tokens(vectors: torch.Tensor, embeddings: torch.Tensor) -> torch.LongTensor:

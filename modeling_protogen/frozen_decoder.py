@@ -1,0 +1,271 @@
+"""
+All that we assume of a frozen decoder: how wide it is, its states and logits, how it reads a prefix and remembers it,
+and where proto-tokens stand behind that. On a CPU prefixes of similar lengths are read together, as reading padding
+takes as long there as reading text.
+"""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.utils import ModelOutput
+
+from .proto_tokens import Layout, position_ids, predicting_positions
+from .slot_adapters import slots_at_the_end
+
+# What a decoder's `forward` must take. Where it takes no `position_ids` it counts the mask itself (BLOOM, MPT).
+NEEDED_INPUTS = ("inputs_embeds", "attention_mask", "past_key_values", "logits_to_keep")
+# A pass over more tokens costs a CPU no less a token. A GPU is faster with few passes, padding and all.
+GROUP_TOKENS = 512
+
+
+@torch.no_grad()
+def embedding_std(decoder: PreTrainedModel) -> float:
+    """Standard deviation of the input embeddings' elements as the first layer gets them; Gemma scales them up."""
+    embed = decoder.get_input_embeddings()
+    ids = torch.arange(min(1000, embed.weight.shape[0]), device=embed.weight.device)
+    scale = embed(ids).float().std() / embed.weight[ids].float().std()
+    return (scale * embed.weight.float().std()).item()
+
+
+def logits_of(decoder: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """
+    The logits `(..., vocab)` that the decoder makes of its last states `(..., dim)`: its output layer, then the scaling
+    of Granite or Cohere, or the soft-capping of Gemma.
+    """
+    logits = decoder.get_output_embeddings()(states)
+    config = decoder.config.get_text_config().to_dict()
+    if (divisor := config.get("logits_scaling")) is not None:
+        logits = logits / divisor
+    if (factor := config.get("logit_scale")) is not None:
+        logits = logits * factor
+    if (cap := config.get("final_logit_softcapping")) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+@torch.no_grad()
+def check_decoder(decoder: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: if the model cannot serve as a decoder; the message says why.
+    """
+    name = type(decoder).__name__
+    missing = [x for x in NEEDED_INPUTS if x not in inspect.signature(type(decoder).forward).parameters]
+    if missing:
+        raise ValueError(
+            f"{name} cannot be the frozen decoder: its forward takes no {', '.join(missing)}; choose a causal language "
+            "model with attention in all of its layers."
+        )
+    if any(not isinstance(layer, DynamicLayer) for layer in new_cache(decoder).layers):
+        raise ValueError(
+            f"{name} cannot be the frozen decoder: some of its layers keep a recurrent state, which cannot be cut back "
+            "to a prefix; choose a causal language model with attention in all of its layers."
+        )
+    ids = torch.arange(4, device=decoder.device)[None]
+    expected = decoder(ids, use_cache=False).logits
+    found = logits_of(decoder, decoder.base_model(ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(found, expected, atol=1e-2, rtol=1e-2):
+        raise ValueError(
+            f"{name} cannot be the frozen decoder: it changes its logits after the output layer in a way that is not "
+            "known here; `logits_of` in modeling_protogen/frozen_decoder.py is where to add it."
+        )
+
+
+def new_cache(decoder: PreTrainedModel) -> DynamicCache:
+    """An empty cache that [`crop_cache`] can cut, also where a layer attends to a sliding window."""
+    cache = DynamicCache(config=decoder.config)
+    cache.activate_past_recording()
+    return cache
+
+
+def is_full_attention(cache: Cache) -> bool:
+    """Whether no layer keeps a part of what it read only, as those do that attend to a sliding window."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def padded_left(part: torch.Tensor, length: int) -> torch.Tensor:
+    """Keys, values or states `(..., positions, dim)` with zeros before them, `(..., length, dim)`."""
+    return F.pad(part, (0, 0, length - part.shape[-2], 0))
+
+
+def crop_cache(cache: Cache, length: int) -> None:
+    """Forgets what was read after the first `length` positions."""
+    # Counted from its end: 0 would be nothing left.
+    if cache.get_seq_length() > length:
+        cache.crop(length - cache.get_seq_length())
+
+
+def logits_after(
+    decoder: PreTrainedModel,
+    cache: Cache | None,
+    start: int,
+    attention_mask: torch.Tensor,
+    predicts: torch.Tensor,
+    **inputs: torch.Tensor,
+) -> torch.Tensor:
+    """
+    The decoder's logits `(positions, vocab)` where `predicts`. With a cache of the inputs' first positions it reads
+    from position `start` only, and leaves the cache as it was.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch, length)`)
+        predicts (`torch.Tensor` of shape `(batch, length)`): or places from the end, `(places,)`, the same in all rows.
+        inputs: tensors of shape `(batch, length, ...)`.
+    """
+    if cache is None:
+        return decoder(attention_mask=attention_mask, logits_to_keep=predicts, use_cache=False, **inputs).logits
+    length = cache.get_seq_length()
+    crop_cache(cache, start)
+    logits = decoder(
+        attention_mask=attention_mask,
+        logits_to_keep=predicts[:, start:] if predicts.dim() == 2 else predicts,
+        past_key_values=cache,
+        use_cache=True,
+        **{name: tensor[:, start:] for name, tensor in inputs.items()},
+    ).logits
+    crop_cache(cache, length)
+    return logits
+
+
+def bucket_by_length(mask: torch.Tensor) -> list[tuple[torch.LongTensor, int]]:
+    """
+    Groups of the rows of a mask `(batch, length)`: the rows' numbers, and how many positions the longest has. As many
+    rows of growing lengths in each as make `GROUP_TOKENS` positions; all in one group on a GPU.
+    """
+    lengths = mask.sum(1)
+    if mask.device.type != "cpu":
+        return [(torch.arange(len(mask), device=mask.device), mask.shape[1])]
+    groups = []
+    for row in lengths.argsort(stable=True):
+        if not groups or (len(groups[-1]) + 1) * lengths[row] > GROUP_TOKENS:
+            groups.append([])
+        groups[-1].append(row)
+    return [(torch.stack(rows), lengths[rows[-1]].item()) for rows in groups]
+
+
+def states_of(output: ModelOutput, layers: list[int]) -> torch.Tensor:
+    """
+    A pass's hidden states of these layers, 0 being the first layer's input: `(batch, length, layers, dim)`, narrower
+    ones with zeros at their end.
+    """
+    states = [output.hidden_states[layer] for layer in layers]
+    widest = max(state.shape[-1] for state in states)
+    return torch.stack([F.pad(state, (0, widest - state.shape[-1])) for state in states], dim=2)
+
+
+@torch.no_grad()
+def read_prefix(
+    decoder: PreTrainedModel, prefix_ids: torch.LongTensor, prefix_mask: torch.Tensor, layers: list[int]
+) -> tuple[Cache, torch.Tensor | None]:
+    """
+    Keys and values of a prefix `(batch, prefix)`, padded on the left, and the decoder's hidden states of these layers
+    `(batch, prefix, layers, dim)`, None of none. What they are at padding is of no meaning.
+    """
+
+    def read(rows, length):
+        ids, mask = prefix_ids[rows, -length:], prefix_mask[rows, -length:]
+        cache = new_cache(decoder)
+        output = decoder.base_model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids(mask),
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=bool(layers),
+        )
+        return cache, states_of(output, layers) if layers else None
+
+    longest, groups = prefix_ids.shape[1], bucket_by_length(prefix_mask)
+    if len(groups) == 1:
+        return read(slice(None), longest)
+    cache = new_cache(decoder)
+    if not is_full_attention(cache):
+        return read(slice(None), longest)
+
+    # Back in the order of the batch.
+    places = torch.cat([rows for rows, _ in groups]).argsort()
+
+    def joined(parts):
+        return torch.cat([padded_left(part, longest) for part in parts])[places]
+
+    caches, states = zip(*(read(*group) for group in groups), strict=True)
+    for number, parts in enumerate(zip(*(part.layers for part in caches), strict=True)):
+        cache.update(joined([layer.keys for layer in parts]), joined([layer.values for layer in parts]), number)
+    if not layers:
+        return cache, None
+    return cache, joined([part.transpose(1, 2) for part in states]).transpose(1, 2)
+
+
+def sink_ids(decoder_config: PreTrainedConfig, sink: str, batch: int, device: torch.device) -> torch.LongTensor:
+    """The prefix of a decoder that sees no prompt: `(batch, 1)` BOS ids, or `(batch, 0)` for `sink="none"`."""
+    if sink == "none":
+        return torch.empty(batch, 0, dtype=torch.long, device=device)
+    return torch.full((batch, 1), decoder_config.get_text_config().bos_token_id, device=device)
+
+
+def joined_inputs(
+    decoder: PreTrainedModel,
+    slots: torch.Tensor,
+    layout: Layout,
+    prefix_ids: torch.LongTensor,
+    prefix_mask: torch.Tensor | None = None,
+    num_own_tokens: int = 0,
+) -> tuple[dict[str, torch.Tensor], torch.BoolTensor]:
+    """
+    `[prefix][slots]` as the decoder takes it in one pass, and a mask `(batch, prefix + slots)` of the positions that
+    predict an answer token. Arguments as in [`answer_logits`].
+    """
+    if prefix_mask is None:
+        prefix_mask = torch.ones_like(prefix_ids)
+    mask = torch.cat([prefix_mask.long(), layout.mask.long()], dim=1)
+    prefix = decoder.get_input_embeddings()(prefix_ids)
+    inputs = {
+        "inputs_embeds": torch.cat([prefix, slots.to(decoder.dtype)], dim=1),
+        "attention_mask": mask,
+        "position_ids": position_ids(mask),
+    }
+    return inputs, F.pad(predicting_positions(layout, num_own_tokens), (prefix_ids.shape[1] - num_own_tokens, 0))
+
+
+def answer_logits(
+    decoder: PreTrainedModel,
+    slots: torch.Tensor,
+    layout: Layout,
+    prefix_ids: torch.LongTensor,
+    prefix_mask: torch.Tensor | None = None,
+    num_own_tokens: int = 0,
+    prefix_cache: Cache | None = None,
+    places: torch.LongTensor | None = None,
+) -> torch.Tensor:
+    """
+    Runs the frozen decoder over `[prefix][slots]` and returns the logits at the answers' positions.
+
+    Args:
+        decoder (`PreTrainedModel`): a causal language model.
+        slots (`torch.Tensor` of shape `(batch, slots, dim)`): proto-tokens in their slots.
+        layout (`Layout`): what the slots are.
+        prefix_ids (`torch.LongTensor` of shape `(batch, prefix)`): sink or prompt; padded on the left; may be empty.
+        prefix_mask (`torch.Tensor` of shape `(batch, prefix)`, *optional*): 1 for real tokens; all by default.
+        num_own_tokens (`int`): answer tokens that the prefix's last positions predict, as after a prompt.
+        prefix_cache (`Cache`, *optional*): keys and values of the prefix, but for the tokens that it may lack at the
+            end, from [`read_prefix`]. In training this saves the prefix's backward pass; without gradients one joined
+            pass is faster.
+        places (`torch.LongTensor` of shape `(places,)`, *optional*):
+            Slots to predict from in all rows alike; -1 is the prefix's last position.
+
+    Returns:
+        `torch.Tensor` of shape `(answer_tokens, vocab)`, in the decoder's dtype, ordered text after text; with `places`
+        of shape `(batch, places, vocab)`.
+    """
+    inputs, predicts = joined_inputs(decoder, slots, layout, prefix_ids, prefix_mask, num_own_tokens)
+    if places is not None:
+        predicts = places - slots.shape[1]
+    # The prefix's last positions are read again where they predict. A boolean mask gathers the answer positions into
+    # one contiguous matrix before the language-model head: no logits at other positions, and none of the slowness of a
+    # linear layer on a strided bfloat16 slice on CPUs.
+    start = prefix_ids.shape[1] - num_own_tokens
+    with slots_at_the_end(slots.shape[1]):
+        return logits_after(decoder, prefix_cache, start, predicts=predicts, **inputs)

@@ -1,0 +1,166 @@
+"""Decoders of every family: fitting, one step and verified decoding hold in each, or one sentence refuses it."""
+
+from functools import wraps
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from modeling_protogen import ProtoGenConfig, ProtoGenForConditionalGeneration
+from modeling_protogen.autoregressive import teacher_forced_logits
+from modeling_protogen.frozen_decoder import check_decoder, logits_of
+from trainers.fitting import FittingArguments, ProtoTokenFitter, Text, TextFit
+from trainers.proto_bank import BankInfo, decoder_fingerprint
+
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4}
+LLAMA = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+OPT = {"num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": 64}
+FAMILIES = {
+    "gpt_neox": LLAMA,
+    "llama": LLAMA,
+    "gpt2": GPT,
+    "opt": OPT,
+    "opt narrow": OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "granite": LLAMA | {"logits_scaling": 8.0, "embedding_multiplier": 12.0},
+    "cohere": LLAMA | {"logit_scale": 0.25},
+    "gemma2": LLAMA | {"head_dim": 8, "final_logit_softcapping": 0.5, "sliding_window": 4},
+    "gemma3_text": LLAMA | {"head_dim": 8, "sliding_window": 4},
+    "qwen2": LLAMA,
+    "qwen3": LLAMA | {"head_dim": 8},
+    "mistral": LLAMA | {"sliding_window": 4},
+    "phi": LLAMA,
+}
+LENGTHS, TOKENS = [3, 7, 5], 8
+
+
+def tiny(family, fields):
+    torch.manual_seed(0)
+    special = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "initializer_range": 0.3}
+    config = AutoConfig.for_model(family.split()[0], vocab_size=64, hidden_size=32, **special, **fields)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def decoder(request):
+    return tiny(request.param, FAMILIES[request.param])
+
+
+@pytest.fixture
+def model(decoder):
+    config = ProtoGenConfig(
+        decoder_config=decoder.config.to_dict(),
+        latent_source="decoder",
+        decoder_sees_prompt=True,
+        first_tokens="decoder",
+        chunk_size=TOKENS,
+        predictor_dim=64,
+        num_source_layers=1,
+        num_query_layers=1,
+        # In OPT some layers read no (batch, length, dim).
+        slot_adapter_rank=0 if decoder.config.model_type == "opt" else 2,
+    )
+    return ProtoGenForConditionalGeneration(config, decoder=decoder).eval()
+
+
+@pytest.fixture
+def prompts():
+    """Prompts of several lengths, padded on the left."""
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.arange(max(LENGTHS)) >= max(LENGTHS) - torch.tensor(LENGTHS)[:, None]
+    return {
+        "decoder_prompt_ids": torch.randint(3, 64, mask.shape, generator=generator) * mask,
+        "decoder_prompt_mask": mask.long(),
+    }
+
+
+def alone(prompts, row):
+    return {name: part[row : row + 1, -LENGTHS[row] :] for name, part in prompts.items()}
+
+
+def test_it_is_taken_and_its_logits_are_known(decoder):
+    check_decoder(decoder)
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        states = decoder.base_model(ids).last_hidden_state
+        torch.testing.assert_close(logits_of(decoder, states), decoder(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_one_step_answers_do_not_depend_on_the_batch(model, prompts):
+    together = model.generate(**prompts, length=TOKENS)
+    assert together.shape == (3, TOKENS)
+    for row in range(3):
+        assert torch.equal(model.generate(**alone(prompts, row), length=TOKENS)[0], together[row])
+
+
+def test_the_first_tokens_are_the_decoders_own(model, prompts):
+    prediction = model.predict(**prompts)
+    answers = torch.zeros(3, 1, dtype=torch.long)
+    own = teacher_forced_logits(model.decoder, *prompts.values(), answers, torch.ones_like(answers, dtype=torch.bool))
+    torch.testing.assert_close(prediction.next_logits, own, atol=1e-4, rtol=1e-3)
+
+
+def test_verified_decoding_is_greedy(model, prompts):
+    has_window = model.config.decoder_text_config.to_dict().get("sliding_window") is not None
+    expected = []
+    for row in range(3):
+        inputs = alone(prompts, row)
+        ids, mask = inputs["decoder_prompt_ids"], inputs["decoder_prompt_mask"]
+        options = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+        expected.append(model.decoder.generate(input_ids=ids, attention_mask=mask, **options)[0, ids.shape[1] :])
+        found = model.generate(**inputs, mode="verified", max_new_tokens=TOKENS)
+        assert torch.equal(found[0], expected[row])
+    if not has_window:  # Of masked positions a window would take a part.
+        assert torch.equal(model.generate(**prompts, mode="verified", max_new_tokens=TOKENS), torch.stack(expected))
+
+
+def test_fitting_has_the_gradient_of_the_decoders_own_loss(decoder):
+    embed = decoder.get_input_embeddings()
+    dim = embed.weight.shape[1]
+    info = BankInfo("tiny", None, decoder_fingerprint(decoder), "e_mN", 4, 1, "per_example", "bos", dim)
+    fitter = ProtoTokenFitter(decoder, info, FittingArguments())
+    fit = TextFit(Text("a", [5, 9, 30]))
+    fitter.start(fit)
+    ((accuracy, least),) = fitter._scores_and_gradients([fit])
+    e, m = (vector.detach().clone().requires_grad_() for vector in (fit.e, fit.m))
+    embeds = torch.cat([embed(torch.tensor([1])), e[0], m.expand(3, -1)])
+    logits = decoder(inputs_embeds=embeds[None]).logits[0, 2:]
+    target = torch.tensor(fit.text.token_ids)
+    F.cross_entropy(logits, target).backward()
+    torch.testing.assert_close(fit.e.grad, e.grad, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(fit.m.grad, m.grad, atol=1e-6, rtol=1e-3)
+    assert accuracy == (logits.argmax(-1) == target).float().mean().item()
+    assert least == pytest.approx(logits.softmax(-1)[range(3), target].min().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("mamba", {"num_hidden_layers": 2, "state_size": 4}, "its forward takes no past_key_values"),
+        ("recurrent_gemma", LLAMA | {"lru_width": 32, "num_hidden_layers": 3}, "RecurrentGemmaForCausalLM cannot be"),
+        ("qwen3_next", LLAMA | {"head_dim": 8, "num_experts": 2}, "some of its layers keep a recurrent state"),
+    ],
+)
+def test_what_cannot_serve_is_refused(family, fields, message):
+    with pytest.raises(ValueError, match=message):
+        check_decoder(tiny(family, fields))
+
+
+def test_a_head_that_is_not_known_is_refused(decoder, tmp_path, monkeypatch):
+    if not isinstance(decoder, LlamaForCausalLM):
+        pytest.skip("one family is enough")
+    decoder.save_pretrained(tmp_path)
+    forward = LlamaForCausalLM.forward
+
+    @wraps(forward)
+    def doubled(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
+    with pytest.raises(ValueError, match="changes its logits after the output layer"):
+        ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(
+            None, str(tmp_path), latent_source="decoder", decoder_sees_prompt=True
+        )
