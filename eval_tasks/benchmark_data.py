@@ -5,13 +5,15 @@ with the Hub's fields: `mmlu_test.jsonl` and `mmlu_dev.jsonl`, `mmlu_pro_test.js
 `dolly_german.jsonl`. `snips_test.jsonl` is always read from a folder: `scripts/data` in the repository.
 """
 
-import hashlib
 import json
 from functools import lru_cache
 from pathlib import Path
 
 import datasets
 
+from trainers.data import is_held_out
+
+# What models have to have held out at least.
 DOLLY_HELD_OUT = 0.1
 
 
@@ -86,11 +88,5 @@ def held_out(data_dir: str | None, name: str, hub: tuple[str, str], instruction_
         rows = datasets.load_dataset(hub_id, split=split).to_list()
     else:
         rows = local_rows(data_dir, name)
-    rows = [row for row in rows if is_held_out(row[instruction_field])]
+    rows = [row for row in rows if is_held_out(row[instruction_field], DOLLY_HELD_OUT)]
     return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
-
-
-def is_held_out(instruction: str) -> bool:
-    """Training's own rule (`validation_share`): a hash of the instruction."""
-    digest = hashlib.sha256(instruction.strip().encode()).hexdigest()
-    return int(digest[:8], 16) / 16**8 < DOLLY_HELD_OUT

@@ -17,6 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
+from eval_tasks.benchmark_data import DOLLY_HELD_OUT
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.generation_protogen import MODES
 from modeling_protogen.objectives import IGNORE_INDEX, argmax_tokens, log_probabilities
@@ -206,7 +207,17 @@ class ProtoGenLM(HFLM):
         is_likeliest = (argmax_tokens(logits, labels) == labels).all(-1)
         return list(zip(log_p.sum(-1).tolist(), is_likeliest.tolist(), strict=True))
 
+    def _check_held_out(self, requests) -> None:
+        share = self.protogen.config.validation_share
+        asks_dolly = any((request.task_name or "").startswith("protogen_dolly") for request in requests)
+        if asks_dolly and share is not None and share < DOLLY_HELD_OUT:
+            raise ValueError(
+                f"protogen_dolly asks a share of {DOLLY_HELD_OUT} of Dolly and this model's training held out {share} "
+                f"(validation_share): train with at least {DOLLY_HELD_OUT}."
+            )
+
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        self._check_held_out(requests)
         start = time.perf_counter()
         answers = []
         order = Collator(

@@ -100,6 +100,9 @@ class ProtoGenConfig(PreTrainedConfig):
     # From a share of right tokens to the uncertainty up to which held-out answers, all together, had it; measured.
     abstention_thresholds: dict[str, float] | None = None
 
+    # Share of the instructions that training held out, by `is_held_out`; `None` before training.
+    validation_share: float | None = None
+
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

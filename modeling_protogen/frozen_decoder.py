@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
 from .proto_tokens import Layout, position_ids, predicting_positions
@@ -64,6 +65,8 @@ def check_decoder(decoder: PreTrainedModel) -> None:
             f"{name} cannot be the frozen decoder: some of its layers keep a recurrent state, which cannot be cut back "
             "to a prefix; choose a causal language model with attention in all of its layers."
         )
+    if is_deepspeed_zero3_enabled():  # Spread over processes, it cannot run yet.
+        return
     ids = torch.arange(4, device=decoder.device)[None]
     expected = decoder(ids, use_cache=False).logits
     found = logits_of(decoder, decoder.base_model(ids, use_cache=False).last_hidden_state)

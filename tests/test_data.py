@@ -11,6 +11,7 @@ from trainers.data import (
     ProtoGenCollator,
     batch_durations,
     category_id,
+    held_out_of,
     load_examples,
     split_by_instruction,
     with_continuations,
@@ -52,6 +53,10 @@ def test_the_split_has_about_the_wanted_share():
     examples = [Example(str(i), f"instruction {i}", "", "x") for i in range(4000)]
     _, validation = split_by_instruction(examples, 0.1)
     assert 0.08 < len(validation) / 4000 < 0.12
+    # A model is measured by what its own training held out.
+    assert held_out_of(examples, 0.1) == validation
+    with pytest.raises(ValueError, match="does not say what it held out"):
+        held_out_of(examples, None)
 
 
 def test_folders_of_datasets_and_other_columns(tmp_path):

@@ -105,6 +105,20 @@ def test_one_step_answers_are_generates(checkpoint):
         assert request.args[1]["uncertainty"] == pytest.approx(output.uncertainties.item(), rel=1e-4)
 
 
+def test_a_model_that_was_trained_on_the_questions_is_not_asked_them(checkpoint):
+    lm = ProtoGenLM(str(checkpoint))
+    arguments = ("who sat on the mat", {"until": [], "max_gen_toks": 4})
+    for share, is_refused in ((None, False), (0.1, False), (0.05, True)):
+        lm.protogen.config.validation_share = share
+        for task in ("protogen_dolly", "protogen_snips"):
+            requests = [Instance("generate_until", {}, arguments, 0, metadata=(task, 0, 1))]
+            if is_refused and task == "protogen_dolly":
+                with pytest.raises(ValueError, match="this model's training held out 0.05"):
+                    lm.generate_until(requests)
+            else:
+                assert len(lm.generate_until(requests)) == 1
+
+
 @pytest.mark.parametrize("kind", ["generate_until", "loglikelihood"])
 def test_each_run_says_how_long_an_example_took(checkpoint, caplog, kind):
     caplog.set_level("INFO", "lm_eval.protogen")

@@ -1,4 +1,4 @@
-"""Imports run one way: scripts -> (trainers, eval_tasks) -> modeling_protogen."""
+"""Imports run one way: scripts -> eval_tasks -> trainers -> modeling_protogen."""
 
 import ast
 import sys
@@ -11,7 +11,7 @@ OURS = {"modeling_protogen", "trainers", "eval_tasks", "scripts"}
 ALLOWED = {
     "modeling_protogen": {"modeling_protogen"},
     "trainers": {"modeling_protogen", "trainers"},
-    "eval_tasks": {"modeling_protogen", "eval_tasks"},
+    "eval_tasks": {"modeling_protogen", "trainers", "eval_tasks"},
     "scripts": OURS,
 }
 

@@ -116,6 +116,26 @@ def stable_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def is_held_out(instruction: str, share: float) -> bool:
+    """Whether training with this `validation_share` holds an instruction out, by a hash of it."""
+    return int(stable_hash(instruction.strip())[:8], 16) / 16**8 < share
+
+
+def held_out_of(examples: list[Example], validation_share: float | None) -> list[Example]:
+    """
+    Those of the examples that a model's training held out.
+
+    Args:
+        validation_share (`float`, *optional*): as its configuration has it.
+
+    Raises:
+        ValueError: if its configuration has none.
+    """
+    if validation_share is None:
+        raise ValueError("this model does not say what it held out: config.validation_share is missing; train it anew.")
+    return [example for example in examples if is_held_out(example.instruction, validation_share)]
+
+
 def split_by_instruction(examples: list[Example], validation_share: float) -> tuple[list[Example], list[Example]]:
     """
     Training and validation examples. An instruction falls on one side by its own hash, so that one that repeats is
@@ -123,8 +143,7 @@ def split_by_instruction(examples: list[Example], validation_share: float) -> tu
     """
     train, validation = [], []
     for example in examples:
-        fraction = int(stable_hash(example.instruction)[:8], 16) / 16**8
-        (validation if fraction < validation_share else train).append(example)
+        (validation if is_held_out(example.instruction, validation_share) else train).append(example)
     return train, validation
 
 

@@ -20,13 +20,12 @@ from eval_tasks import report
 from eval_tasks.baselines.autoregressive import autoregressive, prompt_lookup
 from eval_tasks.baselines.one_pass import protogen
 from eval_tasks.baselines.writing import Writer
-from eval_tasks.benchmark_data import is_held_out
 from eval_tasks.latency import best_device, interleaved_seconds, peak_gigabytes, ratio_with_interval
 from eval_tasks.pictures import curves, lines
 from eval_tasks.statistics import mean_with_interval
 from eval_tasks.text_metrics import rouge_l
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from trainers.data import DataArguments, Example, load_examples
+from trainers.data import DataArguments, Example, held_out_of, load_examples
 
 
 def add_commands(commands) -> None:
@@ -127,8 +126,8 @@ def decode(arguments) -> None:
     path = Path(arguments.result)
     model_name = f"{arguments.encoder}, {arguments.decoder}, {arguments.dtype}; heads untrained"
     if arguments.trained:
-        fitting = [e for e in examples if trained_processor.fits(e.instruction) and is_held_out(e.instruction)]
-        held_out = fitting[: arguments.quality_prompts]
+        unknown = held_out_of(examples, trained.config.validation_share)
+        held_out = [e for e in unknown if trained_processor.fits(e.instruction)][: arguments.quality_prompts]
         measured = quality(trained, trained_processor, held_out, arguments.batch_tokens)
         draw_quality(measured, path.with_name(f"{path.stem}_quality.png"))
         for name, of_name in measured.items():

@@ -17,11 +17,10 @@ from eval_tasks import report
 from eval_tasks.baselines.autoregressive import assisted, autoregressive, prompt_lookup
 from eval_tasks.baselines.one_pass import protogen
 from eval_tasks.baselines.writing import Writer
-from eval_tasks.benchmark_data import is_held_out
 from eval_tasks.latency import best_device, interleaved_seconds, ratio_with_interval
 from eval_tasks.statistics import mean_with_interval
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from trainers.data import DataArguments, load_examples
+from trainers.data import DataArguments, held_out_of, load_examples
 from trainers.files import append_lines, read_lines
 
 verified_decoding = importlib.import_module("modeling_protogen.verified_decoding")
@@ -144,8 +143,8 @@ def time_verified(arguments, models: dict, drafters: dict, sources: dict) -> dic
         "assisted": assisted(trained.decoder, processor, assistant),
     }
     for source, examples in sources.items():
-        fitting = [e for e in examples if processor.fits(e.instruction) and is_held_out(e.instruction)]
-        chosen = fitting[: arguments.timed_prompts]
+        unknown = held_out_of(examples, trained.config.validation_share)
+        chosen = [e for e in unknown if processor.fits(e.instruction)][: arguments.timed_prompts]
 
         def call(write, number, chosen=chosen):
             example = chosen[number % len(chosen)]

@@ -79,6 +79,7 @@ def train(
     if model_args.first_tokens is None:
         model_args.first_tokens = "decoder" if target_args.targets == "teacher" else "slots"
     model = build_model(model_args, categories)
+    model.config.validation_share = data_args.validation_share
     if run.start_from:
         start_from(model, run.start_from)
     if run.prompt_store:
