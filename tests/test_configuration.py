@@ -1,4 +1,7 @@
+from dataclasses import fields
+
 import pytest
+from arguments import ModelArguments
 
 from modeling_protogen import ProtoGenConfig
 
@@ -93,3 +96,10 @@ def test_own_tokens_are_the_decoders_where_it_writes_first(latent_source, own):
 def test_without_a_source_nothing_reads_one():
     built = config(decoder_sees_prompt=True, latent_source="none")
     assert (built.num_source_layers, built.num_query_layers) == (0, 0)
+
+
+def test_the_command_line_has_the_configurations_defaults():
+    """But for what the command line decides by the targets, and checkpoints that it writes thin."""
+    found = {field.name: field.default for field in fields(ModelArguments)}
+    expected = {field.name: field.default for field in fields(ProtoGenConfig) if field.name in found}
+    assert {name for name in expected if found[name] != expected[name]} == {"first_tokens", "thin"}
