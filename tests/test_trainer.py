@@ -258,6 +258,21 @@ def test_evaluation_reports_the_one_step_answers(trainer_for, llama_dir):
     assert metrics["eval_token_accuracy"] > 0
 
 
+def test_each_evaluation_has_the_losses_of_its_own_examples(trainer_for, llama_dir):
+    trainer = trainer_for(llama_dir, max_steps=1)
+    trainer.train()
+    parts = {"first": EXAMPLES[:3], "last": EXAMPLES[-4:]}
+    alone = {name: trainer.evaluate(part, metric_key_prefix=f"test_{name}") for name, part in parts.items()}
+    trainer.predict(EXAMPLES)
+    together = trainer.evaluate(parts)
+    for name in parts:
+        found = alone[name][f"test_{name}_loss_reconstruction"]
+        assert together[f"eval_{name}_loss_reconstruction"] == pytest.approx(found)
+        total = found + 0.1 * sum(alone[name][f"test_{name}_loss_{part}_nll"] for part in ("length", "error"))
+        assert alone[name][f"test_{name}_loss"] == pytest.approx(total, rel=1e-5)
+    assert together["eval_first_loss_reconstruction"] != pytest.approx(together["eval_last_loss_reconstruction"])
+
+
 def test_what_needs_no_logits_runs_no_decoder(trainer_for, llama_dir, bank):
     """And learns the same as with the decoder's pass, whose loss weighs nothing."""
     results = []

@@ -169,12 +169,19 @@ class ProtoGenTrainer(ExampleTrainer):
         }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        evaluating = "eval_loss" in logs
-        for name, values in self._components[not evaluating].items():
+        # An evaluation says how long it took, under its own prefix.
+        timed = [key.removesuffix("_runtime") for key in logs if key.endswith("_runtime") and key != "train_runtime"]
+        components = self._components[not timed]
+        for name, values in components.items():
             total, count = self.accelerator.gather(torch.stack(values).sum(0)[None]).sum(0).tolist()
-            logs[f"eval_loss_{name}" if evaluating else f"loss_{name}"] = total / count
-        self._components[not evaluating].clear()
+            logs[f"{timed[0]}_loss_{name}" if timed else f"loss_{name}"] = total / count
+        components.clear()
         super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, **kwargs):
+        # `predict` logs nothing: what it left is not the next evaluation's.
+        self._components[False].clear()
+        return super().evaluation_loop(*args, **kwargs)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
