@@ -13,13 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from embedded import decoder_revision
-from tqdm import tqdm
+from transformers import TrainerCallback
 
 from eval_tasks import report
 from eval_tasks.latency import best_device, interleaved_seconds, synchronize
-from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen import ProtoGenConfig, ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.data import DataArguments, Example, ProtoGenCollator, load_examples
 from trainers.prompt_store import PromptStore
+from trainers.protogen_trainer import ProtoGenTrainer
+from trainers.training_args import ProtoGenTrainingArguments
 
 # Dense bfloat16 operations a second, from the makers' data sheets.
 DATA_SHEET_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
@@ -109,36 +111,64 @@ def training_flops(model: ProtoGenForConditionalGeneration, batch: dict[str, tor
     return flops
 
 
-def timed_steps(
-    model: ProtoGenForConditionalGeneration, collate: ProtoGenCollator, parts: list[list[Example]], warm_up: int
-) -> dict[str, float]:
-    """What a step for each of the parts costs, after the first `warm_up`; making its batch is a part of it."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    seconds, flops, tokens, prompt_tokens = [], 0, 0, 0
-    with decoder_clock(model.decoder) as clock:
-        for step, part in enumerate(tqdm(parts, desc="steps")):
-            if step == warm_up:
-                clock.update(forward=0.0, backward=0.0)
-            began = now()
-            batch = {name: value.to(model.device) for name, value in collate(part).items()}
-            # As the recipes' `bf16: true`.
-            with torch.autocast(model.device.type, torch.bfloat16):
-                loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if step >= warm_up:
-                seconds.append(now() - began)
-                flops += training_flops(model, batch)
-                tokens += (batch["labels"] != -100).sum().item()
-                prompt_tokens += batch["decoder_prompt_mask"].sum().item()
-    total = sum(seconds)
+class StepClock(TrainerCallback):
+    """
+    When each step ended; clears the decoder's clock after the first `warm_up`.
+
+    Args:
+        decoder_seconds (`dict[str, float]`): of [`decoder_clock`].
+        warm_up (`int`): steps that do not count.
+    """
+
+    def __init__(self, decoder_seconds: dict[str, float], warm_up: int):
+        self.decoder_seconds, self.warm_up, self.ends = decoder_seconds, warm_up, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ends.append(now())
+        if state.global_step == self.warm_up:
+            self.decoder_seconds.update(forward=0.0, backward=0.0)
+
+
+def timed_steps(run: Path, examples: list[Example], batch_size: int, warm_up: int, stores_prompts: bool) -> dict:
+    """
+    What a step of the trainer costs, batch after batch of the examples, after the first `warm_up`; making its batch is
+    a part of it. With `stores_prompts` a [`PromptStore`] has read all prompts before.
+    """
+    model = ProtoGenForConditionalGeneration.from_pretrained(run / "model").to(best_device())
+    model.decoder.to(torch.bfloat16)
+    collate = ProtoGenCollator(ProtoGenProcessor.from_pretrained(run / "model"))
+    batches = [collate(examples[at : at + batch_size]) for at in range(0, len(examples), batch_size)]
+    with tempfile.TemporaryDirectory() as folder, decoder_clock(model.decoder) as decoder_seconds:
+        if stores_prompts:
+            model.prompt_store = PromptStore(Path(folder) / "prompts", model.decoder, model.config.layers_read)
+            for batch in batches:
+                prompt = batch["decoder_prompt_ids"].to(model.device), batch["decoder_prompt_mask"].to(model.device)
+                model.read_prompt(*prompt, model.config.layers_read)
+        clock = StepClock(decoder_seconds, warm_up)
+        arguments = ProtoGenTrainingArguments(
+            output_dir=folder,
+            max_steps=len(batches),
+            per_device_train_batch_size=batch_size,
+            train_sampling_strategy="sequential",
+            bf16=True,
+            save_strategy="no",
+            logging_strategy="no",
+        )
+        trainer = ProtoGenTrainer(
+            model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[clock]
+        )
+        trainer.train()
+    seconds, timed = np.diff(clock.ends[warm_up - 1 :]), batches[warm_up:]
+    tokens = sum((batch["labels"] != -100).sum().item() for batch in timed)
+    prompt_tokens = sum(
+        batch["decoder_prompt_mask"].sum().item() for batch in timed if model.config.decoder_sees_prompt
+    )
     return {
-        "answer_tokens_per_second": tokens / total,
-        "prompt_tokens_per_second": prompt_tokens / total if model.config.decoder_sees_prompt else 0.0,
+        "answer_tokens_per_second": tokens / seconds.sum(),
+        "prompt_tokens_per_second": prompt_tokens / seconds.sum(),
         "milliseconds_a_step": 1000 * float(np.median(seconds)),
-        "share_of_time_outside_the_decoder": 1 - sum(clock.values()) / total,
-        "teraflops_per_second": flops / total / 1e12,
+        "share_of_time_outside_the_decoder": 1 - sum(decoder_seconds.values()) / seconds.sum(),
+        "teraflops_per_second": sum(training_flops(model, batch) for batch in timed) / seconds.sum() / 1e12,
     }
 
 
@@ -148,25 +178,14 @@ def training_speed(arguments) -> None:
     if not (run / "metrics.json").is_file():
         raise FileNotFoundError(f"there is no trained model in {run}; train one first.")
     made_with = json.loads((run / "metrics.json").read_text())["run"]
-    device = best_device()
-    model = ProtoGenForConditionalGeneration.from_pretrained(run / "model").to(device)
-    model.decoder.to(torch.bfloat16)
-    model.train()
-    collate = ProtoGenCollator(ProtoGenProcessor.from_pretrained(run / "model"))
-    examples = [e for e in load_examples(DataArguments(data=arguments.data)) if collate.processor.fits(e.instruction)]
-    parts = [examples[at : at + arguments.batch_size] for at in range(0, len(examples), arguments.batch_size)]
-    warm_up = 2
-    parts = list(islice(cycle(parts), warm_up + arguments.steps))
-    figures = timed_steps(model, collate, parts, warm_up)
-    figures["peak_teraflops_per_second"] = peak_flops(device) / 1e12
+    processor, warm_up = ProtoGenProcessor.from_pretrained(run / "model"), 2
+    examples = [e for e in load_examples(DataArguments(data=arguments.data)) if processor.fits(e.instruction)]
+    examples = list(islice(cycle(examples), (warm_up + arguments.steps) * arguments.batch_size))
+    figures = timed_steps(run, examples, arguments.batch_size, warm_up, stores_prompts=False)
+    figures["peak_teraflops_per_second"] = peak_flops(best_device()) / 1e12
     figures["model_flops_utilisation"] = figures["teraflops_per_second"] / figures["peak_teraflops_per_second"]
-    if model.config.decoder_sees_prompt:
-        with tempfile.TemporaryDirectory() as folder:
-            model.prompt_store = PromptStore(folder, model.decoder, model.config.layers_read)
-            for batch in map(collate, parts):
-                prompt = batch["decoder_prompt_ids"].to(device), batch["decoder_prompt_mask"].to(device)
-                model.read_prompt(*prompt, model.config.layers_read)
-            stored = timed_steps(model, collate, parts, warm_up)
+    if ProtoGenConfig.from_pretrained(run / "model").decoder_sees_prompt:
+        stored = timed_steps(run, examples, arguments.batch_size, warm_up, stores_prompts=True)
         figures["milliseconds_a_step_with_stored_prompts"] = stored["milliseconds_a_step"]
     content = report.result(
         command=f"python scripts/benchmark.py {shlex.join(sys.argv[1:])}",
