@@ -6,6 +6,7 @@ The decoder's prompt is the harness's context as it is, tokenized, cut and batch
 reads the same text; of few-shot examples that do not fit in its window the first are left out.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterator
@@ -111,6 +112,14 @@ class ProtoGenLM(HFLM):
         # What was said in a chat, by the text that its template made of it: the encoder knows no template.
         self.spoken: dict[str, str] = {}
         self.num_cut_contexts = 0
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness keeps requests under, which hold prompts as this template makes them."""
+        template = self.processor.prompt_template
+        if template is None:
+            return super().tokenizer_name
+        return f"{super().tokenizer_name}-{hashlib.sha256(template.encode()).hexdigest()[:16]}"
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if self.processor.prompt_template is None:

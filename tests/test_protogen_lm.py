@@ -105,6 +105,15 @@ def test_one_step_answers_are_generates(checkpoint):
         assert request.args[1]["uncertainty"] == pytest.approx(output.uncertainties.item(), rel=1e-4)
 
 
+def test_requests_are_cached_by_prompt_template(llama_checkpoint):
+    lm = ProtoGenLM(str(llama_checkpoint))
+    names = []
+    for template in (None, "say {message}", "say: {message}"):
+        lm.processor.prompt_template = template
+        names.append(lm.tokenizer_name)
+    assert len({*names}) == 3
+
+
 def test_a_model_that_was_trained_on_the_questions_is_not_asked_them(checkpoint):
     lm = ProtoGenLM(str(checkpoint))
     arguments = ("who sat on the mat", {"until": [], "max_gen_toks": 4})
