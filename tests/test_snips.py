@@ -87,7 +87,7 @@ def test_two_trainings_a_rival_and_their_result(call, recipe, tmp_path, llama_di
     measure = ["--run", tmp_path / "packed", "--finetuned", tmp_path / "rival" / "model", "--predictor"]
     measure += [tmp_path / "predictor", "--data", tmp_path / "commands.jsonl", "--train-data"]
     measure += [tmp_path / "commands.jsonl", "--few-shot", 2, "--foreign", tmp_path / "foreign.jsonl", "--limit", 9]
-    measure += ["--rival-limit", 3, "--show", 2, "--rounds", 2, "--result", tmp_path / "snips.json"]
+    measure += ["--few-shot-limit", 3, "--show", 2, "--rounds", 2, "--result", tmp_path / "snips.json"]
     out = call(benchmark, "snips", *measure)
     assert out.count(" ms ") == 6
     figures = read_result(tmp_path / "snips.json")["figures"]

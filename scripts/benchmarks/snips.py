@@ -43,7 +43,7 @@ def add_commands(commands) -> None:
     command.add_argument("--foreign", nargs="*", default=[], help=".jsonl files of questions that are no commands")
     command.add_argument("--max-foreign", type=int, default=350, help="of each of these files")
     command.add_argument("--limit", type=int, help="test commands; all by default")
-    command.add_argument("--rival-limit", type=int, help="test commands for the slower rivals; all by default")
+    command.add_argument("--few-shot-limit", type=int, help="test commands for few-shot answers; all by default")
     command.add_argument("--show", type=int, default=0, help="commands whose answers are printed first")
     command.add_argument("--rounds", type=int, default=40, help="timed commands")
     command.add_argument("--result", default="runs/snips.json")
@@ -72,7 +72,7 @@ def snips(arguments) -> None:
     figures["one_step_exact_match"] = mean_with_interval(exact_match(list(records["answer"]), references))
     figures |= uncertainty_figures(model, processor, run, records, references, foreign_questions(arguments, processor))
     for name in [name for name in writers if name != "one_step"]:
-        asked = examples[: arguments.rival_limit]
+        asked = examples[: arguments.few_shot_limit] if name == "few_shot" else examples
         answers, wanted = written(writers[name], asked, longest, name), references[: len(asked)]
         figures |= named(name, slot_filling_figures(answers, wanted))
         figures[f"{name}_exact_match"] = mean_with_interval(exact_match(answers, wanted))
