@@ -286,6 +286,10 @@ def test_the_anchor_is_the_mapped_teacher(dim, teacher_dim):
     batch = {"teacher_embeddings": teacher}
     assert loss(output(3 * anchors), batch).item() == pytest.approx(0, abs=1e-6)
     assert loss(output(-anchors), batch).item() == pytest.approx(2)
+    # A text's other chunks are not pulled, however many the batch has.
+    longer = output(anchors)
+    longer.e = torch.cat([longer.e, torch.randn(4, 2, 1, dim)], dim=1)
+    assert loss(longer, batch).item() == pytest.approx(0, abs=1e-6)
     if dim > teacher_dim:
         torch.testing.assert_close(anchors @ anchors.T, teacher @ teacher.T, atol=1e-5, rtol=1e-4)
 

@@ -11,8 +11,8 @@ from modeling_protogen.modeling_protogen import ProtoGenOutput
 
 class AnchorLoss(nn.Module):
     """
-    Cosine distance between each `e` and its text's teacher embedding `t`, brought to the width of `e` by a fixed random
-    map `P` with orthonormal rows or columns, which keeps the angles between texts:
+    Cosine distance between the `e` of each text's first chunk and the text's teacher embedding `t`, brought to the width
+    of `e` by a fixed random map `P` with orthonormal rows or columns, which keeps the angles between texts:
 
         L = 1/B sum_i (1 - cos(e_i, P t_i))
 
@@ -34,7 +34,8 @@ class AnchorLoss(nn.Module):
         self.seed = seed
 
     def forward(self, outputs: ProtoGenOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        e, embeddings = outputs.e.flatten(1).float(), batch["teacher_embeddings"].float()
+        # How many chunks there are depends on the batch's longest answer.
+        e, embeddings = outputs.e[:, 0].flatten(1).float(), batch["teacher_embeddings"].float()
         projection = random_map(e.shape[1], embeddings.shape[1], self.seed).to(e.device)
         return (1 - F.cosine_similarity(e, embeddings @ projection.T)).mean()
 
