@@ -11,8 +11,8 @@ from modeling_protogen.modeling_protogen import ProtoGenOutput
 
 class AnchorLoss(nn.Module):
     """
-    Cosine distance between the `e` of each text's first chunk and the text's teacher embedding `t`, brought to the width
-    of `e` by a fixed random map `P` with orthonormal rows or columns, which keeps the angles between texts:
+    Cosine distance between the `e` of each text's first chunk and the text's teacher embedding `t`, brought to the
+    width of `e` by a fixed random map `P` with orthonormal rows or columns, which keeps the angles between texts:
 
         L = 1/B sum_i (1 - cos(e_i, P t_i))
 
