@@ -1,5 +1,5 @@
 """
-Fills tables and figures of the READMEs from the result files, and makes a page of the studies and one of the
+Fills tables and figures of the pages from the result files, and makes a page of the studies and one of the
 evaluations that have been run.
 
     python scripts/report.py
@@ -15,7 +15,11 @@ from eval_tasks.page import Section, html_page
 from eval_tasks.report import fill_figures, fill_tables, read_result
 
 ROOT = Path(__file__).parent.parent
-READMES = [ROOT / "README.md", ROOT / "docs" / "snips.md", ROOT / "scripts" / "recipes" / "anatomy" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "scripts" / "recipes" / "anatomy" / "README.md",
+]
 
 
 def header(recipe: Path) -> str:
@@ -52,7 +56,7 @@ def evaluations(runs: Path) -> list[Section]:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readmes", type=Path, nargs="*", default=READMES)
+    parser.add_argument("--readmes", type=Path, nargs="*", default=PAGES)
     parser.add_argument("--results", type=Path, default=ROOT / "scripts" / "results")
     parser.add_argument("--runs", type=Path, default=Path("runs/anatomy"), help="runs of scripts/recipes/anatomy")
     parser.add_argument("--evaluations", type=Path, default=Path("runs/evaluation"), help="runs of scripts/evaluate.py")

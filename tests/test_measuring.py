@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import INSTRUCTIONS
-from report import READMES
+from report import PAGES
 
 from eval_tasks import report
 from eval_tasks.latency import interleaved_seconds, ratio_with_interval
@@ -119,7 +119,7 @@ def test_figures_are_filled_between_their_markers(content):
         report.fill_figures("<!-- figure x speed --><!-- end -->", {"x": content})
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_readmes_figures_are_those_of_the_result_files(path):
     text = path.read_text()
     results = {path.stem: report.read_result(path) for path in (ROOT / "scripts" / "results").glob("*.json")}
