@@ -211,7 +211,7 @@ class ProtoGenConfig(PreTrainedConfig):
         its `hidden_size`, which differs in OPT-350m alone.
         """
         config = self.decoder_text_config
-        return config.to_dict().get("word_embed_proj_dim", config.hidden_size)
+        return getattr(config, "word_embed_proj_dim", config.hidden_size)
 
     def state_dim(self, layer: int) -> int:
         """Width of the decoder's hidden states of a layer, 0 being the first layer's input."""

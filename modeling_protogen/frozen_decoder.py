@@ -1,7 +1,7 @@
 """
-All that we assume of a frozen decoder: how wide it is, its states and logits, how it reads a prefix and remembers it,
-and where proto-tokens stand behind that. On a CPU prefixes of similar lengths are read together, as reading padding
-takes as long there as reading text.
+All that we assume of a frozen decoder: what its forward takes, how logits follow from its states, how it reads a prefix
+and remembers it, and where proto-tokens come after that. On a CPU prefixes of similar lengths are read together, as
+reading padding takes as long there as reading text.
 """
 
 import inspect
@@ -37,12 +37,12 @@ def logits_of(decoder: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     of Granite or Cohere, or the soft-capping of Gemma.
     """
     logits = decoder.get_output_embeddings()(states)
-    config = decoder.config.get_text_config().to_dict()
-    if (divisor := config.get("logits_scaling")) is not None:
+    config = decoder.config.get_text_config()
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
         logits = logits / divisor
-    if (factor := config.get("logit_scale")) is not None:
+    if (factor := getattr(config, "logit_scale", None)) is not None:
         logits = logits * factor
-    if (cap := config.get("final_logit_softcapping")) is not None:
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
         logits = cap * torch.tanh(logits / cap)
     return logits
 
