@@ -3,9 +3,11 @@
 import random
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_protogen.proto_predictor import MAX_DURATION
-from trainers.alignment import durations
+from trainers.alignment import durations, joins_of
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,35 @@ from trainers.alignment import durations
 )
 def test_by_hand(prompt, answer, expected):
     assert durations(prompt, answer) == expected
+
+
+def test_whole_words_only():
+    """Tokens of one ten are one word: 11 12 13 is one, 11 21 are two."""
+
+    def joins(before, after):
+        return before // 10 == after // 10
+
+    # The answer's word goes on after the run, and before it.
+    assert durations([11, 21], [11, 12, 21], joins) == [0, 3]
+    assert durations([12, 21], [11, 12, 21], joins) == [0, 3]
+    # As does the prompt's.
+    assert durations([11, 12, 21], [11, 21], joins) == [0, 0, 2]
+    # Of a longer run the whole words stay.
+    assert durations([31, 11, 21, 22], [31, 11, 21], joins) == [1, 1, 0, 1]
+    assert durations([11, 12, 21], [31, 11, 12, 21], joins) == [2, 1, 1]
+
+
+def test_words_are_what_a_tokenizer_writes_together(decoder_dir):
+    by_word = AutoTokenizer.from_pretrained(decoder_dir)
+    joins = joins_of(by_word)
+    cat, sat = by_word("cat sat")["input_ids"]
+    assert not joins(cat, sat)
+    by_letter = Tokenizer(models.BPE({letter: n for n, letter in enumerate("adt: o")}, []))
+    by_letter.decoder = decoders.Fuse()
+    joins = joins_of(PreTrainedTokenizerFast(tokenizer_object=by_letter))
+    places = {letter: by_letter.token_to_id(letter) for letter in "adt: o"}
+    for before, after, expected in (("a", "d", True), ("a", ":", False), (":", "a", False), (" ", "a", False)):
+        assert joins(places[before], places[after]) == expected
 
 
 def test_they_add_up_to_the_answer_and_repeat_it_in_order():

@@ -144,14 +144,14 @@ def test_durations_of_a_batch_with_padding_and_a_cut_answer():
         "length_labels": torch.tensor([2, 5, 3, 2]),
     }
     expected = [[0, 0, 2, 0], [-100] * 4, [0, 0, 1, 2], [0, 0, 0, 2]]
-    assert batch_durations(batch).tolist() == expected
+    assert batch_durations(batch, lambda before, after: False).tolist() == expected
 
 
 def test_a_stretch_that_is_too_long_has_no_durations():
     labels = torch.full((1, 40), 9)
     batch = {"decoder_prompt_ids": torch.tensor([[4, 5]]), "decoder_prompt_mask": torch.tensor([[1, 1]])}
     batch |= {"labels": labels, "length_labels": torch.tensor([40])}
-    assert batch_durations(batch).tolist() == [[-100, -100]]
+    assert batch_durations(batch, lambda before, after: False).tolist() == [[-100, -100]]
 
 
 def test_the_collator_finds_durations_where_asked(encoder_dir, llama_dir):

@@ -11,7 +11,7 @@ from datasets import load_dataset, load_from_disk
 from modeling_protogen.objectives import IGNORE_INDEX
 from modeling_protogen.processing_protogen import ProtoGenProcessor
 
-from .alignment import durations
+from .alignment import Joins, durations, joins_of
 from .proto_bank import ProtoTokenBank, stack_entries
 
 
@@ -225,7 +225,7 @@ class ProtoGenCollator:
         finds_durations: bool = False,
     ):
         self.processor = processor
-        self.finds_durations = finds_durations
+        self.joins = joins_of(processor.decoder_tokenizer) if finds_durations else None
         self.embeddings = embeddings
         self.categories = categories
         self.bank = bank
@@ -245,21 +245,21 @@ class ProtoGenCollator:
             batch["bank_e"], batch["bank_m"] = stack_entries([self.bank[example.id] for example in examples])
         if self.embeddings is not None and all(example.id in self.embeddings for example in examples):
             batch["teacher_embeddings"] = torch.stack([self.embeddings[example.id] for example in examples])
-        if self.finds_durations:
-            batch["durations"] = batch_durations(batch)
+        if self.joins is not None:
+            batch["durations"] = batch_durations(batch, self.joins)
         return batch
 
 
-def batch_durations(batch: dict[str, torch.Tensor]) -> torch.LongTensor:
+def batch_durations(batch: dict[str, torch.Tensor], joins: Joins) -> torch.LongTensor:
     """
     What each token of the prompts accounts for, `(batch, prompt)`: 0 at padding, -100 in the whole row of an answer
-    that was cut.
+    that was cut; `joins` as in [`durations`].
     """
     rows = torch.full_like(batch["decoder_prompt_ids"], IGNORE_INDEX)
     names = ("decoder_prompt_ids", "decoder_prompt_mask", "labels", "length_labels")
     for row, ids, mask, labels, length in zip(rows, *(batch[name] for name in names), strict=True):
         answer = labels[labels != IGNORE_INDEX].tolist()
-        found = durations(ids[mask.bool()].tolist(), answer) if len(answer) == length else None
+        found = durations(ids[mask.bool()].tolist(), answer, joins) if len(answer) == length else None
         if found is not None:
             row[mask.bool()] = torch.tensor(found)
             row[~mask.bool()] = 0
