@@ -18,7 +18,7 @@ from conftest import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, RobertaModel
 
-from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor, frozen_decoder, modeling_protogen
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor, frozen_decoder, objectives
 from modeling_protogen.frozen_decoder import answer_logits, read_prefix
 from modeling_protogen.objectives import reconstruction_loss
 from modeling_protogen.proto_tokens import build_layout, fill_slots
@@ -197,7 +197,7 @@ def test_the_loss_in_small_slices_equals_the_loss_at_once(monkeypatch):
     labels = torch.tensor([[3, 1, -100], [0, 2, 4]])
     results = []
     for limit in (2**22, 7):
-        monkeypatch.setattr(modeling_protogen, "MAX_FLOAT_LOGITS", limit)
+        monkeypatch.setattr(objectives, "MAX_FLOAT_LOGITS", limit)
         logits = torch.linspace(-3, 2, 25).sin().reshape(5, 5).requires_grad_()
         reconstruction_loss(logits, labels).backward()
         results.append(logits.grad)
@@ -209,7 +209,7 @@ def test_the_loss_in_small_slices_equals_the_loss_at_once(monkeypatch):
 
 
 def test_no_float32_copy_of_all_logits(monkeypatch):
-    monkeypatch.setattr(modeling_protogen, "MAX_FLOAT_LOGITS", 8 * 1000)
+    monkeypatch.setattr(objectives, "MAX_FLOAT_LOGITS", 8 * 1000)
     logits = torch.randn(64, 1000).bfloat16().requires_grad_()
     labels = torch.randint(1000, (4, 16))
     sizes = []
