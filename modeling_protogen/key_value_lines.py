@@ -22,8 +22,10 @@ def to_lines(answer: str) -> str:
         fields = json.loads(answer)
     except json.JSONDecodeError as error:
         raise ValueError(f"an answer is not JSON ({error}): {answer[:60]!r}") from error
-    if not isinstance(fields, dict) or not fields or not all(isinstance(value, str) for value in fields.values()):
-        raise ValueError(f"an answer must be one JSON object whose values are strings, and not empty: {answer[:60]!r}")
+    if not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
+        raise ValueError(f"an answer must be one JSON object whose values are strings: {answer[:60]!r}")
+    if not fields:
+        raise ValueError("an answer must not be an empty JSON object.")
     lines = "\n".join(f"{key}{SEPARATOR}{value}" for key, value in fields.items())
     if from_lines(lines) != json.dumps(fields, ensure_ascii=False):
         raise ValueError(f"a key with {SEPARATOR!r}, or a line break, cannot be written as lines: {answer[:60]!r}")

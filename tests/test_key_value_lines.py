@@ -41,7 +41,7 @@ def test_there_and_back(answer, lines):
         ('{"a": "b\\nc: d"}', "cannot be written as lines"),
         ('{"a": "b\\nc"}', "cannot be written as lines"),
         ('{"a\\nb": "c"}', "cannot be written as lines"),
-        ("{}", "and not empty"),
+        ("{}", "must not be an empty JSON object"),
     ],
 )
 def test_what_would_not_come_back_is_refused(answer, message):
