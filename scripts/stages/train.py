@@ -22,6 +22,7 @@ from eval_tasks.sentence_encoder import sentence_embeddings
 from eval_tasks.text_metrics import one_step_metrics
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.configuration_protogen import FITTED_SIZE, UNCERTAINTY_SCORES
+from modeling_protogen.frozen_decoder import embedding_std
 from modeling_protogen.proto_tokens import flatten_proto_tokens
 from trainers.data import (
     DataArguments,
@@ -199,9 +200,9 @@ def spread_embedding_std(decoder: str, revision: str | None) -> float:
     """Standard deviation of the decoder's input embeddings, which ZeRO-3 spreads over the processes."""
     import deepspeed
 
-    weight = AutoModelForCausalLM.from_pretrained(decoder, revision=revision).get_input_embeddings().weight
-    with deepspeed.zero.GatheredParameters(weight):
-        return weight.float().std().item()
+    model = AutoModelForCausalLM.from_pretrained(decoder, revision=revision)
+    with deepspeed.zero.GatheredParameters(model.get_input_embeddings().weight):
+        return embedding_std(model)
 
 
 def whole_model(
