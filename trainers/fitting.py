@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modeling_protogen.frozen_decoder import check_decoder, embedding_std, joined_inputs, logits_of, sink_ids
+from modeling_protogen.objectives import MAX_FLOAT_LOGITS
 from modeling_protogen.proto_tokens import build_layout, fill_slots
 
 from .grouped_attention import use_grouped_attention
@@ -26,8 +27,6 @@ SCHEDULES = ["cosine", "constant"]
 SAFE_PROBABILITY = 0.6
 # Share of a pass that may be padding; texts of other lengths go into a pass of their own.
 MAX_PADDING = 0.1
-# Logits that are held in float32 at a time; small enough for the processor's cache.
-MAX_FLOAT_LOGITS = 2**22
 # Answer tokens with which a processor is busy: more of them in one pass cost memory and gain nothing.
 BUSY_TOKENS = {"cpu": 512}
 BUSY_TOKENS_ACCELERATOR = 16_384
