@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # What each choice of architecture is worth where training converges: commands to JSON (`snips`) or the controlled world
 # (`controlled_world`). The base is the recipe, trained through the decoder from nothing with the auxiliary token head,
-# and each run changes one thing; what is called NAME-CHANGE changes it in NAME. Options go to every training:
-#     bash scripts/ablations.sh snips --max_steps 400
+# and each run changes one thing; what is called NAME-CHANGE changes it in NAME. Options go to every training, and
+# PARALLEL of them share the machine, one by default; a run that failed is not in the result:
+#     PARALLEL=4 bash scripts/ablations.sh snips-gpu --max_steps 600
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
-recipe=${1:?which recipe: snips or controlled_world}
+recipe=${1:?which recipe: snips, snips-gpu or controlled_world}
 shift
 runs=runs/ablations/$recipe
 losses='{"reconstruction": 1.0, "token_head": 0.5, "duration": 1.0, "length_nll": 0.1, "error_nll": 0.1}'
@@ -15,11 +16,12 @@ unaligned='{"reconstruction": 1.0, "length_nll": 0.1, "error_nll": 0.1}'
 run() {
     local name=$1
     shift
+    while [ "$(jobs -rp | wc -l)" -ge "${PARALLEL:-1}" ]; do sleep 1; done
     echo "== $name"
-    python scripts/train.py --config "$recipe" --output_dir "$runs/$name" "$@"
+    python scripts/train.py --config "$recipe" --output_dir "$runs/$name" "$@" &
 }
 
-if [ "$recipe" = snips ]; then
+if [ "$recipe" != controlled_world ]; then
     base=(--losses "$losses")
     run base "${base[@]}" "$@"
     run without_token_head --losses "$plain" "$@"
@@ -39,6 +41,7 @@ if [ "$recipe" = snips ]; then
     run not_upsampled-source_encoder --losses "$unaligned" --upsamples_prompt false --latent_source encoder \
         --encoder embedded:minilm-l6 "$@"
     run self_first --targets self --answer_format text "${base[@]}" "$@"
+    wait $! || true
     run self_pretraining "${base[@]}" --start_from "$runs/self_first/model" "$@"
 else
     python scripts/train.py --config controlled_world --stage world
@@ -54,5 +57,6 @@ else
     run without_prompt-chunks_of_1 --stage train --decoder_sees_prompt false --arrangement e_only --chunk_size 1 \
         --max_chunks 8 "$@"
 fi
+wait
 python scripts/benchmark.py ablations --runs "$runs" --result "$runs.json" \
     --made-by "bash scripts/ablations.sh $recipe${1+$(printf ' %q' "$@")}"
