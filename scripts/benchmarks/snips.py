@@ -46,6 +46,7 @@ def add_commands(commands) -> None:
     command.add_argument("--few-shot-limit", type=int, help="test commands for few-shot answers; all by default")
     command.add_argument("--show", type=int, default=0, help="commands whose answers are printed first")
     command.add_argument("--rounds", type=int, default=40, help="timed commands")
+    command.add_argument("--cuda-graphs", action="store_true", help="of one step and of the fine-tuned rival, for time")
     command.add_argument("--result", default="runs/snips.json")
     command.set_defaults(run_command=snips)
 
@@ -84,6 +85,10 @@ def snips(arguments) -> None:
     if figures.get("finetuned_exact_match", [0])[0]:
         figures["share_of_finetuned"] = figures["one_step_exact_match"][0] / figures["finetuned_exact_match"][0]
 
+    if arguments.cuda_graphs:
+        model.use_cuda_graphs(input_multiple=processor.max_prompt_length)
+        if arguments.finetuned:
+            writers["finetuned"] = autoregressive(decoder, processor, cache_implementation="static")
     seconds = interleaved_seconds(
         {
             name: lambda number, write=write: write([examples[number % len(examples)].instruction], [None], longest)
