@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,10 +72,19 @@ def test_folders_of_datasets_and_other_columns(tmp_path):
         assert (example.instruction, example.answer, example.context) == ("who", "a cat", "")
 
 
+def test_context_and_category_may_be_missing_unless_they_are_asked_for(tmp_path):
+    args = write(tmp_path, [{"instruction": "who", "response": "a cat"}])
+    (example,) = load_examples(args)
+    assert (example.context, example.category) == ("", None)
+    for name in ("context_field", "category_field"):
+        with pytest.raises(ValueError, match="has no column contxt; it has instruction, response"):
+            load_examples(replace(args, **{name: "contxt"}))
+
+
 @pytest.mark.parametrize(
     ("rows", "error", "message"),
     [
-        ([{"question": "who", "response": "x"}], ValueError, "has no column instruction, context; it has question"),
+        ([{"question": "who", "response": "x"}], ValueError, "has no column instruction; it has question"),
         ([*ROWS[:2], ROWS[0] | {"instruction": " "}], ValueError, "row 2 of .* has an empty instruction"),
         ([ROWS[0] | {"response": None}, ROWS[1]], ValueError, "row 0 of .* has an empty response"),
     ],

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from datasets import load_dataset, load_from_disk
+from datasets import Dataset, load_dataset, load_from_disk
 
 from modeling_protogen.objectives import IGNORE_INDEX
 from modeling_protogen.processing_protogen import ProtoGenProcessor
@@ -26,7 +26,9 @@ class DataArguments:
     data_revision: str | None = field(default=None, metadata={"help": "Hub revision of the data."})
     data_split: str = field(default="train", metadata={"help": "Split to read; validation is taken from it."})
     instruction_field: str = field(default="instruction", metadata={"help": "Column with the instruction."})
-    context_field: str | None = field(default="context", metadata={"help": "Column with the context."})
+    context_field: str | None = field(
+        default="context", metadata={"help": "Column with the context, where there is one of this name."}
+    )
     answer_field: str | None = field(
         default="response", metadata={"help": "Column with the answer; none where the teacher gives all of them."}
     )
@@ -90,25 +92,48 @@ def load_examples(args: DataArguments) -> list[Example]:
     else:
         rows = load_dataset(args.data, revision=args.data_revision, split=args.data_split)
 
-    wanted = [args.instruction_field, args.context_field, args.answer_field]
-    missing = [name for name in wanted if name and name not in rows.column_names]
+    return examples_of(
+        rows, args.data, args.instruction_field, args.context_field, args.answer_field, args.category_field
+    )
+
+
+def examples_of(
+    rows: Dataset,
+    name: str = "the dataset",
+    instruction_field: str = "instruction",
+    context_field: str | None = "context",
+    answer_field: str | None = "response",
+    category_field: str | None = "category",
+) -> list[Example]:
+    """
+    The examples of a table; rows that repeat another one whole are dropped. Columns called `context` and `category` may
+    be missing.
+
+    Args:
+        rows (`datasets.Dataset`)
+        name (`str`): what errors call it.
+        answer_field (`str`, *optional*): None where a teacher gives all answers.
+
+    Raises:
+        ValueError: if a column is missing, or an instruction or answer is empty.
+    """
+    needed = [column for column in (instruction_field, answer_field) if column]
+    named = {*needed, context_field, category_field} - {None, "", "context", "category"}
+    missing = sorted(named - set(rows.column_names))
     if missing:
         raise ValueError(
-            f"{args.data} has no column {', '.join(missing)}; it has {', '.join(rows.column_names)}. "
-            "Set instruction_field, context_field and answer_field."
+            f"{name} has no column {', '.join(missing)}; it has {', '.join(rows.column_names)}. "
+            "Set instruction_field, context_field, answer_field and category_field, or rename its columns."
         )
-    has_category = args.category_field in rows.column_names
     examples = {}
     for number, row in enumerate(rows):
-        for name in filter(None, (args.instruction_field, args.answer_field)):
-            if not row[name] or not row[name].strip():
-                raise ValueError(f"row {number} of {args.data} has an empty {name}; remove or fill it.")
-        instruction = row[args.instruction_field]
-        answer = row[args.answer_field] if args.answer_field else ""
-        context = row[args.context_field] or "" if args.context_field else ""
+        for column in needed:
+            if not row[column] or not row[column].strip():
+                raise ValueError(f"row {number} of {name} has an empty {column}; remove or fill it.")
+        instruction, answer = row[instruction_field], row[answer_field] if answer_field else ""
+        context = row.get(context_field) or ""
         id = stable_hash("\0".join((instruction, context, answer)))[:16]
-        category = row[args.category_field] if has_category else None
-        examples[id] = Example(id, instruction.strip(), context.strip(), answer.strip(), category)
+        examples[id] = Example(id, instruction.strip(), context.strip(), answer.strip(), row.get(category_field))
     return list(examples.values())
 
 
