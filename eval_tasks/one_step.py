@@ -60,7 +60,7 @@ def _rows(model, processor, inputs, banked) -> Iterator[dict]:
     labels, lengths = inputs.pop("labels"), inputs.pop("length_labels")
     forced = model(**inputs, labels=labels, return_loss=False)
     is_token = labels != IGNORE_INDEX
-    agree = (argmax_tokens(forced.logits, labels) == labels) & is_token
+    agree = (argmax_tokens(forced.answer_logits, labels) == labels) & is_token
     num_tokens = is_token.sum(-1)
     output = model.generate(**inputs, return_dict_in_generate=True, output_uncertainty_scores=True)
     answers = processor.batch_decode(output.sequences)

@@ -20,7 +20,7 @@ from .frozen_decoder import (
     sink_ids,
 )
 from .generation_protogen import ProtoGenGenerationMixin
-from .objectives import IGNORE_INDEX, length_nll, reconstruction_loss
+from .objectives import IGNORE_INDEX, LOSS_WEIGHTS, duration_nll, error_nll, length_nll, reconstruction_loss
 from .proto_predictor import Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
 from .proto_tokens import Layout, build_layout, fill_slots
 from .slot_adapters import SlotAdapters
@@ -32,12 +32,16 @@ class ProtoGenOutput(ModelOutput):
     Output of [`ProtoGenForConditionalGeneration`].
 
     Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*): `reconstruction_loss + length_nll`; with `labels` only.
-        reconstruction_loss (`torch.FloatTensor` of shape `()`, *optional*): see [`reconstruction_loss`].
-        length_nll (`torch.FloatTensor` of shape `()`, *optional*): see [`length_nll`].
-        logits (`torch.FloatTensor` of shape `(answer_tokens, vocab)`, *optional*):
+        loss (`torch.FloatTensor` of shape `()`, *optional*):
+            With `labels` only: the weighted sum of the four below, as the trainer's by default.
+        reconstruction_loss (`torch.FloatTensor` of shape `()`, *optional*): see [`reconstruction_loss`]; weight 1.
+        length_nll (`torch.FloatTensor` of shape `()`, *optional*): see [`length_nll`]; weight 0.1.
+        error_nll (`torch.FloatTensor` of shape `()`, *optional*): see [`error_nll`]; weight 0.1.
+        duration_nll (`torch.FloatTensor` of shape `()`, *optional*): with `durations`, see [`duration_nll`]; weight 1.
+        answer_logits (`torch.FloatTensor` of shape `(answer_tokens, vocab)`, *optional*):
             The decoder's logits at the answers' positions only, answer after answer: row `i` belongs to the `i`-th
-            element of `labels[labels != -100]`. There are no rows for padding.
+            element of `labels[labels != -100]`. There are no rows for padding, which at a vocabulary's width cost more
+            than the rest of a step.
         e (`torch.FloatTensor` of shape `(batch, chunks, num_e_tokens, decoder_dim)`): predicted `e` proto-tokens, of as
             many chunks as the labels need, or of all.
         m (`torch.FloatTensor` of shape `(batch, chunks, decoder_dim)`): `m` proto-tokens.
@@ -46,14 +50,16 @@ class ProtoGenOutput(ModelOutput):
         error_mean, error_variance (`torch.FloatTensor` of shape `(batch,)`): of the share of wrong tokens.
         duration_logits (`torch.FloatTensor` of shape `(batch, prompt, MAX_DURATION + 1)`, *optional*): of the number of
             answer tokens that each of the prompt's accounts for, with `upsamples_prompt`.
-        lengths (`torch.LongTensor` of shape `(batch,)`): answer lengths in tokens that `logits` covers.
+        lengths (`torch.LongTensor` of shape `(batch,)`): answer lengths in tokens that `answer_logits` covers.
         prompt_cache (`Cache`, *optional*): the decoder's keys and values of the prompt, where it was read apart.
     """
 
     loss: torch.FloatTensor | None = None
     reconstruction_loss: torch.FloatTensor | None = None
     length_nll: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    error_nll: torch.FloatTensor | None = None
+    duration_nll: torch.FloatTensor | None = None
+    answer_logits: torch.FloatTensor | None = None
     e: torch.FloatTensor | None = None
     m: torch.FloatTensor | None = None
     log_length_mean: torch.FloatTensor | None = None
@@ -250,6 +256,13 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         finally:
             self.config.thin = was_thin
 
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """The encoder's; without an encoder the decoder's, which are frozen."""
+        reader = self.decoder if self.encoder is None else self.encoder
+        if reader is None:
+            raise RuntimeError("no decoder is attached; load with from_pretrained, or call attach_decoder.")
+        return reader.get_input_embeddings()
+
     def _prepare_decoder(self):
         if self.decoder is not None and self.slot_adapters is not None:
             self.slot_adapters.attach(self.decoder)
@@ -445,7 +458,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         lengths = self.clamp_lengths(mean.exp()) if labels is None else (labels != IGNORE_INDEX).sum(-1)
         logits = self.decode(prediction, lengths, *prompt, first_tokens=first_tokens) if return_logits else None
         output = ProtoGenOutput(
-            logits=logits,
+            answer_logits=logits,
             e=prediction.e,
             m=prediction.m,
             log_length_mean=mean,
@@ -459,7 +472,13 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         if labels is not None and return_loss and return_logits:
             output.reconstruction_loss = reconstruction_loss(logits, labels)
             output.length_nll = length_nll(mean, variance, lengths if length_labels is None else length_labels)
-            output.loss = output.reconstruction_loss + output.length_nll
+            output.error_nll = error_nll(output.error_mean, output.error_variance, logits, labels)
+            terms = [("reconstruction", output.reconstruction_loss)]
+            terms += [("length_nll", output.length_nll), ("error_nll", output.error_nll)]
+            if durations is not None:
+                output.duration_nll = duration_nll(output.duration_logits, durations, decoder_prompt_mask)
+                terms.append(("duration", output.duration_nll))
+            output.loss = sum(LOSS_WEIGHTS[name] * term for name, term in terms)
         return output
 
 

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
+# What `model(**batch).loss` adds up, and the trainer by default; durations only with `upsamples_prompt`.
+LOSS_WEIGHTS = {"reconstruction": 1.0, "length_nll": 0.1, "error_nll": 0.1, "duration": 1.0}
 # Logits that are in float32 at once: what a processor's cache holds. Larger slices are slower on CPUs as well.
 MAX_FLOAT_LOGITS = 2**22
 
@@ -80,3 +82,32 @@ def gaussian_nll(mean: torch.Tensor, variance: torch.Tensor, targets: torch.Tens
 def length_nll(mean: torch.Tensor, variance: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """[`gaussian_nll`] of the log length. All arguments have shape `(batch,)`; lengths are in tokens."""
     return gaussian_nll(mean, variance, lengths.float().log())
+
+
+def error_nll(mean: torch.Tensor, variance: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    [`gaussian_nll`] of the share of the labels' tokens that the argmax misses, which is data here: no gradient flows to
+    the logits.
+
+    Args:
+        mean, variance (`torch.Tensor` of shape `(batch,)`): predicted, of the share.
+        logits, labels: as of [`reconstruction_loss`].
+    """
+    wrong = argmax_tokens(logits, labels) != labels
+    return gaussian_nll(mean, variance, wrong.sum(-1) / (labels != IGNORE_INDEX).sum(-1))
+
+
+def duration_nll(logits: torch.Tensor, durations: torch.LongTensor, prompt_mask: torch.Tensor) -> torch.Tensor:
+    """
+    Cross-entropy of the durations of the prompts' tokens, [`mean_over_texts`] that have durations.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, prompt, classes)`)
+        durations (`torch.LongTensor` of shape `(batch, prompt)`): -100 in all of a row that has none.
+        prompt_mask (`torch.Tensor` of shape `(batch, prompt)`): 1 for real tokens.
+    """
+    mask = prompt_mask.bool() & (durations != IGNORE_INDEX)
+    if not mask.any():
+        return logits.sum() * 0
+    nll = F.cross_entropy(logits[mask].float(), durations[mask], reduction="none")
+    return mean_over_texts(nll, mask[mask.any(1)])

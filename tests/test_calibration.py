@@ -71,7 +71,7 @@ def test_records_are_those_of_the_model(build, llama_dir):
         inputs, record = processor(instruction, context), records.iloc[row]
         label = processor.encode_answers([answer])["labels"][0]
         with torch.no_grad():
-            right = model(**inputs, labels=label[None]).logits.argmax(-1) == label
+            right = model(**inputs, labels=label[None]).answer_logits.argmax(-1) == label
         assert record["agreement"] == pytest.approx(right.float().mean().item())
         assert record["accepted_length"] == [*right.tolist(), False].index(False)
         output = model.generate(**inputs, return_dict_in_generate=True)
@@ -83,7 +83,7 @@ def test_records_are_those_of_the_model(build, llama_dir):
         assert record["least_confidence"] == pytest.approx(1 - least.item(), abs=1e-5)
         with torch.no_grad():
             length = torch.full((1, output.lengths[0]), 5)
-            p = model(**inputs, labels=length).logits.softmax(-1)
+            p = model(**inputs, labels=length).answer_logits.softmax(-1)
         entropy = torch.distributions.Categorical(p).entropy().mean().item()
         assert record["entropy"] == pytest.approx(entropy, rel=1e-4)
         assert record["length"] == len(label)

@@ -36,7 +36,7 @@ assert type(config).__name__ == "ProtoGenConfig"
 with open(batch_file) as file:
     batch = processor(*json.load(file))
 with torch.no_grad():
-    logits = model(**batch).logits
+    logits = model(**batch).answer_logits
 output = model.generate(**batch, length=8, return_dict_in_generate=True)
 save_file({"logits": logits, "sequences": output.sequences, "confidences": output.confidences}, output_file)
 print(processor.batch_decode(output.sequences))
@@ -46,7 +46,7 @@ print(processor.batch_decode(output.sequences))
 def answers(model, processor):
     batch = processor(INSTRUCTIONS, CONTEXTS)
     with torch.no_grad():
-        logits = model(**batch).logits
+        logits = model(**batch).answer_logits
     output = model.generate(**batch, length=8, return_dict_in_generate=True)
     return {"logits": logits, "sequences": output.sequences, "confidences": output.confidences}
 

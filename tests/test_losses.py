@@ -12,7 +12,6 @@ from modeling_protogen import ProtoGenOutput, frozen_decoder
 from modeling_protogen.objectives import gaussian_nll
 from trainers.distillation import teacher_top_k
 from trainers.losses import (
-    BANK_LOSSES,
     LOSSES,
     DistanceBasedLogisticLoss,
     DurationLoss,
@@ -28,6 +27,8 @@ from trainers.losses import (
     token_head,
 )
 from trainers.losses.token_head import head_tokens
+
+BANK_LOSSES = [name for name, loss in LOSSES.items() if "bank" in loss.needs]
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_reconstruction_is_the_mean_over_texts_of_the_mean_over_tokens():
     labels = torch.tensor([[1, 2, 3], [4, -100, -100]])
     surprise = -logits.log_softmax(-1)
     expected = ((surprise[0, 1] + surprise[1, 2] + surprise[2, 3]) / 3 + surprise[3, 4]) / 2
-    torch.testing.assert_close(ReconstructionLoss()(ProtoGenOutput(logits=logits), {"labels": labels}), expected)
+    torch.testing.assert_close(ReconstructionLoss()(ProtoGenOutput(answer_logits=logits), {"labels": labels}), expected)
 
 
 def test_length_nll_takes_true_lengths_or_those_of_the_labels():
@@ -225,7 +226,7 @@ def test_the_teacher_reads_the_prompt_and_the_tokens_before(decoder, prompts, gr
 
 def test_soft_targets_are_the_whole_distribution_or_one_token(decoder, prompts):
     labels, logits = prompts[2], torch.randn(5, 43, requires_grad=True)
-    outputs = ProtoGenOutput(logits=logits)
+    outputs = ProtoGenOutput(answer_logits=logits)
     whole = teacher_top_k(decoder, *prompts, top_k=43)
     q = torch.zeros(5, 43).scatter(1, *whole)
     terms = -(q * logits.log_softmax(-1)).sum(-1)

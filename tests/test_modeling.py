@@ -22,6 +22,7 @@ from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcesso
 from modeling_protogen.frozen_decoder import answer_logits, read_prefix
 from modeling_protogen.objectives import reconstruction_loss
 from modeling_protogen.proto_tokens import build_layout, fill_slots
+from trainers.data import batch_durations
 
 VARIANTS = [
     {},
@@ -125,7 +126,7 @@ def test_logits_equal_one_text_at_a_time(build, decoder_dir, fields):
                 layer.start = len(prefix)
             inputs = torch.cat([decoder.get_input_embeddings()(prefix), slots])
             expected.append(decoder(inputs_embeds=inputs[None]).logits[0, predicting])
-    torch.testing.assert_close(output.logits, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.answer_logits, torch.cat(expected), rtol=1e-4, atol=1e-4)
     assert output.lengths.tolist() == [len(answer.split()) + 1 for answer in ANSWERS]
 
 
@@ -159,16 +160,15 @@ def test_reusing_the_prompts_cache_changes_neither_logits_nor_gradients(
 def test_gradients_reach_all_that_is_trained_and_nothing_else(build, decoder_dir, fields):
     model, processor = build(decoder_dir, **fields)
     model.train()
-    model(**batch_for(model, processor)).loss.backward()
+    batch = batch_for(model, processor)
+    if model.config.upsamples_prompt:
+        batch["durations"] = batch_durations(batch, lambda before, after: False)
+    model(**batch).loss.backward()
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert {name for name, _ in model.named_parameters() if name.startswith("decoder.")} <= frozen
     assert ("proto_predictor.m_table.weight" in frozen) == (model.config.m_scope == "fixed")
     without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
-    # The expected error is learned by a loss of its own, and so are durations.
-    unused = ("encoder.pooler", "proto_predictor.error")
-    if model.config.upsamples_prompt:
-        unused += ("proto_predictor.upsampling.norm", "proto_predictor.upsampling.duration")
-    assert all(name.startswith(unused) for name in without), without
+    assert all(name.startswith("encoder.pooler") for name in without), without
     # All of the encoder's words that occur have a gradient: it flows through the decoder to the embeddings.
     if model.encoder is not None:
         assert model.encoder.embeddings.word_embeddings.weight.grad.abs().sum() > 0
@@ -181,7 +181,7 @@ def test_losses_equal_their_formulas(build, llama_dir):
     start, means = 0, []
     for row in batch["labels"]:
         tokens = row[row != -100]
-        log_probabilities = output.logits[start : start + len(tokens)].log_softmax(-1)
+        log_probabilities = output.answer_logits[start : start + len(tokens)].log_softmax(-1)
         means.append(-log_probabilities[range(len(tokens)), tokens].mean())
         start += len(tokens)
     torch.testing.assert_close(output.reconstruction_loss, torch.stack(means).mean())
@@ -189,7 +189,17 @@ def test_losses_equal_their_formulas(build, llama_dir):
     error = batch["length_labels"].log() - output.log_length_mean
     nll = (error**2 / output.log_length_variance + output.log_length_variance.log()) / 2
     torch.testing.assert_close(output.length_nll, nll.mean())
-    torch.testing.assert_close(output.loss, output.reconstruction_loss + output.length_nll)
+    wrong, start = [], 0
+    for row in batch["labels"]:
+        tokens = row[row != -100]
+        found = output.answer_logits[start : start + len(tokens)].argmax(-1)
+        wrong.append((found != tokens).float().mean())
+        start += len(tokens)
+    error = torch.stack(wrong) - output.error_mean
+    nll = (error**2 / output.error_variance + output.error_variance.log()) / 2
+    torch.testing.assert_close(output.error_nll, nll.mean())
+    expected = output.reconstruction_loss + 0.1 * output.length_nll + 0.1 * output.error_nll
+    torch.testing.assert_close(output.loss, expected)
 
 
 def test_the_loss_in_small_slices_equals_the_loss_at_once(monkeypatch):
@@ -262,7 +272,7 @@ def test_without_labels_the_answer_has_its_predicted_length(build, llama_dir):
     output = model(**processor(INSTRUCTIONS))
     expected = output.log_length_mean.exp().round().clamp(1, 8).long()
     assert output.lengths.tolist() == expected.tolist()
-    assert len(output.logits) == expected.sum()
+    assert len(output.answer_logits) == expected.sum()
     assert output.loss is None
 
 
@@ -308,7 +318,7 @@ def test_a_roberta_encoder_reads_its_whole_window_and_no_more(llama_dir, tmp_pat
     model = ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(*names, chunk_size=8)
     batch = processor("who sat", "the cat " * 20)
     assert batch["input_ids"].shape[1] == 20
-    assert model(**batch).logits.isfinite().all()
+    assert model(**batch).answer_logits.isfinite().all()
 
 
 def test_the_first_layers_of_an_encoder(build, llama_dir, tmp_path):
@@ -329,7 +339,7 @@ def test_bfloat16_decoder_with_float32_heads(build, llama_dir):
     assert output.e.dtype == torch.float32
     exact, _ = build(llama_dir)
     reference = exact(**processor(INSTRUCTIONS, None, ANSWERS))
-    assert F.cosine_similarity(output.logits.float(), reference.logits, dim=-1).min() > 0.99
+    assert F.cosine_similarity(output.answer_logits.float(), reference.answer_logits, dim=-1).min() > 0.99
 
 
 def test_rows_of_like_lengths_give_the_same_states(build, decoder_dir, monkeypatch):

@@ -63,18 +63,18 @@ def test_fresh_adapters_change_nothing_and_others_the_answers(build, decoder_dir
     plain, _ = build(decoder_dir, decoder_sees_prompt=True)
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("slot_adapters.")})
     batch = processor(INSTRUCTIONS, CONTEXTS, ANSWERS)
-    expected = plain(**batch).logits
-    assert torch.equal(model(**batch).logits, expected)
+    expected = plain(**batch).answer_logits
+    assert torch.equal(model(**batch).answer_logits, expected)
     assert all((low_rank.up.weight == 0).all() for low_rank in model.slot_adapters.maps.values())
     assert all(low_rank.down.weight.std() > 0 for low_rank in model.slot_adapters.maps.values())
     stir_slot_adapters(model)
-    assert not torch.allclose(model(**batch).logits, expected, atol=1e-2)
+    assert not torch.allclose(model(**batch).answer_logits, expected, atol=1e-2)
     # Each of them has a part in it.
     for low_rank in model.slot_adapters.maps.values():
-        stirred = model(**batch).logits
+        stirred = model(**batch).answer_logits
         low_rank.up.weight.zero_()
-        assert not torch.equal(model(**batch).logits, stirred)
-    assert torch.equal(model(**batch).logits, expected)
+        assert not torch.equal(model(**batch).answer_logits, stirred)
+    assert torch.equal(model(**batch).answer_logits, expected)
 
 
 def test_there_is_one_beside_each_linear_layer_but_the_head(build, decoder_dir):
@@ -164,7 +164,7 @@ def test_checkpoints_keep_the_adapters(build, decoder_dir, tmp_path, thin):
     assert weights_hash(loaded.slot_adapters) == weights_hash(model.slot_adapters)
     batch = processor(INSTRUCTIONS, CONTEXTS)
     with torch.no_grad():
-        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+        assert torch.equal(loaded(**batch).answer_logits, model(**batch).answer_logits)
     assert torch.equal(loaded.generate(**batch, length=8), model.generate(**batch, length=8))
     assert all(p.requires_grad for p in loaded.slot_adapters.parameters())
 
@@ -174,11 +174,11 @@ def test_a_decoder_that_is_attached_again_takes_the_adapters_in_once(build, llam
     model, processor = build(llama_dir, **ADAPTED, thin=True)
     stir_slot_adapters(model)
     batch = processor(INSTRUCTIONS, CONTEXTS)
-    expected = model(**batch).logits
+    expected = model(**batch).answer_logits
     model.attach_decoder(model.decoder)
-    assert torch.equal(model(**batch).logits, expected)
+    assert torch.equal(model(**batch).answer_logits, expected)
     model.attach_decoder(AutoModelForCausalLM.from_pretrained(llama_dir))
-    assert torch.equal(model(**batch).logits, expected)
+    assert torch.equal(model(**batch).answer_logits, expected)
 
 
 @torch.no_grad()
@@ -186,13 +186,13 @@ def test_a_copy_of_a_model_has_adapters_of_its_own(build, llama_dir):
     model, processor = build(llama_dir, **ADAPTED)
     stir_slot_adapters(model)
     batch = processor(INSTRUCTIONS, CONTEXTS)
-    expected = model(**batch).logits
+    expected = model(**batch).answer_logits
     other = copy.deepcopy(model)
-    assert torch.equal(other(**batch).logits, expected)
+    assert torch.equal(other(**batch).answer_logits, expected)
     for low_rank in other.slot_adapters.maps.values():
         low_rank.up.weight.zero_()
-    assert not torch.equal(other(**batch).logits, expected)
-    assert torch.equal(model(**batch).logits, expected)
+    assert not torch.equal(other(**batch).answer_logits, expected)
+    assert torch.equal(model(**batch).answer_logits, expected)
 
 
 class Experts(nn.Module):
@@ -231,10 +231,10 @@ def test_a_gpt2_decoder_whose_layers_are_convolutions(build, tmp_path):
     assert shapes["h-0-attn-c_attn"] == (2, 24, 72, 2)
     assert len(shapes) == 2 * 4
     batch = processor(INSTRUCTIONS, CONTEXTS, ANSWERS)
-    before, fresh = weights_hash(model.decoder), model(**batch).logits
+    before, fresh = weights_hash(model.decoder), model(**batch).answer_logits
     stir_slot_adapters(model)
     output = model(**batch)
-    assert not torch.allclose(output.logits, fresh, atol=1e-2)
+    assert not torch.allclose(output.answer_logits, fresh, atol=1e-2)
     output.loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in model.slot_adapters.parameters())
     assert weights_hash(model.decoder) == before
@@ -260,8 +260,8 @@ def test_a_bfloat16_decoder_takes_in_float32_maps(build, llama_dir):
     assert {p.dtype for p in model.slot_adapters.parameters()} == {torch.float32}
     batch = processor(INSTRUCTIONS, CONTEXTS, ANSWERS)
     output, reference = model(**batch), exact(**batch)
-    assert output.logits.dtype == torch.bfloat16
-    similar = nn.functional.cosine_similarity(output.logits.float(), reference.logits, dim=-1)
+    assert output.answer_logits.dtype == torch.bfloat16
+    similar = nn.functional.cosine_similarity(output.answer_logits.float(), reference.answer_logits, dim=-1)
     assert similar.min() > 0.99
     output.loss.backward()
     assert all(p.grad.isfinite().all() for p in model.slot_adapters.parameters())

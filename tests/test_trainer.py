@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS, set_dropout, weights_hash
+from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import TrainerCallback
 
 from eval_tasks.text_metrics import one_step_metrics
-from trainers.data import Example, ProtoGenCollator
+from trainers.data import Example, ProtoGenCollator, examples_of
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
-from trainers.losses import BANK_LOSSES, LOSSES
+from trainers.losses import LOSSES
 from trainers.proto_bank import BankInfo, ProtoTokenBank, decoder_fingerprint
 from trainers.protogen_trainer import LengthGroupedEpochs, ProtoGenTrainer, last_complete_checkpoint
 from trainers.training_args import ProtoGenTrainingArguments
@@ -28,7 +29,7 @@ TOKEN_BY_TOKEN |= {"arrangement": "e_only", "chunk_size": 1, "max_chunks": 8, "s
 # What needs a bank, and what needs one vector a token, is not for the same models.
 OF_TOKENS = ("token_head", "duration")
 WITH_BANK = {}, {name: 0.5 for name in LOSSES if name not in OF_TOKENS}
-WITH_TOKENS = TOKEN_BY_TOKEN, {name: 0.5 for name in LOSSES if name not in BANK_LOSSES}
+WITH_TOKENS = TOKEN_BY_TOKEN, {name: 0.5 for name in LOSSES if "bank" not in LOSSES[name].needs}
 EVERY_LOSS = pytest.mark.parametrize(("fields", "losses"), [WITH_BANK, WITH_TOKENS], ids=["bank", "tokens"])
 EMBEDDINGS = {example.id: torch.randn(6) for example in EXAMPLES}
 
@@ -48,8 +49,10 @@ def trainer_for(build, tmp_path):
             train_dataset=EXAMPLES,
             eval_dataset=EXAMPLES[:5],
             data_collator=ProtoGenCollator(
-                processor, None, bank if args.needs_bank else None, EMBEDDINGS, "duration" in args.losses
-            ),
+                processor, None, bank if "bank" in args.needs else None, EMBEDDINGS, "durations" in args.needs
+            )
+            if arguments.get("losses")
+            else None,
             processing_class=processor,
             compute_metrics=one_step_metrics(processor),
         )
@@ -122,6 +125,52 @@ def test_gradient_accumulation_equals_the_whole_batch(trainer_for, llama_dir, tm
         assert losses == pytest.approx(results[0][0], rel=1e-4)
         for name, p in parameters.items():
             torch.testing.assert_close(p, results[0][1][name], rtol=1e-4, atol=1e-6)
+
+
+TEN_LINES = [{"instruction": e.instruction, "response": e.answer} for e in EXAMPLES]
+
+
+def test_a_checkpoint_and_a_dataset_are_enough_to_train(build, llama_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for part in build(llama_dir):
+        part.save_pretrained("checkpoint")
+    data = Dataset.from_list(TEN_LINES)
+    args = ProtoGenTrainingArguments(use_cpu=True, disable_tqdm=True, max_steps=4, logging_steps=1, seed=3)
+    losses = []
+    for model, dataset in (("checkpoint", data), (build(llama_dir)[0], examples_of(data))):
+        trainer = ProtoGenTrainer(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            processing_class=build(llama_dir)[1],
+            eval_dataset={"a": data},
+        )
+        set_dropout(trainer.model, 0.0)
+        trainer.train()
+        losses.append(losses_of(trainer))
+        assert "eval_a_loss_error_nll" in trainer.evaluate()
+    assert losses[0] == pytest.approx(losses[1])
+    batch = trainer.data_collator(examples_of(data))
+    with torch.no_grad():
+        assert trainer.model(**batch).loss.item() == pytest.approx(trainer.compute_loss(trainer.model, batch).item())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"processing_class": None}, "give processing_class="),
+        ({"losses": {"siglip": 1.0}}, r"\(bank\): give data_collator="),
+        ({"losses": {"duration": 1.0}}, "upsamples_prompt: true and the loss duration"),
+        ({"train_dataset": Dataset.from_list([{"question": "who"}])}, "has no column instruction, response"),
+    ],
+    ids=str,
+)
+def test_what_a_trainer_lacks_is_said(build, llama_dir, tmp_path, arguments, message):
+    model, processor = build(llama_dir)
+    losses = {"losses": arguments.pop("losses")} if "losses" in arguments else {}
+    args = ProtoGenTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **losses)
+    with pytest.raises(ValueError, match=message):
+        ProtoGenTrainer(model, args, **({"train_dataset": EXAMPLES, "processing_class": processor} | arguments))
 
 
 @EVERY_LOSS
@@ -222,7 +271,7 @@ def test_every_loss_is_nearly_the_same_in_bf16(trainer_for, llama_dir, bank, tmp
         )
         dtypes = set()
         trainer.losses["reconstruction"].register_forward_pre_hook(
-            lambda _, inputs, dtypes=dtypes: dtypes.add((inputs[0].logits.dtype, inputs[0].e.dtype))
+            lambda _, inputs, dtypes=dtypes: dtypes.add((inputs[0].answer_logits.dtype, inputs[0].e.dtype))
         )
         trainer.train()
         # A float32 copy of the logits would be the step's largest tensor.
@@ -244,7 +293,7 @@ def test_evaluation_reports_the_one_step_answers(trainer_for, llama_dir):
         inputs = processor(example.instruction, example.context or None)
         labels = processor.encode_answers([example.answer])["labels"]
         with torch.no_grad():
-            correct += (model(**inputs, labels=labels).logits.argmax(-1) == labels[0]).tolist()
+            correct += (model(**inputs, labels=labels).answer_logits.argmax(-1) == labels[0]).tolist()
         answer = processor.batch_decode(model.generate(**inputs))[0]
         reference = processor.batch_decode(labels)[0]
         matches.append(answer.strip() == reference.strip())

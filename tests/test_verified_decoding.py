@@ -202,7 +202,9 @@ def test_drafts_are_what_training_on_continuations_sees(build, decoder_dir, sour
     batch = processor(INSTRUCTIONS[:2], CONTEXTS[:2], [after, after], [before, before])
     plain = processor(INSTRUCTIONS[:2], CONTEXTS[:2], answer_start=[start, start])
     with torch.no_grad():
-        trained = model(**batch, first_tokens=batch["labels"][:, 0]).logits.view(2, len(after), -1)[:, -len(rest) :]
+        trained = model(**batch, first_tokens=batch["labels"][:, 0]).answer_logits.view(2, len(after), -1)[
+            :, -len(rest) :
+        ]
         prompt = [plain[name] for name in ("decoder_prompt_ids", "decoder_prompt_mask")]
         text = DecoderState(model.decoder, *prompt, model.config.layers_read)
         given = Instruction(*model.encode(batch.get("input_ids"), batch.get("attention_mask")), None)
@@ -217,7 +219,7 @@ def test_slots_for_the_first_tokens_are_those_of_training_but_where_the_decoder_
     batch = processor(INSTRUCTIONS[:2], CONTEXTS[:2], [[8, 6, 11, 4]] * 2)
     prompt = [batch[name] for name in ("decoder_prompt_ids", "decoder_prompt_mask")]
     with torch.no_grad():
-        trained = model(**batch).logits.view(2, 4, -1)
+        trained = model(**batch).answer_logits.view(2, 4, -1)
         own = model.decoder(prompt[0], attention_mask=prompt[1], position_ids=position_ids(prompt[1])).logits[:, -1]
         text = DecoderState(model.decoder, *(part[:, :-1] for part in prompt), [])
         given = Instruction(*model.encode(batch["input_ids"], batch["attention_mask"]), None)

@@ -20,7 +20,7 @@ def keep_logits(model: nn.Module) -> None:
     @functools.wraps(in_autocast)
     def forward(self, *args, **kwargs):
         output = in_autocast(self, *args, **kwargs)
-        kept = {name: value if name == "logits" else convert_to_fp32(value) for name, value in output.items()}
+        kept = {name: value if name == "answer_logits" else convert_to_fp32(value) for name, value in output.items()}
         return type(output)(**kept)
 
     model.forward = MethodType(forward, model)

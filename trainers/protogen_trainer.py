@@ -1,10 +1,12 @@
 """The trainer: routes a batch through the model to weighted losses and logs each of them."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import SequentialSampler
@@ -14,14 +16,17 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from modeling_protogen.objectives import IGNORE_INDEX, argmax_tokens
+from modeling_protogen import ProtoGenConfig, ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen.objectives import IGNORE_INDEX, LOSS_WEIGHTS, argmax_tokens
 
 from .averaging import WeightAverage
+from .data import Example, ProtoGenCollator, examples_of
 from .distillation import teacher_top_k
 from .files import write_atomically
 from .grouped_attention import use_grouped_attention
-from .losses import BANK_LOSSES, DECODER_LOSSES, EMBEDDING_LOSSES, LOSSES
+from .losses import LOSSES
 from .mixed_precision import keep_logits
+from .training_args import ProtoGenTrainingArguments
 
 LOSS_WEIGHTS_NAME = "losses.safetensors"
 AVERAGE_NAME = "average.safetensors"
@@ -83,15 +88,60 @@ class ProtoGenTrainer(ExampleTrainer):
     `label_ids`, and the one-step answer at the predicted length, cut at EOS; both padded with -100.
 
     Args:
-        args (`ProtoGenTrainingArguments`)
-        *args, **kwargs: as in `transformers.Trainer`.
+        model (`str`, `Path` or `ProtoGenForConditionalGeneration`): Hub id or folder of a checkpoint, or a model.
+        args (`ProtoGenTrainingArguments`, *optional*): the defaults, in `trainer_output`.
+        data_collator (`Callable`, *optional*): a [`ProtoGenCollator`] with what the losses need, by default.
+        train_dataset (`datasets.Dataset` or `list[Example]`, *optional*): a dataset has the columns `instruction` and
+            `response`, and may have `context` and `category`.
+        eval_dataset (*optional*): the same, or a dict of them.
+        processing_class (`ProtoGenProcessor`, *optional*): the checkpoint's by default, where `model` names one.
+        **kwargs: as in `transformers.Trainer`.
+
+    Raises:
+        ValueError: if there is no processor, the losses do not go with the model, or they need a bank or embeddings
+            and no collator has them.
     """
 
     # compute_loss returns a mean over the micro-batch.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: str | Path | ProtoGenForConditionalGeneration,
+        args: ProtoGenTrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | list[Example] | None = None,
+        eval_dataset: Dataset | list[Example] | dict[str, Dataset | list[Example]] | None = None,
+        processing_class: ProtoGenProcessor | None = None,
+        **kwargs,
+    ):
+        if isinstance(model, (str, Path)):
+            processing_class = processing_class or ProtoGenProcessor.from_pretrained(model)
+            model = ProtoGenForConditionalGeneration.from_pretrained(model)
+        args = ProtoGenTrainingArguments() if args is None else args
+        settle_losses(model.config, args)
+        if data_collator is None:
+            if processing_class is None:
+                raise ValueError("a model alone cannot read text: give processing_class=ProtoGenProcessor(...).")
+            lacking = sorted(args.needs & {"bank", "embeddings"})
+            if lacking:
+                raise ValueError(
+                    f"the losses need what a dataset does not have ({', '.join(lacking)}): give "
+                    "data_collator=ProtoGenCollator(...) with it."
+                )
+            categories = model.config.categories
+            data_collator = ProtoGenCollator(processing_class, categories, finds_durations="durations" in args.needs)
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            as_examples(train_dataset),
+            {name: as_examples(part) for name, part in eval_dataset.items()}
+            if isinstance(eval_dataset, dict)
+            else as_examples(eval_dataset),
+            processing_class,
+            **kwargs,
+        )
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressLines)
@@ -127,19 +177,19 @@ class ProtoGenTrainer(ExampleTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         model_inputs = {name: value for name, value in inputs.items() if name not in LOSS_INPUTS}
-        return_logits = not model.training or any(name in DECODER_LOSSES for name in self.args.losses)
+        return_logits = not model.training or "answer_logits" in self.args.needs
         if model.training and "durations" in inputs:
             model_inputs["durations"] = inputs["durations"]
         outputs = model(**model_inputs, return_loss=False, return_logits=return_logits)
         inputs = inputs | self._soft_targets(model, outputs, inputs)
-        if "token_head" in self.args.losses:
+        if "output_embeddings" in self.args.needs:
             decoder = self.accelerator.unwrap_model(model).decoder
             inputs["output_embeddings"] = decoder.get_output_embeddings().weight
         total = torch.zeros((), device=outputs.e.device)
         batch_size = total.new_tensor(len(inputs["labels"]))
         for name, weight in self.args.losses.items():
             # Only training texts are banked and embedded: evaluation leaves out what compares with that.
-            if name in (*BANK_LOSSES, *EMBEDDING_LOSSES) and not model.training:
+            if not model.training and self.losses[name].needs & {"bank", "embeddings"}:
                 continue
             component = self.losses[name](outputs, inputs)
             sum_and_count = torch.stack([component.detach() * batch_size, batch_size])
@@ -153,10 +203,10 @@ class ProtoGenTrainer(ExampleTrainer):
     def _soft_targets(self, model, outputs, inputs) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """What the teacher says of the labels and of the student's own answers, where a loss asks for it."""
         wanted, labels = {}, inputs["labels"]
-        if "soft_reconstruction" in self.args.losses:
+        if "label_targets" in self.args.needs:
             wanted["label_targets"] = labels
-        if "on_policy" in self.args.losses:
-            wanted["on_policy_targets"] = argmax_tokens(outputs.logits, labels)
+        if "on_policy_targets" in self.args.needs:
+            wanted["on_policy_targets"] = argmax_tokens(outputs.answer_logits, labels)
         if not wanted:
             return {}
         model, cache = self.accelerator.unwrap_model(model), outputs.prompt_cache
@@ -237,13 +287,32 @@ class ProtoGenTrainer(ExampleTrainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
             if prediction_loss_only:
                 return loss, None, None
-            tokens = argmax_tokens(outputs.logits, labels)
+            tokens = argmax_tokens(outputs.answer_logits, labels)
             prompt = {
                 name: value for name, value in inputs.items() if name not in (*LOSS_INPUTS, "labels", "length_labels")
             }
             answers = self.accelerator.unwrap_model(model).generate(**prompt, return_dict_in_generate=True)
         written = torch.arange(answers.sequences.shape[1], device=labels.device) < answers.lengths[:, None]
         return loss, (tokens, answers.sequences.masked_fill(~written, IGNORE_INDEX)), labels
+
+
+def as_examples(dataset: Dataset | list[Example] | None) -> list[Example] | None:
+    return examples_of(dataset) if isinstance(dataset, Dataset) else dataset
+
+
+def settle_losses(config: ProtoGenConfig, args: ProtoGenTrainingArguments) -> None:
+    """
+    Where no losses are given, sets those of the model's own loss.
+
+    Raises:
+        ValueError: if the losses do not go with the model.
+    """
+    if args.losses is None:
+        args.losses = {name: w for name, w in LOSS_WEIGHTS.items() if name != "duration" or config.upsamples_prompt}
+    if "token_head" in args.losses and (config.arrangement, config.chunk_size) != ("e_only", 1):
+        raise ValueError("the loss token_head reads a token off each proto-token: arrangement: e_only, chunk_size: 1.")
+    if config.upsamples_prompt != ("duration" in args.losses):
+        raise ValueError("upsamples_prompt: true and the loss duration need each other.")
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
-from .losses import BANK_LOSSES, EMBEDDING_LOSSES, LOSSES
+from modeling_protogen.objectives import LOSS_WEIGHTS
+
+from .losses import LOSSES, needs_of
 
 
 @dataclass
@@ -23,9 +25,12 @@ class ProtoGenTrainingArguments(TrainingArguments):
     """
 
     # A dict once built; the command line gives JSON.
-    losses: str = field(
-        default='{"reconstruction": 1.0, "length_nll": 0.1, "error_nll": 0.1}',
-        metadata={"help": f"Weight of each loss, as JSON or dict; the losses are {', '.join(LOSSES)}."},
+    losses: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Weight of each loss, as JSON or dict; the losses are {', '.join(LOSSES)}. By default those of "
+            f"the model's own loss: {json.dumps(LOSS_WEIGHTS)}, duration with upsamples_prompt only."
+        },
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of all that is new."})
     encoder_learning_rate: float = field(
@@ -67,21 +72,16 @@ class ProtoGenTrainingArguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not has_accelerator
         if isinstance(self.losses, str):
             self.losses = json.loads(self.losses)
-        unknown = sorted(set(self.losses) - set(LOSSES))
+        unknown = sorted(set(self.losses or ()) - set(LOSSES))
         if unknown:
             raise ValueError(f"unknown losses: {', '.join(unknown)}; the losses are {', '.join(LOSSES)}.")
-        if not any(weight > 0 for weight in self.losses.values()):
+        if self.losses is not None and not any(weight > 0 for weight in self.losses.values()):
             raise ValueError("no loss has a positive weight.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1).")
         super().__post_init__()
 
     @property
-    def needs_bank(self) -> bool:
-        """Whether a loss compares predictions with banked proto-tokens."""
-        return any(name in self.losses for name in BANK_LOSSES)
-
-    @property
-    def needs_embeddings(self) -> bool:
-        """Whether a loss compares `e` with a sentence encoder's embeddings."""
-        return any(name in self.losses for name in EMBEDDING_LOSSES)
+    def needs(self) -> set[str]:
+        """What the losses need ([`needs_of`])."""
+        return needs_of(self.losses or ())

@@ -38,7 +38,7 @@ from trainers.files import locked
 from trainers.lora import add_lora, merge_lora
 from trainers.prompt_store import PromptStore
 from trainers.proto_bank import ProtoTokenBank, stack_entries
-from trainers.protogen_trainer import ProtoGenTrainer, last_complete_checkpoint
+from trainers.protogen_trainer import ProtoGenTrainer, last_complete_checkpoint, settle_losses
 from trainers.teacher import read_teacher_answers
 from trainers.training_args import ProtoGenTrainingArguments
 
@@ -63,14 +63,14 @@ def train(
     if metrics_path.is_file():
         print(f"already trained: {output_dir / 'model'}; remove {output_dir} to train again")
         return
-    if args.needs_bank:
+    settle_losses(model_args, args)
+    if "bank" in args.needs:
         check_bank(run, model_args)
     goes_on = target_args.continuations or target_args.validation_continuations
     if goes_on and not model_args.decoder_sees_prompt:
         raise ValueError("the decoder reads what an answer goes on from: continuations need decoder_sees_prompt: true.")
     if model_args.encoder_reads_answer and not (target_args.continuations and model_args.has_encoder):
         raise ValueError("encoder_reads_answer needs an encoder, and continuations for it to read.")
-    check_losses(model_args, args)
     if args.deepspeed_plugin and args.use_cpu:
         start_deepspeed_on_cpus()
     set_seed(args.seed)
@@ -97,20 +97,22 @@ def train(
         train_examples = with_teacher_answers(train_examples, answers, target_args.targets)
         validation_examples = with_teacher_answers(validation_examples, answers, "teacher")
     bank = None
-    if args.needs_bank:
+    if "bank" in args.needs:
         bank = ProtoTokenBank(run.bank, bank_info(model_args, model.decoder))
         bank.verify()
         train_examples = [example for example in train_examples if example.id in bank]
         if not train_examples:
             raise ValueError(f"no training example is in the bank in {run.bank}; fit them first (--stage fit).")
     train_examples = with_continuations(train_examples, target_args.continuations)
-    embeddings = answer_embeddings(train_examples, processor, study_args.teacher) if args.needs_embeddings else None
+    embeddings = (
+        answer_embeddings(train_examples, processor, study_args.teacher) if "embeddings" in args.needs else None
+    )
     trainer = ProtoGenTrainer(
         model=model,
         args=args,
         train_dataset=train_examples,
         eval_dataset=validation_examples,
-        data_collator=ProtoGenCollator(processor, categories, bank, embeddings, "duration" in args.losses),
+        data_collator=ProtoGenCollator(processor, categories, bank, embeddings, "durations" in args.needs),
         processing_class=processor,
         compute_metrics=one_step_metrics(processor),
     )
@@ -160,13 +162,6 @@ def start_deepspeed_on_cpus() -> None:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-
-
-def check_losses(model_args: ModelArguments, args: ProtoGenTrainingArguments) -> None:
-    if "token_head" in args.losses and (model_args.arrangement, model_args.chunk_size) != ("e_only", 1):
-        raise ValueError("the loss token_head reads a token off each proto-token: arrangement: e_only, chunk_size: 1.")
-    if model_args.upsamples_prompt != ("duration" in args.losses):
-        raise ValueError("upsamples_prompt: true and the loss duration need each other.")
 
 
 def check_bank(run: RunArguments, model_args: ModelArguments) -> None:

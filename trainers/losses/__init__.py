@@ -1,8 +1,11 @@
 """
-Training objectives, one `nn.Module` a file. Each is called with the model's output and the batch, and returns a scalar.
+Training objectives, one `nn.Module` a file. Each is called with the model's output and the batch, returns a scalar, and
+says in `needs` what it reads that is not always there ([`needs_of`]).
 
 `LOSSES` gives the names under which `ProtoGenTrainingArguments.losses` weights them.
 """
+
+from collections.abc import Iterable
 
 from .anchor import AnchorLoss
 from .distance_based_logistic import DistanceBasedLogisticLoss
@@ -33,16 +36,22 @@ LOSSES = {
     "relational_distillation": RelationalDistillationLoss,
 }
 
-# Those that need the decoder's pass.
-DECODER_LOSSES = ("reconstruction", "soft_reconstruction", "on_policy", "error_nll")
-# Those that compare predictions with banked proto-tokens, and those that do with a sentence encoder's embeddings.
-BANK_LOSSES = ("siglip", "distance_based_logistic", "info_nce", "mean_squared_error")
-EMBEDDING_LOSSES = ("anchor", "relational_distillation")
+
+def needs_of(names: Iterable[str]) -> set[str]:
+    """
+    What losses of these names need beside proto-tokens, lengths and labels, as their `needs` say:
+
+    - `answer_logits`: the decoder's pass;
+    - `bank`: `bank_e` and `bank_m`, the banked proto-tokens of training texts, which evaluation has not;
+    - `embeddings`: `teacher_embeddings`, a sentence encoder's, which evaluation has not either;
+    - `durations`: what each of the prompt's tokens accounts for;
+    - `output_embeddings`: the decoder's;
+    - `label_targets`, `on_policy_targets`: what the teacher says of the labels, and of the student's own answers.
+    """
+    return set().union(*(LOSSES[name].needs for name in names))
+
 
 __all__ = [
-    "BANK_LOSSES",
-    "DECODER_LOSSES",
-    "EMBEDDING_LOSSES",
     "LOSSES",
     "AnchorLoss",
     "DistanceBasedLogisticLoss",
@@ -57,4 +66,5 @@ __all__ = [
     "SigLIPLoss",
     "SoftReconstructionLoss",
     "TokenHeadLoss",
+    "needs_of",
 ]

@@ -29,6 +29,8 @@ class AnchorLoss(nn.Module):
         `outputs.e` `(batch, chunks, num_e_tokens, dim)`; `batch["teacher_embeddings"]` `(batch, teacher_dim)`.
     """
 
+    needs = {"embeddings"}
+
     def __init__(self, seed: int = 0):
         super().__init__()
         self.seed = seed

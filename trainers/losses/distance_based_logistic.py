@@ -36,6 +36,8 @@ class DistanceBasedLogisticLoss(nn.Module):
         `(batch, chunks, dim)`.
     """
 
+    needs = {"bank"}
+
     def __init__(self, margin: float = 1.0):
         super().__init__()
         self.margin = margin

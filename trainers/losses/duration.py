@@ -1,11 +1,10 @@
 """Cross-entropy of how many answer tokens each of the prompt's accounts for."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from modeling_protogen.modeling_protogen import ProtoGenOutput
-from modeling_protogen.objectives import IGNORE_INDEX, mean_over_texts
+from modeling_protogen.objectives import duration_nll
 
 
 class DurationLoss(nn.Module):
@@ -24,10 +23,7 @@ class DurationLoss(nn.Module):
         `(batch, prompt)`.
     """
 
+    needs = {"durations"}
+
     def forward(self, outputs: ProtoGenOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        mask = batch["decoder_prompt_mask"].bool() & (batch["durations"] != IGNORE_INDEX)
-        if not mask.any():
-            return outputs.duration_logits.sum() * 0
-        logits = outputs.duration_logits.float()
-        nll = F.cross_entropy(logits[mask], batch["durations"][mask], reduction="none")
-        return mean_over_texts(nll, mask[mask.any(1)])
+        return duration_nll(outputs.duration_logits, batch["durations"], batch["decoder_prompt_mask"])

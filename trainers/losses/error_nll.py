@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from modeling_protogen.modeling_protogen import ProtoGenOutput
-from modeling_protogen.objectives import IGNORE_INDEX, argmax_tokens, gaussian_nll
+from modeling_protogen.objectives import error_nll
 
 
 class ErrorNLLLoss(nn.Module):
@@ -23,12 +23,11 @@ class ErrorNLLLoss(nn.Module):
         [`LengthNLLLoss`] is the same likelihood for the length.
 
     Inputs:
-        `outputs.logits` `(answer_tokens, vocab)`; `outputs.error_mean`, `outputs.error_variance` `(batch,)`;
+        `outputs.answer_logits` `(answer_tokens, vocab)`; `outputs.error_mean`, `outputs.error_variance` `(batch,)`;
         `batch["labels"]` `(batch, length)`, -100 after the end.
     """
 
+    needs = {"answer_logits"}
+
     def forward(self, outputs: ProtoGenOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        labels = batch["labels"]
-        wrong = argmax_tokens(outputs.logits, labels) != labels
-        share = wrong.sum(-1) / (labels != IGNORE_INDEX).sum(-1)
-        return gaussian_nll(outputs.error_mean, outputs.error_variance, share)
+        return error_nll(outputs.error_mean, outputs.error_variance, outputs.answer_logits, batch["labels"])

@@ -36,6 +36,8 @@ class InfoNCELoss(nn.Module):
         `(batch, chunks, dim)`.
     """
 
+    needs = {"bank"}
+
     def __init__(self):
         super().__init__()
         self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))

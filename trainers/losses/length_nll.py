@@ -24,6 +24,8 @@ class LengthNLLLoss(nn.Module):
         `batch["labels"]` `(batch, length)` when the true lengths are not given.
     """
 
+    needs = set()
+
     def forward(self, outputs: ProtoGenOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         lengths = batch.get("length_labels")
         if lengths is None:

@@ -19,6 +19,8 @@ class MeanSquaredErrorLoss(nn.Module):
         `(batch, chunks, dim)`.
     """
 
+    needs = {"bank"}
+
     def forward(self, outputs: ProtoGenOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         predicted = flatten_proto_tokens(outputs.e, outputs.m)
         return F.mse_loss(predicted, flatten_proto_tokens(batch["bank_e"], batch["bank_m"]))

@@ -21,8 +21,10 @@ class ReconstructionLoss(nn.Module):
         Proto-tokens: Mezentsev & Oseledets, 2025, https://arxiv.org/abs/2505.21189.
 
     Inputs:
-        `outputs.logits` `(answer_tokens, vocab)`; `batch["labels"]` `(batch, length)`, -100 after the end.
+        `outputs.answer_logits` `(answer_tokens, vocab)`; `batch["labels"]` `(batch, length)`, -100 after the end.
     """
 
+    needs = {"answer_logits"}
+
     def forward(self, outputs: ProtoGenOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return reconstruction_loss(outputs.logits, batch["labels"])
+        return reconstruction_loss(outputs.answer_logits, batch["labels"])

@@ -27,6 +27,8 @@ class RelationalDistillationLoss(nn.Module):
         of one has no pairs.
     """
 
+    needs = {"embeddings"}
+
     def forward(self, outputs: ProtoGenOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         difference = similarities(outputs.e) - similarities(batch["teacher_embeddings"])
         apart = ~torch.eye(len(difference), dtype=torch.bool, device=difference.device)

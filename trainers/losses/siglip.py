@@ -33,6 +33,8 @@ class SigLIPLoss(nn.Module):
         `(batch, chunks, dim)`.
     """
 
+    needs = {"bank"}
+
     def __init__(self):
         super().__init__()
         self.log_temperature = nn.Parameter(torch.tensor(math.log(10.0)))

@@ -23,15 +23,15 @@ class SoftTargetLoss(nn.Module):
         Hinton et al., 2015, "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531.
 
     Inputs:
-        `outputs.logits` `(answer_tokens, vocab)`; `batch[targets]`; `batch["labels"]` `(batch, length)`, -100 after the
-        end, for the lengths.
+        `outputs.answer_logits` `(answer_tokens, vocab)`; `batch[targets]`; `batch["labels"]` `(batch, length)`, -100
+        after the end, for the lengths.
     """
 
     targets: str
 
     def forward(self, outputs: ProtoGenOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         ids, q = batch[self.targets]
-        log_p = log_probabilities(outputs.logits, ids)
+        log_p = log_probabilities(outputs.answer_logits, ids)
         return mean_over_texts(-(q * log_p).sum(-1), batch["labels"] != IGNORE_INDEX)
 
 
@@ -39,6 +39,7 @@ class SoftReconstructionLoss(SoftTargetLoss):
     """[`SoftTargetLoss`] where the teacher reads the label's own tokens: what it would have said at each of them."""
 
     targets = "label_targets"
+    needs = {"answer_logits", "label_targets"}
 
 
 class OnPolicyLoss(SoftTargetLoss):
@@ -51,3 +52,4 @@ class OnPolicyLoss(SoftTargetLoss):
     """
 
     targets = "on_policy_targets"
+    needs = {"answer_logits", "on_policy_targets"}

@@ -33,6 +33,8 @@ class TokenHeadLoss(nn.Module):
         `batch["decoder_prompt_ids"]` `(batch, prompt)`; `batch["output_embeddings"]` `(vocab, dim)`.
     """
 
+    needs = {"output_embeddings"}
+
     def __init__(self):
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor(0.5).log())
