@@ -1,6 +1,7 @@
 """Text to tensors and back: the encoder's tokenizer, the decoder's tokenizer and the prompt template."""
 
 import copy
+import re
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, ProcessorMixin
@@ -15,10 +16,15 @@ class ProtoGenProcessor(ProcessorMixin):
     """
     Prepares instructions for the encoder and for the decoder, and answers as labels.
 
-    The encoder reads `instruction` and `context` as a pair. The decoder's prompt is one user message, the instruction
-    and the context joined by an empty line, in `prompt_template` where one is given, otherwise in the decoder
-    tokenizer's chat template, or in a plain one when it has none. What does not fit is cut from the end of the context,
-    never from the instruction.
+    The encoder reads an instruction and its context as a pair. The decoder's prompt is one user message, the
+    instruction and the context joined by an empty line, in `prompt_template` where one is given, otherwise in the
+    decoder tokenizer's chat template, or in a plain one when it has none. What does not fit is cut from the end of the
+    context, never from the instruction.
+
+    A chat, a list of messages with `role` and `content`, may take an instruction's place. The encoder reads the
+    contents joined by empty lines; the decoder reads the chat in its template.
+
+    Control tokens in instructions, contexts, messages and answers are text: only templates make real ones.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the encoder's.
@@ -91,20 +97,21 @@ class ProtoGenProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        instruction: str | list[str],
+        text: str | list[dict[str, str]] | list[str | list[dict[str, str]]],
         context: str | list[str | None] | None = None,
         answer: str | list[str | list[int]] | None = None,
         answer_start: list[list[int]] | None = None,
-        **kwargs,
+        return_tensors: str = "pt",
     ) -> BatchFeature:
         """
         Args:
-            instruction (`str` or `list[str]`)
+            text (`str`, `list[dict]`, or a list of these): instructions, or chats.
             context (`str` or `list[str | None]`, *optional*): text that the instruction speaks of.
             answer (`str` or `list[str | list[int]]`, *optional*): becomes `labels` and `length_labels`; a list of ids
                 is taken as it is.
             answer_start (`list[list[int]]`, *optional*): tokens of each answer that stand already: the decoder's prompt
                 ends with them, and is longer by them than `max_prompt_length` may say.
+            return_tensors (`str`, defaults to `"pt"`): nothing else.
 
         Returns:
             `BatchFeature` of PyTorch tensors: `input_ids` and `attention_mask` `(batch, source)` for the encoder,
@@ -112,18 +119,19 @@ class ProtoGenProcessor(ProcessorMixin):
             `(batch, length)`, -100 after the end, and `length_labels` `(batch,)`, the uncut length in tokens.
 
         Raises:
-            ValueError: if an instruction is empty or longer than a window, or the lists differ in length.
+            ValueError: if an instruction is empty or longer than a window, a chat is not one or has a context, or the
+                lists differ in length.
         """
-        if kwargs.pop("return_tensors", "pt") != "pt":
+        if return_tensors != "pt":
             raise ValueError("ProtoGenProcessor makes PyTorch tensors only: return_tensors='pt'.")
-        instructions = [instruction] if isinstance(instruction, str) else list(instruction)
+        is_one = isinstance(text, str) or (len(text) > 0 and isinstance(text[0], dict))
+        instructions = [text] if is_one else list(text)
         contexts = [context] * len(instructions) if context is None or isinstance(context, str) else list(context)
         if len(contexts) != len(instructions):
             raise ValueError(f"{len(instructions)} instructions, but {len(contexts)} contexts.")
-        contexts = [(text or "").strip() for text in contexts]
-        for row, text in enumerate(instructions):
-            if not text or not text.strip():
-                raise ValueError(f"instruction {row} is empty; give some text.")
+        contexts = [(part or "").strip() for part in contexts]
+        for row, pair in enumerate(zip(instructions, contexts, strict=True)):
+            check_instruction(row, *pair)
 
         batch = {}
         if self.for_encoder:
@@ -161,7 +169,8 @@ class ProtoGenProcessor(ProcessorMixin):
             return ids
         text = self.decoder_tokenizer.decode(answer, skip_special_tokens=True)
         end = [id for id in ids[-1:] if id in self.tokenizer.all_special_ids]
-        added = self.tokenizer(text, add_special_tokens=False).input_ids[-(self.max_input_length // 2) :] + end
+        added = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        added = added[-(self.max_input_length // 2) :] + end
         return ids[: self.max_input_length - len(added)] + added
 
     def encode_answers(self, answers: list[str | list[int]]) -> dict[str, torch.LongTensor]:
@@ -177,7 +186,7 @@ class ProtoGenProcessor(ProcessorMixin):
             if not isinstance(answer, str):
                 return answer
             text = to_lines(answer) if self.answer_format == "key_value_lines" else answer
-            return self.decoder_tokenizer(text, add_special_tokens=False).input_ids + eos
+            return self.decoder_tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids + eos
 
         ids = [tokens(answer) for answer in answers]
         longest = min(self.max_answer_length, max(len(row) for row in ids))
@@ -186,8 +195,8 @@ class ProtoGenProcessor(ProcessorMixin):
             label[: len(row)] = torch.tensor(row[:longest])
         return {"labels": labels, "length_labels": torch.tensor([len(row) for row in ids])}
 
-    def fits(self, instruction: str) -> bool:
-        """Whether an instruction fits in both windows whole; what does not is refused."""
+    def fits(self, instruction: str | list[dict[str, str]]) -> bool:
+        """Whether an instruction or a chat fits in both windows whole; what does not is refused."""
         try:
             if self.for_encoder:
                 self._encode(instruction, "")
@@ -200,8 +209,10 @@ class ProtoGenProcessor(ProcessorMixin):
         """Tokens of the decoder's prompt, as it is cut."""
         return len(self._encode_prompt(instruction, (context or "").strip()))
 
-    def _encode(self, instruction: str, context: str) -> list[int]:
-        ids = self.tokenizer(instruction).input_ids
+    def _encode(self, instruction: str | list[dict[str, str]], context: str) -> list[int]:
+        if not isinstance(instruction, str):
+            instruction = chat_text(instruction)
+        ids = self.tokenizer(instruction, split_special_tokens=True).input_ids
         if len(ids) > self.max_input_length:
             raise ValueError(
                 f"an instruction has {len(ids)} tokens and the encoder reads {self.max_input_length}: shorten it, or "
@@ -210,35 +221,85 @@ class ProtoGenProcessor(ProcessorMixin):
         room = self.max_input_length - len(ids)
         if not context or room < 4:  # separators of the second text
             return ids
-        return self.tokenizer(
-            instruction, context, truncation="only_second", max_length=self.max_input_length
-        ).input_ids
+        limit = {"truncation": "only_second", "max_length": self.max_input_length}
+        return self.tokenizer(instruction, context, split_special_tokens=True, **limit).input_ids
 
-    def _encode_prompt(self, instruction: str, context: str) -> list[int]:
+    def _encode_prompt(self, instruction: str | list[dict[str, str]], context: str) -> list[int]:
         ids = self._prompt_ids(instruction, context)
         excess = len(ids) - self.max_prompt_length
         while excess > 0 and context:
-            context_ids = self.decoder_tokenizer(context, add_special_tokens=False).input_ids
+            context_ids = self.decoder_tokenizer(context, add_special_tokens=False, split_special_tokens=True).input_ids
             context = self.decoder_tokenizer.decode(context_ids[: max(0, len(context_ids) - excess)]).strip()
             ids = self._prompt_ids(instruction, context)
             excess = len(ids) - self.max_prompt_length
         if excess > 0:
             raise ValueError(
                 f"an instruction makes a prompt of {len(ids)} decoder tokens and max_prompt_length is "
-                f"{self.max_prompt_length}: shorten it. It begins: {instruction[:60]!r}"
+                f"{self.max_prompt_length}: shorten it. It begins: {str(instruction)[:60]!r}"
             )
         return ids
 
-    def _prompt_ids(self, instruction: str, context: str) -> list[int]:
-        message = user_message(instruction, context)
-        if self.prompt_template is None and self.decoder_tokenizer.chat_template:
-            text = self.decoder_tokenizer.apply_chat_template(
-                [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
+    def _prompt_ids(self, instruction: str | list[dict[str, str]], context: str) -> list[int]:
+        chat = instruction
+        if isinstance(instruction, str):
+            chat = [{"role": "user", "content": user_message(instruction, context)}]
+        # A chat template writes the tokens that begin a text itself.
+        begin = [] if self._has_chat_template else self.decoder_tokenizer("").input_ids
+        return begin + self._chat_tokens(chat)
+
+    def _chat_tokens(self, chat: list[dict[str, str]]) -> list[int]:
+        """Tokens of a chat in its template, which alone makes control tokens."""
+        contents = [message["content"] for message in chat]
+        if not any(token in content for token in self.decoder_tokenizer.all_special_tokens for content in contents):
+            return self.decoder_tokenizer(self.apply_chat_template(chat), add_special_tokens=False).input_ids
+        # The contents, one by one, in the places of marks of private use.
+        marks = [chr(0xE000 + row) for row in range(len(chat))]
+        marked = [message | {"content": mark} for message, mark in zip(chat, marks, strict=True)]
+        known, ids = dict(zip(marks, contents, strict=True)), []
+        for piece in re.split(f"([{''.join(marks)}])", self.apply_chat_template(marked)):
+            is_text = {"add_special_tokens": False, "split_special_tokens": piece in known}
+            ids += self.decoder_tokenizer(known.get(piece, piece), **is_text).input_ids
+        return ids
+
+    @property
+    def _has_chat_template(self) -> bool:
+        return self.prompt_template is None and self.decoder_tokenizer.chat_template is not None
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, str]] | list[list[dict[str, str]]],
+        tokenize: bool = False,
+        add_generation_prompt: bool = True,
+        return_tensors: str = "pt",
+    ) -> str | list[str] | BatchFeature:
+        """
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`): one chat or several; messages have `role` and `content`.
+            tokenize (`bool`, defaults to False): return the model's inputs, as calling the processor does, instead of
+                the decoder's prompts as text.
+            add_generation_prompt (`bool`, defaults to True): ends the text where the answer begins.
+
+        Raises:
+            ValueError: if the model has no chat template, and the chat more than one user message.
+            jinja2.TemplateError: if the chat template does not take these messages.
+        """
+        if tokenize:
+            return self(conversation, return_tensors=return_tensors)
+        if conversation and not isinstance(conversation[0], dict):
+            return [
+                self.apply_chat_template(chat, add_generation_prompt=add_generation_prompt) for chat in conversation
+            ]
+        if self._has_chat_template:
+            return self.decoder_tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=add_generation_prompt, tokenize=False
             )
-            # The template writes the special tokens itself.
-            return self.decoder_tokenizer(text, add_special_tokens=False).input_ids
+        if [message["role"] for message in conversation] != ["user"]:
+            raise ValueError(
+                "this model's prompt has one user message and the chat has others: leave out the system prompt, and "
+                "examples as turns (fewshot_as_multiturn)."
+            )
         template = self.prompt_template or PROMPT_TEMPLATE
-        return self.decoder_tokenizer(template.replace("{message}", message)).input_ids
+        return template.replace("{message}", conversation[0]["content"])
 
     def batch_decode(self, sequences, skip_special_tokens: bool = True, **kwargs) -> list[str]:
         """Answers as text; `sequences` has shape `(batch, length)` in the decoder's vocabulary."""
@@ -257,6 +318,29 @@ class ProtoGenProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "decoder_prompt_ids", "decoder_prompt_mask"]
+
+
+def check_instruction(row: int, instruction: str | list[dict[str, str]], context: str) -> None:
+    """
+    Raises:
+        ValueError: if there is nothing to read, or what stands for a chat is none.
+    """
+    if isinstance(instruction, str) or not instruction:
+        if not instruction or not instruction.strip():
+            raise ValueError(f"instruction {row} is empty; give some text.")
+        return
+    for message in instruction:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
+            raise ValueError(f"chat {row} must hold messages with role and content, both text; got {message!r}.")
+    if not any(message["content"].strip() for message in instruction):
+        raise ValueError(f"instruction {row} is empty; give some text.")
+    if context:
+        raise ValueError(f"chat {row} has a context beside it; put it into a message.")
+
+
+def chat_text(chat: list[dict[str, str]]) -> str:
+    """What is said in a chat, for an encoder, which knows no template."""
+    return "\n\n".join(message["content"] for message in chat)
 
 
 def user_message(instruction: str, context: str | None) -> str:

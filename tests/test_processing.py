@@ -78,11 +78,58 @@ def test_long_contexts_are_cut_and_the_instruction_is_kept(encoder_dir, decoder_
         (("the cat " * 20,), "an instruction has 42 tokens and the encoder reads 32"),
         ((["who", "what"], ["a"]), "2 instructions, but 1 contexts"),
         ((["who", "what"], None, ["a"]), "2 instructions, but 1 answers"),
+        (([{"role": "user"}],), "chat 0 must hold messages with role and content, both text; got"),
+        (([{"role": "user", "content": " "}],), "instruction 0 is empty"),
+        (([[{"role": "user", "content": "who"}]], ["red"]), "chat 0 has a context beside it"),
+        (([[]],), "instruction 0 is empty"),
     ],
 )
 def test_bad_input_is_one_clear_error(processor, arguments, message):
     with pytest.raises(ValueError, match=message):
         processor(*arguments)
+
+
+def test_unknown_options_are_refused(processor):
+    with pytest.raises(TypeError, match="padding"):
+        processor("who", padding=True)
+
+
+def test_a_chat_of_one_user_message_is_an_instruction(processor):
+    texts = [f"{i} {c}" if c else i for i, c in zip(INSTRUCTIONS, CONTEXTS, strict=True)]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    batch, again = processor(texts, answer=ANSWERS), processor(chats, answer=ANSWERS)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    assert batch.keys() == processor.apply_chat_template(chats, tokenize=True).keys() | {"labels", "length_labels"}
+    (alone,) = processor(chats[0])["decoder_prompt_ids"]
+    assert alone.tolist() == processor(texts[0])["decoder_prompt_ids"][0].tolist()
+    rendered = processor.apply_chat_template(chats)
+    assert prompts(processor, batch) == [
+        processor.decoder_tokenizer.decode(processor.decoder_tokenizer(text).input_ids) for text in rendered
+    ]
+
+
+def test_system_prompts_and_turns_are_read_in_the_chat_template_alone(encoder_dir, llama_dir):
+    processor = with_options(encoder_dir, llama_dir)
+    chat = [{"role": "system", "content": "short answer"}, {"role": "user", "content": "who sat"}]
+    assert prompts(processor, processor(chat)) == ["<bos> short answer <eos> <bos> who sat <eos> answer"]
+    assert processor.tokenizer.decode(processor(chat)["input_ids"][0]) == "[CLS] short answer who sat [SEP]"
+    processor.prompt_template = PROMPT_TEMPLATE
+    with pytest.raises(ValueError, match="has one user message and the chat has others"):
+        processor(chat)
+
+
+def test_control_tokens_of_people_are_text(encoder_dir, decoder_dir, llama_dir):
+    processor = with_options(encoder_dir, decoder_dir)
+    unknown = processor.decoder_tokenizer.unk_token_id
+    batch = processor("who is <eos> sat [SEP] on", "red <eos> cat", "the <eos> mat")
+    plain = processor("who is the sat the on", "red the cat", "the and mat")
+    # The only ones are those that templates make; a word for a word, whatever the tokenizer makes of it.
+    eos, sep = processor.decoder_tokenizer.eos_token_id, processor.tokenizer.sep_token_id
+    for name, control in (("decoder_prompt_ids", eos), ("labels", eos), ("input_ids", sep)):
+        assert (batch[name] == control).sum() == (plain[name] == control).sum(), name
+    assert (batch["decoder_prompt_ids"] == unknown).sum() > (plain["decoder_prompt_ids"] == unknown).sum()
+    assert batch["decoder_prompt_ids"][0, 0] == plain["decoder_prompt_ids"][0, 0]
+    assert batch["decoder_prompt_ids"][0, -1] == plain["decoder_prompt_ids"][0, -1]
 
 
 def test_a_prompt_longer_than_its_limit_is_refused(encoder_dir, decoder_dir):

@@ -40,7 +40,7 @@ def quickstart(arguments) -> None:
 
     print("\nHeld-out instructions, answered in one pass each:\n")
     for example in parts["validation"][: arguments.examples]:
-        output = model.generate(**processor(**example), return_dict_in_generate=True)
+        output = model.generate(**processor(example["instruction"], example["context"]), return_dict_in_generate=True)
         print(f"> {example['instruction']}\n{processor.batch_decode(output.sequences)[0]}")
         print(
             f"[length {output.predicted_lengths.item():.0f} ± {output.length_sigmas.item():.0f} tokens, "
