@@ -22,7 +22,7 @@ from eval_tasks.benchmark_data import DOLLY_HELD_OUT
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.generation_protogen import MODES
 from modeling_protogen.objectives import IGNORE_INDEX, argmax_tokens, log_probabilities
-from modeling_protogen.processing_protogen import pad_left
+from modeling_protogen.processing_protogen import chat_text, pad_left
 
 log = logging.getLogger(__name__)
 # The harness shows what its own loggers inform of.
@@ -84,7 +84,7 @@ class ProtoGenLM(HFLM):
         if scoring not in SCORINGS:
             raise ValueError(f"scoring={scoring} is not one of {', '.join(SCORINGS)}.")
         self.mode, self.scoring = mode, scoring
-        names = MODES[mode] | {"temperature", "top_p"}
+        names = MODES[mode] | {"do_sample", "temperature", "top_p"}
         known = names | HARNESS_OPTIONS
         if unknown := sorted(kwargs.keys() - known):
             raise ValueError(f"{', '.join(unknown)} is not for mode={mode}, which takes {', '.join(sorted(known))}.")
@@ -125,17 +125,9 @@ class ProtoGenLM(HFLM):
         if self.processor.prompt_template is None:
             text = super().apply_chat_template(chat_history, add_generation_prompt)
         else:
-            text = self._in_prompt_template(chat_history)
-        self.spoken[text] = "\n\n".join(message["content"] for message in chat_history)
+            text = self.processor.apply_chat_template(chat_history)
+        self.spoken[text] = chat_text(chat_history)
         return text
-
-    def _in_prompt_template(self, chat_history: list[dict[str, str]]) -> str:
-        if [message["role"] for message in chat_history] != ["user"]:
-            raise ValueError(
-                "this model's prompt_template takes one user message and the chat has others: leave out the system "
-                "instruction, and examples as turns (fewshot_as_multiturn)."
-            )
-        return self.processor.prompt_template.replace("{message}", chat_history[0]["content"])
 
     def _detect_batch_size(self, requests=None, pos: int = 0) -> int:
         if self.device.type == "cpu":
@@ -209,7 +201,7 @@ class ProtoGenLM(HFLM):
         for label, (_, _, continuation) in zip(labels, requests, strict=True):
             label[: len(continuation)] = torch.tensor(continuation)
         labels = labels.to(self.device)
-        logits = self.protogen(**batch, labels=labels, first_tokens=labels[:, 0], return_loss=False).logits
+        logits = self.protogen(**batch, labels=labels, first_tokens=labels[:, 0], return_loss=False).answer_logits
         is_token = labels != IGNORE_INDEX
         log_p = torch.zeros(labels.shape, device=self.device)
         log_p[is_token] = log_probabilities(logits, labels[is_token][:, None])[:, 0]
@@ -269,8 +261,9 @@ class ProtoGenLM(HFLM):
         prompts = [row[row_mask.bool()].tolist() for row, row_mask in zip(ids, mask, strict=True)]
         options = dict(self.options)
         if kwargs.get("do_sample"):
-            options |= {"temperature": kwargs["temperature"], "top_p": kwargs.get("top_p", 1.0)}
-        if "stop_strings" in MODES[self.mode]:
+            drawn = {"temperature": kwargs["temperature"], "top_p": kwargs.get("top_p", 1.0)}
+            options |= {"do_sample": True, **drawn}
+        if "block_size" in MODES[self.mode]:
             options |= {"stop_strings": stop, "processor": self.processor, "max_new_tokens": max_new_tokens}
         output = self.protogen.generate(
             **self.inputs(contexts, prompts), mode=self.mode, return_dict_in_generate=True, **options

@@ -1,9 +1,11 @@
 """Decoding: `generate` in all its modes, and what it returns."""
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .adaptive_decoding import adaptive_decoding
@@ -11,19 +13,141 @@ from .autoregressive import DecoderState
 from .block_decoding import Answers, Instruction, stops_at
 from .configuration_protogen import UNCERTAINTY_SCORES
 from .cuda_graphs import OneStepGraphs
-from .one_step_decoding import as_rows, candidates, cut_at_eos, likeliest_candidates, refine, token_mask
+from .one_step_decoding import (
+    Draft,
+    as_rows,
+    candidates,
+    cut_at_eos,
+    cut_where,
+    likeliest_candidates,
+    refine,
+    token_mask,
+)
+from .proto_predictor import Prediction
 from .sampling import Sampling, log_probability, token_entropy
 from .verified_decoding import verified_decoding
 
-# The options of each mode, besides those of all.
-BLOCK_OPTIONS = {"max_new_tokens", "block_size", "stop_strings", "processor", "streamer"}
-AT_ONCE_OPTIONS = {"length", "num_length_sigmas", "proto_tokens", "abstain_above", "output_uncertainty_scores"}
+# The options of all modes, which mean what they mean in transformers, and those of each.
+COMMON_OPTIONS = {"max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "num_return_sequences"}
+COMMON_OPTIONS |= {"stop_strings", "return_dict_in_generate", "mode"}
+AT_ONCE_OPTIONS = {"length", "num_length_sigmas", "abstain_above", "output_uncertainty_scores"}
 MODES = {
     "one_step": AT_ONCE_OPTIONS | {"num_candidates", "candidate_noise"},
     "refine": AT_ONCE_OPTIONS | {"num_refinements", "confidence_threshold"},
-    "adaptive": BLOCK_OPTIONS | {"confidence_threshold"},
-    "verified": BLOCK_OPTIONS,
+    "adaptive": {"block_size", "confidence_threshold"},
+    "verified": {"block_size"},
 }
+# What a generation config holds that does not change an answer here: the decoder's configuration has the tokens.
+IGNORED_OPTIONS = {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"}
+IGNORED_OPTIONS |= {"use_cache"}
+
+
+class ProtoGenGenerationConfig(GenerationConfig):
+    """
+    How [`ProtoGenForConditionalGeneration.generate`] writes; a saved model's `generation_config.json`.
+
+    Args:
+        mode (`str`, defaults to `"one_step"`): one of `MODES`.
+        length (`int` or `torch.LongTensor` of shape `(batch,)`, *optional*, one_step and refine):
+            Tokens to write, instead of the predicted length.
+        num_length_sigmas (`float`, defaults to 0.0, one_step and refine): writes `exp(mean + num_length_sigmas *
+            sigma)` tokens of the predicted log-normal length; EOS still cuts.
+        abstain_above (`float`, *optional*, one_step and refine): gives no answer whose `uncertainties` exceed this;
+            `config.abstention_thresholds` has what held-out instructions asked for.
+        output_uncertainty_scores (`bool`, defaults to False, one_step and refine): returns every score, not the
+            configured one alone.
+        num_candidates (`int`, defaults to 1, one_step): writes so many answers in one pass and returns the one that the
+            decoder, reading them all in a second pass, finds most likely a token: one as predicted, the others of
+            lengths at quantiles of the predicted distribution and with noise.
+        candidate_noise (`float`, defaults to 0.5, one_step): standard deviation of the Gaussian noise on candidates'
+            `e` and `m`, in units of `config.proto_token_std`.
+        num_refinements (`int`, defaults to 1, refine): passes over the draft.
+        confidence_threshold (`float`, defaults to 0.9, refine and adaptive): probability from which on a token is sure.
+        block_size (`int`, *optional*, adaptive and verified): tokens of a draft at most; by default as many as there
+            are proto-tokens for. Drafts are shorter where long ones do not pay.
+        max_new_tokens, max_length (`int`, *optional*): tokens of an answer at most, whichever is smaller;
+            `config.max_answer_length` by default.
+        do_sample (`bool`, *optional*): draws tokens, with `temperature` and `top_p`; in one step independently of one
+            another. The most likely ones are taken by default.
+        num_return_sequences (`int`, *optional*): answers to each instruction, next to each other; with `do_sample`.
+        stop_strings (`list[str]`, *optional*): an answer ends with the token that completes one of them; `generate`
+            needs the `processor`.
+        return_dict_in_generate (`bool`, *optional*): returns lengths, confidences and all else as well.
+        **kwargs: other fields of [`GenerationConfig`], which `generate` refuses.
+    """
+
+    def __init__(
+        self,
+        mode: str = "one_step",
+        length: int | torch.LongTensor | None = None,
+        num_length_sigmas: float = 0.0,
+        abstain_above: float | None = None,
+        output_uncertainty_scores: bool = False,
+        num_candidates: int = 1,
+        candidate_noise: float = 0.5,
+        num_refinements: int = 1,
+        confidence_threshold: float = 0.9,
+        block_size: int | None = None,
+        **kwargs,
+    ):
+        self.mode = mode
+        self.length = length
+        self.num_length_sigmas = num_length_sigmas
+        self.abstain_above = abstain_above
+        self.output_uncertainty_scores = output_uncertainty_scores
+        self.num_candidates = num_candidates
+        self.candidate_noise = candidate_noise
+        self.num_refinements = num_refinements
+        self.confidence_threshold = confidence_threshold
+        self.block_size = block_size
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_model_config(cls, model_config: PreTrainedConfig | dict) -> "ProtoGenGenerationConfig":
+        """The defaults: a model's configuration says nothing of how to generate."""
+        return cls()
+
+    def merged(self, **kwargs) -> "ProtoGenGenerationConfig":
+        """
+        A copy with these options instead.
+
+        Raises:
+            ValueError: if one of them, or of this configuration, is unknown, not of the mode, or impossible.
+        """
+        options = copy.deepcopy(self)
+        mode = kwargs.get("mode", self.mode)
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r} is not one of {', '.join(MODES)}.")
+        known = COMMON_OPTIONS | MODES[mode]
+        everywhere = COMMON_OPTIONS.union(IGNORED_OPTIONS, *MODES.values())
+        foreign = sorted(kwargs.keys() - known) or sorted(self.to_diff_dict().keys() - everywhere)
+        if foreign:
+            raise ValueError(
+                f"{', '.join(foreign)} is not for mode={mode}, which takes {', '.join(sorted(known))}. "
+                "Probabilities of tokens are in token_confidences, logits in answer_logits of a call of the model."
+            )
+        drawn = sorted({"temperature", "top_p"} & kwargs.keys())
+        if drawn and not kwargs.get("do_sample", self.do_sample):
+            raise ValueError(f"{' and '.join(drawn)} draw tokens: set do_sample=True.")
+        options.update(**kwargs)
+        check_at_least_one(num_candidates=options.num_candidates, num_refinements=options.num_refinements)
+        return options
+
+    @property
+    def sampling(self) -> Sampling:
+        if not self.do_sample:
+            return Sampling()
+        # What transformers draws with where nothing is said.
+        return Sampling(
+            1.0 if self.temperature is None else self.temperature, 1.0 if self.top_p is None else self.top_p
+        )
+
+    def longest(self, default: int) -> int:
+        """Tokens of an answer at most."""
+        limits = {name: getattr(self, name) for name in ("max_new_tokens", "max_length")}
+        given = {name: limit for name, limit in limits.items() if limit is not None}
+        check_at_least_one(**given)
+        return min(given.values(), default=default)
 
 
 @dataclass
@@ -88,6 +212,8 @@ def check_at_least_one(**numbers: int) -> None:
 class ProtoGenGenerationMixin(GenerationMixin):
     """Replaces `GenerationMixin.generate`."""
 
+    generation_config_class = ProtoGenGenerationConfig
+
     def use_cuda_graphs(self, answer_lengths: list[int] | None = None, input_multiple: int = 32) -> None:
         """
         From now on `one_step` and `refine` write by CUDA graphs, which are recorded the first time that a shape comes:
@@ -115,12 +241,12 @@ class ProtoGenGenerationMixin(GenerationMixin):
         decoder_prompt_ids: torch.LongTensor | None = None,
         decoder_prompt_mask: torch.Tensor | None = None,
         category_ids: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
-        mode: str = "one_step",
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        return_dict_in_generate: bool = False,
-        **options,
+        proto_tokens: tuple[torch.Tensor, torch.Tensor] | None = None,
+        processor=None,
+        streamer: BaseStreamer | None = None,
+        **kwargs,
     ) -> torch.LongTensor | ProtoGenGenerateOutput:
         """
         Writes one answer for each instruction, cut at EOS. Modes:
@@ -129,44 +255,25 @@ class ProtoGenGenerationMixin(GenerationMixin):
         - `refine`: then the decoder reads it, and predicts anew what is less sure than a threshold.
         - `adaptive`: block after block, each as far as it is sure.
         - `verified`: block after block, each as far as the decoder would have written it itself, token by token. The
-          answer is the decoder's greedy one; with a temperature it has the decoder's distribution. In bfloat16 two
-          tokens of nearly equal probability may change places, as passes of different lengths round differently.
+          answer is the decoder's greedy one; with `do_sample` it has the decoder's distribution. In bfloat16 two tokens
+          of nearly equal probability may change places, as passes of different lengths round differently.
 
         Args:
             input_ids, attention_mask, decoder_prompt_ids, decoder_prompt_mask, category_ids:
                 As in [`ProtoGenForConditionalGeneration.forward`]; the processor makes them. All that reads drafts with
                 the decoder needs the prompt: every mode but `one_step`, and candidates.
-            mode (`str`): one of `MODES`.
-            temperature (`float`): 0 takes the likeliest token everywhere; above, tokens are drawn. In one step they are
-                drawn independently of one another.
-            top_p (`float`): draws among the likeliest tokens only, which together have this probability.
-            return_dict_in_generate (`bool`): whether to return lengths, confidences and all else as well.
-            length (`int` or `torch.LongTensor` of shape `(batch,)`, one_step and refine):
-                Tokens to write, instead of the predicted length.
-            num_length_sigmas (`float`, one_step and refine): writes `exp(mean + num_length_sigmas * sigma)` tokens of
-                the predicted log-normal length; EOS still cuts.
+            generation_config (`GenerationConfig`, *optional*): the model's own `generation_config` by default.
             proto_tokens (one_step and refine): `e` and `m`, shaped as the model's output has them, to write from
                 instead of the predicted ones: retrieved from a bank, or fitted.
-            abstain_above (`float`, one_step and refine): gives no answer that is more uncertain than this, as of
-                `uncertainties`; `config.abstention_thresholds` has what held-out instructions asked for.
-            output_uncertainty_scores (`bool`, one_step and refine): whether to return every score, not the configured
-                one alone.
-            num_candidates (`int`, one_step): writes so many answers in one pass and returns the one that the decoder,
-                reading them all in a second pass, finds likeliest a token: one as predicted, the others of lengths at
-                quantiles of the predicted distribution and
-            candidate_noise (`float`, one_step): with Gaussian noise on `e` and `m`, its standard deviation in units of
-                `config.proto_token_std`; 0.5 by default.
-            num_refinements (`int`, refine): passes over the draft; 1 by default.
-            confidence_threshold (`float`, refine and adaptive): probability from which on a token is sure; 0.9 by
-                default.
-            max_new_tokens (`int`, adaptive and verified): tokens at most; `config.max_answer_length` by default.
-            block_size (`int`, adaptive and verified): tokens of a draft at most; by default as many as there are
-                proto-tokens for. Drafts are shorter where long ones do not pay.
-            stop_strings (`list[str]`, adaptive and verified): an answer ends with the token that completes one of them.
-            processor (`ProtoGenProcessor`, adaptive and verified): needed by `stop_strings`; and where it has
-                `encoder_reads_answer`, the encoder reads the answer so far before each draft.
-            streamer (`BaseStreamer`, adaptive and verified): gets the prompt, then the tokens as they are written; for
-                one instruction at a time.
+            processor (`ProtoGenProcessor`, *optional*): needed by `stop_strings`; and where it has
+                `encoder_reads_answer`, the encoder reads the answer so far before each draft of adaptive and verified.
+            streamer (`BaseStreamer`, *optional*): gets the prompt, then the tokens as they are written; for one
+                instruction at a time.
+            **kwargs: fields of [`ProtoGenGenerationConfig`], where all options are described: `mode`, `length`,
+                `num_length_sigmas`, `abstain_above`, `output_uncertainty_scores`, `num_candidates`, `candidate_noise`,
+                `num_refinements`, `confidence_threshold`, `block_size`, `max_new_tokens`, `max_length`, `do_sample`,
+                `temperature`, `top_p`, `num_return_sequences`, `stop_strings`, `return_dict_in_generate`. They win over
+                the configuration.
 
         Returns:
             `torch.LongTensor` of shape `(batch, length)`, or [`ProtoGenGenerateOutput`].
@@ -175,46 +282,31 @@ class ProtoGenGenerationMixin(GenerationMixin):
             ValueError: if an option is not of this mode or has an impossible value, or a mode has no prompt that needs
                 one.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r} is not one of {', '.join(MODES)}.")
-        foreign = sorted(options.keys() - MODES[mode])
-        if foreign:
-            raise ValueError(
-                f"{', '.join(foreign)} is not for mode={mode}, which takes {', '.join(sorted(MODES[mode]))}."
-            )
-        needs_prompt = mode != "one_step" or options.get("num_candidates", 1) > 1
-        self._check_prompt(decoder_prompt_ids, needs_prompt)
-        write = self._write_blocks if "block_size" in MODES[mode] else self._write_at_once
-        return write(
-            (input_ids, attention_mask),
-            (decoder_prompt_ids, decoder_prompt_mask),
-            category_ids,
-            mode,
-            Sampling(temperature, top_p),
-            return_dict_in_generate,
-            **options,
-        )
+        base = self.generation_config if generation_config is None else generation_config
+        if not isinstance(base, ProtoGenGenerationConfig):
+            base = ProtoGenGenerationConfig.from_dict(base.to_diff_dict())
+        options = base.merged(**kwargs)
+        at_once = "length" in MODES[options.mode]
+        self._check_prompt(decoder_prompt_ids, options.mode != "one_step" or options.num_candidates > 1)
+        if proto_tokens is not None and not at_once:
+            raise ValueError(f"proto_tokens are not for mode={options.mode}, which predicts new ones for each block.")
+        if options.stop_strings and processor is None:
+            raise ValueError("stop_strings need the tokenizer: give processor=processor.")
+        number = options.num_return_sequences or 1
 
-    def _write_at_once(
-        self,
-        instruction,
-        prompt,
-        category_ids,
-        mode,
-        sampling,
-        returns_all,
-        length=None,
-        num_length_sigmas=0.0,
-        proto_tokens=None,
-        abstain_above=None,
-        output_uncertainty_scores=False,
-        num_candidates=1,
-        candidate_noise=0.5,
-        num_refinements=1,
-        confidence_threshold=0.9,
-    ):
-        config = self.config
-        check_at_least_one(num_candidates=num_candidates, num_refinements=num_refinements)
+        def repeated(*parts):
+            return tuple(part if part is None else part.repeat_interleave(number, dim=0) for part in parts)
+
+        instruction, prompt = repeated(input_ids, attention_mask), repeated(decoder_prompt_ids, decoder_prompt_mask)
+        (category_ids,) = repeated(category_ids)
+        if streamer is not None:
+            streamer.put((instruction if prompt[0] is None else prompt)[0].cpu())
+        if at_once:
+            return self._write_at_once(instruction, prompt, category_ids, options, proto_tokens, processor, streamer)
+        return self._write_blocks(instruction, prompt, category_ids, options, processor, streamer)
+
+    def _write_at_once(self, instruction, prompt, category_ids, options, proto_tokens, processor, streamer):
+        config, sampling, num_candidates = self.config, options.sampling, options.num_candidates
         # A recorded pass starts from its own prediction.
         is_recorded = self.graphs is not None and proto_tokens is None and num_candidates == 1
         passes = self.graphs if is_recorded else self
@@ -223,66 +315,87 @@ class ProtoGenGenerationMixin(GenerationMixin):
             prediction = replace(prediction, e=proto_tokens[0], m=proto_tokens[1])
         quantiles = 0.0
         if num_candidates > 1:
-            prediction, quantiles = candidates(prediction, num_candidates, candidate_noise * config.proto_token_std)
+            noise = options.candidate_noise * config.proto_token_std
+            prediction, quantiles = candidates(prediction, num_candidates, noise)
             prompt = tuple(part.repeat_interleave(num_candidates, dim=0) for part in prompt)
-        mean, sigma = prediction.log_length_mean, prediction.log_length_variance.sqrt()
-        error, log_duration_confidence = prediction.error_mean, prediction.log_duration_confidence
-        if length is None:
-            lengths = self.clamp_lengths((mean + (num_length_sigmas + quantiles) * sigma).exp())
-        else:
-            lengths = torch.as_tensor(length, device=mean.device)
-            if lengths.min() < 1 or lengths.max() > config.max_answer_length:
-                raise ValueError(
-                    f"length must lie in 1..{config.max_answer_length} tokens (config.max_answer_length); got {length}."
-                )
-            lengths = lengths.expand(len(mean) // num_candidates).repeat_interleave(num_candidates)
+        lengths = self._lengths(prediction, quantiles, options)
         first = None if prediction.next_logits is None else sampling.pick(prediction.next_logits)
         logits = passes.decode(prediction, lengths, *prompt, first_tokens=first)
         tokens = sampling.pick(logits)
         if first is not None:  # What the others follow is not drawn again.
             tokens[lengths.cumsum(0) - lengths] = first
-        if mode == "refine":
-            logits, tokens = refine(
-                self.decoder, prompt, logits, tokens, lengths, num_refinements, confidence_threshold, sampling
-            )
-        sequences = as_rows(tokens, lengths, config.answer_pad_token_id)
-        written, lengths = lengths, cut_at_eos(sequences, lengths, config.eos_token_ids)
+        if options.mode == "refine":
+            settings = options.num_refinements, options.confidence_threshold, sampling
+            logits, tokens = refine(self.decoder, prompt, logits, tokens, lengths, *settings)
+        draft = Draft(prediction, lengths, logits, tokens)
         if num_candidates > 1:
-            best = likeliest_candidates(self.decoder, prompt, sequences, lengths, num_candidates)
-            is_best = torch.isin(torch.arange(len(written), device=best.device).repeat_interleave(written), best)
-            logits, tokens = logits[is_best], tokens[is_best]
-            mean, sigma, error, log_duration_confidence, written, lengths, sequences = (
-                part[best] for part in (mean, sigma, error, log_duration_confidence, written, lengths, sequences)
+            sequences = as_rows(tokens, lengths, config.answer_pad_token_id)
+            ends = cut_at_eos(sequences, lengths, config.eos_token_ids)
+            draft = draft.of_rows(likeliest_candidates(self.decoder, prompt, sequences, ends, num_candidates))
+        return self._finished(draft, options, processor, streamer)
+
+    def _lengths(self, prediction: Prediction, quantiles: torch.Tensor | float, options) -> torch.LongTensor:
+        """Tokens to write of each answer, `(batch,)`; `quantiles` as of [`candidates`]."""
+        mean, sigma = prediction.log_length_mean, prediction.log_length_variance.sqrt()
+        longest = min(options.longest(self.config.max_answer_length), self.config.max_answer_length)
+        if options.length is None:
+            lengths = self.clamp_lengths((mean + (options.num_length_sigmas + quantiles) * sigma).exp())
+            return lengths.clamp_max(longest)
+        lengths = torch.as_tensor(options.length, device=mean.device)
+        if lengths.min() < 1 or lengths.max() > self.config.max_answer_length:
+            raise ValueError(
+                f"length must lie in 1..{self.config.max_answer_length} tokens (config.max_answer_length); "
+                f"got {options.length}."
             )
+        repeats = len(mean) // (lengths.numel() if lengths.dim() else 1)
+        return lengths.repeat(repeats) if not lengths.dim() else lengths.repeat_interleave(repeats)
+
+    def _finished(self, draft: Draft, options, processor, streamer) -> torch.LongTensor | ProtoGenGenerateOutput:
+        """The answers of a draft, cut where they end, with their uncertainty where it is wanted."""
+        config = self.config
+        sequences = as_rows(draft.tokens, draft.lengths, config.answer_pad_token_id)
+        lengths = cut_at_eos(sequences, draft.lengths, config.eos_token_ids)
+        if options.stop_strings:
+            is_stopped = stops_at(config.eos_token_ids, options.stop_strings, processor.decoder_tokenizer)
+            lengths = cut_where(is_stopped, sequences, lengths)
         kept = token_mask(lengths)
         sequences = sequences[:, : kept.shape[1]].masked_fill(~kept, config.answer_pad_token_id)
-        if not returns_all and abstain_above is None:
-            return sequences
+        if options.return_dict_in_generate or options.abstain_above is not None:
+            output = self._with_uncertainty(draft, options, sequences, lengths, kept)
+            sequences, lengths = output.sequences, output.lengths
+        if streamer is not None:
+            streamer.put(sequences[0, : lengths[0]].cpu())
+            streamer.end()
+        return output if options.return_dict_in_generate else sequences
+
+    def _with_uncertainty(self, draft, options, sequences, lengths, kept) -> ProtoGenGenerateOutput:
+        config, prediction = self.config, draft.prediction
 
         def by_answer(values):
-            return as_rows(values, written, 0.0)[:, : kept.shape[1]] * kept
+            return as_rows(values, draft.lengths, 0.0)[:, : kept.shape[1]] * kept
 
-        log_confidence = by_answer(log_probability(logits, tokens))
+        log_confidence = by_answer(log_probability(draft.logits, draft.tokens))
         confidences = (log_confidence.sum(-1) / lengths).exp()
+        mean, sigma = prediction.log_length_mean, prediction.log_length_variance.sqrt()
         compute_score = {
             "confidence": lambda: 1 - confidences,
             "least_confidence": lambda: 1 - log_confidence.min(-1).values.exp(),
-            "sequence": lambda: 1 - (log_confidence.sum(-1) + log_duration_confidence).exp(),
-            "entropy": lambda: by_answer(token_entropy(logits)).sum(-1) / lengths,
+            "sequence": lambda: 1 - (log_confidence.sum(-1) + prediction.log_duration_confidence).exp(),
+            "entropy": lambda: by_answer(token_entropy(draft.logits)).sum(-1) / lengths,
             "length_sigma": lambda: sigma,
-            "predicted_error": lambda: error,
+            "predicted_error": lambda: prediction.error_mean,
         }
-        names = UNCERTAINTY_SCORES if output_uncertainty_scores else (config.uncertainty_score,)
+        names = UNCERTAINTY_SCORES if options.output_uncertainty_scores else (config.uncertainty_score,)
         scores = {name: compute_score[name]() for name in names}
         uncertainties = scores[config.uncertainty_score]
         if config.uncertainty_points is not None:
             uncertainties = interpolate(uncertainties, config.uncertainty_points)
         abstained = None
-        if abstain_above is not None:
-            abstained = uncertainties > abstain_above
+        if options.abstain_above is not None:
+            abstained = uncertainties > options.abstain_above
             sequences = sequences.masked_fill(abstained[:, None], config.answer_pad_token_id)
             lengths = lengths.masked_fill(abstained, 0)
-        output = ProtoGenGenerateOutput(
+        return ProtoGenGenerateOutput(
             sequences=sequences,
             lengths=lengths,
             token_confidences=log_confidence.exp() * kept,
@@ -290,41 +403,21 @@ class ProtoGenGenerationMixin(GenerationMixin):
             predicted_lengths=mean.exp(),
             length_sigmas=mean.exp() * sigma,
             uncertainties=uncertainties,
-            uncertainty_scores=scores if output_uncertainty_scores else None,
+            uncertainty_scores=scores if options.output_uncertainty_scores else None,
             abstained=abstained,
         )
-        return output if returns_all else sequences
 
-    def _write_blocks(
-        self,
-        instruction,
-        prompt,
-        category_ids,
-        mode,
-        sampling,
-        returns_all,
-        max_new_tokens=None,
-        block_size=None,
-        stop_strings=(),
-        processor=None,
-        streamer=None,
-        confidence_threshold=0.9,
-    ):
+    def _write_blocks(self, instruction, prompt, category_ids, options, processor, streamer):
         config = self.config
         # Own tokens that a draft stands after: the last one written.
         num_before = int(config.reads_decoder_states)
         longest_block = config.chunk_size * config.max_chunks - num_before
-        block_size = longest_block if block_size is None else block_size
+        block_size = longest_block if options.block_size is None else options.block_size
         if not 1 <= block_size <= longest_block:
             raise ValueError(f"block_size must lie in 1..{longest_block} tokens; got {block_size}.")
-        max_new_tokens = config.max_answer_length if max_new_tokens is None else max_new_tokens
-        check_at_least_one(max_new_tokens=max_new_tokens)
-        if stop_strings and processor is None:
-            raise ValueError("stop_strings need the tokenizer: give processor=processor.")
-        if streamer is not None:
-            streamer.put(prompt[0])
-        is_stopped = stops_at(config.eos_token_ids, stop_strings, processor and processor.decoder_tokenizer)
-        answers = Answers(len(prompt[0]), max_new_tokens, is_stopped, streamer)
+        tokenizer = processor and processor.decoder_tokenizer
+        is_stopped = stops_at(config.eos_token_ids, options.stop_strings or (), tokenizer)
+        answers = Answers(len(prompt[0]), options.longest(config.max_answer_length), is_stopped, streamer)
         given = Instruction(*self.encode(*instruction), category_ids)
 
         def source():
@@ -334,14 +427,15 @@ class ProtoGenGenerationMixin(GenerationMixin):
             return Instruction(*self.encode(*processor.add_answers(*instruction, written)), category_ids)
 
         text = DecoderState(self.decoder, *prompt, config.layers_read)
-        if mode == "adaptive":
-            adaptive_decoding(self, answers, source, text, block_size, confidence_threshold, sampling)
+        if options.mode == "adaptive":
+            threshold = options.confidence_threshold
+            adaptive_decoding(self, answers, source, text, block_size, threshold, options.sampling)
         else:
-            verified_decoding(self, answers, source, text, block_size, sampling)
+            verified_decoding(self, answers, source, text, block_size, options.sampling)
         if streamer is not None:
             streamer.end()
         sequences, log_confidence, lengths = answers.tables(config.answer_pad_token_id, text.mask.device)
-        if not returns_all:
+        if not options.return_dict_in_generate:
             return sequences
         num_drafts = torch.tensor(answers.num_drafts, device=lengths.device)
         return ProtoGenGenerateOutput(

@@ -1,6 +1,7 @@
 """One-step decoding: whole answers in a single pass of the decoder; drawn several times, or refined, where wanted."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -8,6 +9,9 @@ from transformers import PreTrainedModel
 from .autoregressive import teacher_forced_logits
 from .proto_predictor import Prediction
 from .sampling import Sampling, log_probability
+
+# What a prediction says of each answer beside its proto-tokens, `(batch,)`.
+OF_ANSWERS = ("log_length_mean", "log_length_variance", "error_mean", "error_variance", "log_duration_confidence")
 
 
 def token_mask(lengths: torch.LongTensor) -> torch.BoolTensor:
@@ -27,6 +31,41 @@ def cut_at_eos(sequences: torch.LongTensor, lengths: torch.LongTensor, eos_token
     """Lengths `(batch,)` of the answers up to and including the first EOS of each."""
     is_eos = torch.isin(sequences, torch.tensor(eos_token_ids, device=lengths.device)) & token_mask(lengths)
     return torch.where(is_eos.any(-1), is_eos.int().argmax(-1) + 1, lengths)
+
+
+def cut_where(
+    is_stopped: Callable[[list[int]], bool], sequences: torch.LongTensor, lengths: torch.LongTensor
+) -> torch.LongTensor:
+    """Lengths `(batch,)` of the answers up to and including the first token that ends one; as of `stops_at`."""
+    rows = [row[:length] for row, length in zip(sequences.tolist(), lengths.tolist(), strict=True)]
+    ends = [next((n for n in range(1, len(row)) if is_stopped(row[:n])), len(row)) for row in rows]
+    return torch.tensor(ends, device=lengths.device)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """
+    A batch of whole answers, not cut yet.
+
+    Args:
+        prediction (`Prediction`): what they were written from.
+        lengths (`torch.LongTensor` of shape `(batch,)`): tokens of each.
+        logits (`torch.Tensor` of shape `(answer_tokens, vocab)`), tokens (`torch.LongTensor` of shape
+            `(answer_tokens,)`): answer after answer.
+    """
+
+    prediction: Prediction
+    lengths: torch.LongTensor
+    logits: torch.Tensor
+    tokens: torch.LongTensor
+
+    def of_rows(self, rows: torch.LongTensor) -> "Draft":
+        """Some of the answers, by growing numbers, without the proto-tokens that they were written from."""
+        numbers = torch.arange(len(self.lengths), device=rows.device).repeat_interleave(self.lengths)
+        is_in = torch.isin(numbers, rows)
+        of_answers = {name: getattr(self.prediction, name)[rows] for name in OF_ANSWERS}
+        prediction = replace(self.prediction, **of_answers)
+        return Draft(prediction, self.lengths[rows], self.logits[is_in], self.tokens[is_in])
 
 
 def refine(
@@ -85,7 +124,6 @@ def candidates(prediction: Prediction, num_candidates: int, noise: float) -> tup
     cache = prediction.prompt_cache
     if cache is not None:
         cache.batch_repeat_interleave(num_candidates)
-    names = ("log_length_mean", "log_length_variance", "error_mean", "error_variance", "log_duration_confidence")
     places = torch.arange(1, num_candidates, device=prediction.e.device) / num_candidates
     quantiles = torch.special.ndtri(torch.cat([places.new_tensor([0.5]), places]))
     return (
@@ -93,7 +131,7 @@ def candidates(prediction: Prediction, num_candidates: int, noise: float) -> tup
             prediction,
             e=shaken(prediction.e),
             m=shaken(prediction.m),
-            **{name: repeated(getattr(prediction, name)) for name in names},
+            **{name: repeated(getattr(prediction, name)) for name in OF_ANSWERS},
             next_logits=None if prediction.next_logits is None else repeated(prediction.next_logits),
         ),
         quantiles.repeat(len(prediction.e)),

@@ -101,10 +101,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--category", help="category, for a model with one m for each")
     parser.add_argument("--retrieve", metavar="BANK", help="write the banked text whose proto-tokens are the nearest")
     parser.add_argument("--mode", default="one_step", choices=list(MODES))
-    parser.add_argument("--stream", action="store_true", help="adaptive, verified: print blocks as they are written")
+    parser.add_argument("--stream", action="store_true", help="print tokens as they are written")
     # What is not given is left to the model, and so is what does not go with the mode.
     option = partial(parser.add_argument, default=argparse.SUPPRESS)
-    option("--temperature", type=float, help="draw tokens with logits divided by this; 0 takes the likeliest")
+    option("--temperature", type=float, help="draw tokens with logits divided by this")
     option("--top-p", type=float, help="draw among the likeliest tokens that have this probability together")
     option("--length", type=int, help="one_step, refine: tokens to write, instead of the predicted length")
     option("--num-length-sigmas", type=float, help="one_step, refine: widen the predicted length by so many σ")
@@ -112,7 +112,7 @@ def main(argv: list[str]) -> None:
     option("--num-candidates", type=int, help="one_step: answers of which the decoder chooses")
     option("--num-refinements", type=int, help="refine: passes over the draft")
     option("--confidence-threshold", type=float, help="refine, adaptive: probability of a sure token")
-    option("--max-new-tokens", type=int, help="adaptive, verified: tokens at most")
+    option("--max-new-tokens", type=int, help="tokens at most")
     option("--block-size", type=int, help="adaptive, verified: tokens of a draft at most")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
@@ -127,12 +127,11 @@ def main(argv: list[str]) -> None:
     processor = load_processor_of(arguments.model, arguments.decoder)
     model = load_protogen(arguments.model, arguments.dtype, arguments.decoder).to(device)
 
-    names = {"temperature", "top_p"}.union(*MODES.values())
+    names = {"temperature", "top_p", "max_new_tokens"}.union(*MODES.values())
     options = {name: value for name, value in vars(arguments).items() if name in names}
+    options |= {"processor": processor, "do_sample": bool({"temperature", "top_p"} & options.keys())}
     retrieve = NearestBanked(model, ProtoTokenBank(arguments.retrieve)) if arguments.retrieve else None
     batch_size = arguments.batch_size
-    if "processor" in MODES[arguments.mode]:
-        options["processor"] = processor
     if arguments.stream:
         batch_size, options["streamer"] = 1, TextStreamer(processor.decoder_tokenizer, skip_prompt=True)
     for start in range(0, len(prompts), batch_size):

@@ -5,8 +5,10 @@ import torch
 from conftest import CONTEXTS, INSTRUCTIONS, adapted_decoder, stir_slot_adapters
 from scipy.stats import chisquare
 from test_verified_decoding import FIELDS, MORE, MORE_CONTEXTS, TOKENS, greedy, without_eos
-from transformers import TextStreamer
+from transformers import GenerationConfig, TextStreamer
 
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenGenerationConfig
+from modeling_protogen.generation_protogen import MODES
 from modeling_protogen.one_step_decoding import candidates
 from modeling_protogen.proto_tokens import build_layout, fill_slots
 from modeling_protogen.sampling import Sampling
@@ -208,7 +210,13 @@ def test_verified_samples_have_the_decoders_distribution(build, decoder_dir):
     rows, sampling = 4000, Sampling(0.5, 0.9)
     inputs = {name: tensor.expand(rows, -1) for name, tensor in processor("who sat").items()}
     output = model.generate(
-        **inputs, mode="verified", max_new_tokens=4, temperature=0.5, top_p=0.9, return_dict_in_generate=True
+        **inputs,
+        mode="verified",
+        max_new_tokens=4,
+        do_sample=True,
+        temperature=0.5,
+        top_p=0.9,
+        return_dict_in_generate=True,
     )
     assert output.accepted_lengths.unique().numel() > 1
 
@@ -231,14 +239,14 @@ def test_one_step_samples_are_drawn_from_each_position(build, llama_dir):
     torch.manual_seed(0)
     inputs = processor("who sat")
     labels = torch.tensor([[5, 5]])
-    p = Sampling(0.7, 0.95).probabilities(model(**inputs, labels=labels).logits)
+    p = Sampling(0.7, 0.95).probabilities(model(**inputs, labels=labels).answer_logits)
     many = {name: tensor.expand(4000, -1) for name, tensor in inputs.items()}
-    written = model.generate(**many, length=2, temperature=0.7, top_p=0.95)
+    written = model.generate(**many, length=2, do_sample=True, temperature=0.7, top_p=0.95)
     for place in range(2):
         assert same_distribution(written[:, place].bincount(minlength=p.shape[1]), p[place])
 
 
-@pytest.mark.parametrize("mode", ["adaptive", "verified"])
+@pytest.mark.parametrize("mode", MODES)
 def test_tokens_stream_as_they_are_written(build, llama_dir, mode):
     model, processor = build(llama_dir, decoder_sees_prompt=True)
 
@@ -253,6 +261,63 @@ def test_tokens_stream_as_they_are_written(build, llama_dir, mode):
     assert recorder.text == processor.decoder_tokenizer.decode(written[0])
     with pytest.raises(ValueError, match="only supports batch size 1"):
         model.generate(**processor(INSTRUCTIONS), mode=mode, streamer=recorder)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_answers_have_a_limit(build, llama_dir, mode):
+    model, processor = build(llama_dir, decoder_sees_prompt=True)
+    without_eos(model)
+    inputs = processor(INSTRUCTIONS, CONTEXTS)
+    whole = model.generate(**inputs, mode=mode)
+    assert whole.shape[1] > 3
+    assert model.generate(**inputs, mode=mode, max_new_tokens=3, max_length=5).shape[1] == 3
+    short = model.generate(**inputs, mode=mode, max_length=3)
+    longer = [len(row) >= 3 for row in answers_of(model.generate(**inputs, mode=mode, return_dict_in_generate=True))]
+    assert torch.equal(short[longer], whole[longer, :3])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_several_answers_to_an_instruction_are_next_to_each_other(build, llama_dir, mode):
+    model, processor = build(llama_dir, decoder_sees_prompt=True)
+    without_eos(model)
+    options = {"mode": mode, "do_sample": True, "max_new_tokens": 4}
+    inputs = processor(INSTRUCTIONS[:2], CONTEXTS[:2])
+    torch.manual_seed(0)
+    several = model.generate(**inputs, **options, num_return_sequences=3)
+    torch.manual_seed(0)
+    repeated = {name: tensor.repeat_interleave(3, dim=0) for name, tensor in inputs.items()}
+    assert torch.equal(several, model.generate(**repeated, **options))
+    assert len({tuple(row) for row in several.tolist()}) > 2
+
+
+def test_a_saved_configuration_is_honoured_and_arguments_win(build, llama_dir, tmp_path):
+    model, processor = build(llama_dir, decoder_sees_prompt=True)
+    without_eos(model)
+    inputs = processor(INSTRUCTIONS, CONTEXTS)
+    plain, verified = model.generate(**inputs), model.generate(**inputs, mode="verified", max_new_tokens=5)
+    model.generation_config = ProtoGenGenerationConfig(mode="verified", max_new_tokens=5)
+    model.save_pretrained(tmp_path)
+    loaded = ProtoGenForConditionalGeneration.from_pretrained(tmp_path)
+    without_eos(loaded)
+    assert torch.equal(loaded.generate(**inputs), verified)
+    assert torch.equal(loaded.generate(**inputs, max_new_tokens=3), verified[:, :3])
+    assert torch.equal(loaded.generate(**inputs, generation_config=ProtoGenGenerationConfig()), plain)
+    # One of transformers' own says what it can, and is not changed.
+    given = GenerationConfig(max_new_tokens=2, do_sample=True, top_p=0.9)
+    assert torch.equal(loaded.generate(**inputs, generation_config=given, do_sample=False), plain[:, :2])
+    assert given.do_sample
+
+
+def test_one_step_answers_end_at_a_stop_string(build, decoder_dir):
+    model, processor = build(decoder_dir)
+    without_eos(model)
+    inputs, tokenizer = processor(MORE, MORE_CONTEXTS), processor.decoder_tokenizer
+    whole = model.generate(**inputs, length=8).tolist()
+    stop = tokenizer.decode(whole[0][2:4])
+    found = model.generate(**inputs, length=8, stop_strings=[stop], processor=processor, return_dict_in_generate=True)
+    for answer, tokens in zip(answers_of(found), whole, strict=True):
+        ends = [n for n in range(1, 9) if stop in tokenizer.decode(tokens[:n])]
+        assert answer == tokens[: ends[0] if ends else 8]
 
 
 def test_answers_end_at_a_stop_string(build, decoder_dir):
@@ -276,11 +341,13 @@ def test_answers_end_at_a_stop_string(build, decoder_dir):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"temperature": -1.0}, "temperature must not be negative"),
-        ({"temperature": 1.0, "top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
-        ({"top_p": 0.5}, "top_p needs a temperature above 0"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature must not be negative"),
+        ({"do_sample": True, "top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
+        ({"temperature": 0.5, "top_p": 0.5}, "temperature and top_p draw tokens: set do_sample=True"),
         ({"mode": "adaptive", "block_size": 9}, r"block_size must lie in 1\.\.8 tokens; got 9"),
-        ({"mode": "verified", "max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"mode": "verified", "max_new_tokens": 0}, "`max_new_tokens` must be greater than 0"),
+        ({"max_length": 0}, "max_length must be at least 1"),
+        ({"num_return_sequences": 2}, r"Greedy methods .* do not support `num_return_sequences`"),
         ({"num_candidates": 0}, "num_candidates must be at least 1"),
         ({"mode": "refine", "num_refinements": 0}, "num_refinements must be at least 1"),
     ],

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import CONTEXTS, INSTRUCTIONS, stir_slot_adapters, weights_hash
+from transformers import GenerationConfig
 
 FIELDS = [
     {},
@@ -30,7 +31,7 @@ def test_tokens_and_confidence_are_those_of_forward(build, decoder_dir, fields):
     lengths = torch.tensor([3, 8, 1])
     labels = torch.where(torch.arange(8) < lengths[:, None], 5, -100)
     with torch.no_grad():
-        logits = model(**batch, labels=labels).logits
+        logits = model(**batch, labels=labels).answer_logits
     before = weights_hash(model.decoder)
     output = model.generate(**batch, length=lengths, return_dict_in_generate=True)
     assert weights_hash(model.decoder) == before
@@ -84,7 +85,7 @@ def test_what_follows_a_drawn_first_token_was_predicted_after_it(build, decoder_
     batch = processor(INSTRUCTIONS, CONTEXTS)
     likeliest = model.generate(**batch, length=8)
     torch.manual_seed(1)
-    output = model.generate(**batch, length=8, temperature=1.0, return_dict_in_generate=True)
+    output = model.generate(**batch, length=8, do_sample=True, return_dict_in_generate=True)
     assert not torch.equal(output.sequences[:, 0], likeliest[:, 0])
     for row, tokens in enumerate(output.sequences):
         prompt = processor(INSTRUCTIONS[row], CONTEXTS[row])["decoder_prompt_ids"]
@@ -134,8 +135,14 @@ def test_options_of_other_decoders_are_not_swallowed(build, llama_dir):
     model, processor = build(llama_dir)
     with pytest.raises(ValueError, match="num_beams"):
         model.generate(**processor(INSTRUCTIONS), num_beams=5)
-    with pytest.raises(ValueError, match="max_new_tokens is not for mode=one_step"):
-        model.generate(**processor(INSTRUCTIONS), max_new_tokens=5)
+    with pytest.raises(ValueError, match=r"output_scores is not for .*answer_logits of a call of the model"):
+        model.generate(**processor(INSTRUCTIONS), output_scores=True)
+    with pytest.raises(ValueError, match="num_beams is not for mode=one_step"):
+        model.generate(**processor(INSTRUCTIONS), generation_config=GenerationConfig(num_beams=3))
+    batch = processor(INSTRUCTIONS)
+    output = model(**batch)
+    with pytest.raises(ValueError, match="proto_tokens are not for mode=verified"):
+        model.generate(**batch, mode="verified", proto_tokens=(output.e, output.m))
     with pytest.raises(ValueError, match="length is not for mode=verified, which takes block_size"):
         model.generate(**processor(INSTRUCTIONS), mode="verified", length=5)
 

@@ -87,7 +87,7 @@ def test_one_step_scores_are_the_answers_probability(checkpoint):
                 decoder_prompt_mask=torch.ones(1, len(prompt)).long(),
                 labels=labels,
                 first_tokens=labels[:, 0],
-            ).logits
+            ).answer_logits
         assert score == pytest.approx(logits.log_softmax(-1)[range(labels.numel()), labels[0]].sum().item(), rel=1e-4)
         assert is_likeliest == torch.equal(logits.argmax(-1), labels[0])
 
@@ -179,9 +179,9 @@ def test_a_models_own_prompt_takes_the_place_of_the_chat_template(llama_checkpoi
     assert inputs["input_ids"].tolist() == expected["input_ids"].tolist()
     assert inputs["decoder_prompt_ids"].tolist() == expected["decoder_prompt_ids"].tolist()
     for others in ([{"role": "system", "content": "be short"}], [question, {"role": "assistant", "content": "a"}]):
-        with pytest.raises(ValueError, match="prompt_template takes one user message"):
+        with pytest.raises(ValueError, match="has one user message and the chat has others"):
             lm.apply_chat_template([*others, question])
-    with pytest.raises(ValueError, match="prompt_template takes one user message"):
+    with pytest.raises(ValueError, match="has one user message and the chat has others"):
         lm.apply_chat_template([{"role": "system", "content": "be short"}])
 
 

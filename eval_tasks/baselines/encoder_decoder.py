@@ -4,7 +4,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_protogen.processing_protogen import user_message
 
-from .writing import Writer, generated
+from .writing import Writer, Written, generated
 
 
 def encoder_decoder(
@@ -15,6 +15,9 @@ def encoder_decoder(
     def write(instructions, contexts, max_new_tokens, exactly=False):
         texts = list(map(user_message, instructions, contexts))
         inputs = tokenizer(texts, padding=True, truncation=True, max_length=max_input_length, return_tensors="pt")
-        return generated(model, tokenizer, inputs.to(model.device), max_new_tokens, exactly, **options)
+        token_ids = generated(
+            model, tokenizer.eos_token_id, inputs.to(model.device), max_new_tokens, exactly, **options
+        )
+        return Written(tokenizer.batch_decode(token_ids, skip_special_tokens=True), token_ids)
 
     return write

@@ -46,9 +46,10 @@ def few_shot(decoder: PreTrainedModel, processor: ProtoGenProcessor, shown: Sequ
                 pad_token_id=tokenizer.eos_token_id,
                 stopping_criteria=StoppingCriteriaList([ends_with_empty_line]),
             )
-        found = up_to_eos(tokenizer, written[:, ids.shape[1] :])
-        texts = [text.split("\n\n")[0].rstrip("\n") for text in found.texts]
+        token_ids = up_to_eos(written[:, ids.shape[1] :], tokenizer.eos_token_id)
+        whole = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        texts = [text.split("\n\n")[0].rstrip("\n") for text in whole]
         lines = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        return Written(processor.batch_decode(lines), found.token_ids)
+        return Written(processor.batch_decode(lines), token_ids)
 
     return write

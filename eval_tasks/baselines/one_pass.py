@@ -17,7 +17,7 @@ def protogen(
 
     def write(instructions, contexts, max_new_tokens, exactly=False):
         inputs = processor(instructions, contexts).to(model.device)
-        if "max_new_tokens" in MODES[mode]:
+        if "block_size" in MODES[mode]:
             length = {"max_new_tokens": max_new_tokens, "processor": processor}
         else:
             length = {"length": max_new_tokens} if exactly else {}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 
 @dataclass
@@ -31,25 +31,25 @@ Writer = Callable[..., Written]
 
 def generated(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    eos_token_id: int,
     inputs: dict[str, torch.Tensor],
     max_new_tokens: int,
     exactly: bool,
     **options,
-) -> Written:
-    """transformers' own `generate`, greedily unless `options` say otherwise, without the prompt in its answers."""
-    eos = tokenizer.eos_token_id
+) -> list[list[int]]:
+    """
+    The tokens of transformers' own `generate`, up to and including EOS and without the prompt; greedily unless
+    `options` say otherwise.
+    """
     length = {"min_new_tokens": max_new_tokens} if exactly else {}
-    options = {"do_sample": False, "pad_token_id": eos, "eos_token_id": eos} | length | options
+    options = {"do_sample": False, "pad_token_id": eos_token_id, "eos_token_id": eos_token_id} | length | options
     with torch.no_grad():
         sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
     if not model.config.is_encoder_decoder:
         sequences = sequences[:, inputs["input_ids"].shape[1] :]
-    return up_to_eos(tokenizer, sequences)
+    return up_to_eos(sequences, eos_token_id)
 
 
-def up_to_eos(tokenizer: PreTrainedTokenizerBase, sequences: torch.LongTensor) -> Written:
-    """Answers `(batch, length)`, cut after their EOS."""
-    eos = tokenizer.eos_token_id
-    token_ids = [row[: row.index(eos) + 1] if eos in row else row for row in sequences.tolist()]
-    return Written(tokenizer.batch_decode(token_ids, skip_special_tokens=True), token_ids)
+def up_to_eos(sequences: torch.LongTensor, eos_token_id: int) -> list[list[int]]:
+    """Answers `(batch, length)`, each up to and including its EOS."""
+    return [row[: row.index(eos_token_id) + 1] if eos_token_id in row else row for row in sequences.tolist()]

@@ -173,7 +173,7 @@ def token_head_answers(model, processor: ProtoGenProcessor, examples: list[Examp
         inputs = processor([e.instruction for e in part], [e.context for e in part]).to(model.device)
         e = model.predict(**inputs).e[:, :, 0]
         tokens = head_tokens(e, model.decoder.get_output_embeddings().weight)
-        answers += processor.batch_decode(up_to_eos(processor.decoder_tokenizer, tokens).token_ids)
+        answers += processor.batch_decode(up_to_eos(tokens, processor.decoder_tokenizer.eos_token_id))
     return answers
 
 
