@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_protogen import FITTED_SIZE, ProtoGenConfig
 from .frozen_decoder import (
@@ -258,10 +258,16 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """The encoder's; without an encoder the decoder's, which are frozen."""
-        reader = self.decoder if self.encoder is None else self.encoder
-        if reader is None:
-            raise RuntimeError("no decoder is attached; load with from_pretrained, or call attach_decoder.")
-        return reader.get_input_embeddings()
+        return self._reader().get_input_embeddings()
+
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        self._reader().set_input_embeddings(value)
+
+    def _reader(self) -> PreTrainedModel:
+        if self.encoder is not None:
+            return self.encoder
+        self._check_decoder()
+        return self.decoder
 
     def _prepare_decoder(self):
         if self.decoder is not None and self.slot_adapters is not None:
@@ -348,9 +354,12 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             states = states.index_put(place, part)
         return states, attention_mask
 
-    def _check_prompt(self, decoder_prompt_ids: torch.LongTensor | None, is_needed: bool):
+    def _check_decoder(self):
         if self.decoder is None:
             raise RuntimeError("no decoder is attached; load with from_pretrained, or call attach_decoder.")
+
+    def _check_prompt(self, decoder_prompt_ids: torch.LongTensor | None, is_needed: bool):
+        self._check_decoder()
         if is_needed and decoder_prompt_ids is None:
             raise ValueError("the decoder has to read the prompt: give decoder_prompt_ids; the processor makes them.")
 
@@ -409,6 +418,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         """Rounds lengths in tokens to the whole numbers that an answer can have; any shape."""
         return lengths.round().long().clamp(1, self.config.max_answer_length)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -276,6 +276,23 @@ def test_without_labels_the_answer_has_its_predicted_length(build, llama_dir):
     assert output.loss is None
 
 
+def test_outputs_are_tuples_where_asked_for(build, llama_dir):
+    model, processor = build(llama_dir)
+    batch = processor(INSTRUCTIONS, CONTEXTS, ANSWERS)
+    for one, other in zip(model(**batch, return_dict=False), model(**batch).to_tuple(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_input_embeddings_are_those_of_what_reads_the_instruction(build, llama_dir):
+    model, _ = build(llama_dir)
+    assert model.get_input_embeddings() is model.encoder.get_input_embeddings()
+    other = torch.nn.Embedding(7, 32)
+    model.set_input_embeddings(other)
+    assert model.encoder.get_input_embeddings() is other
+    model, _ = build(llama_dir, latent_source="decoder")
+    assert model.get_input_embeddings() is model.decoder.get_input_embeddings()
+
+
 def test_building_keeps_pretrained_weights(build, encoder_dir, decoder_dir):
     model, _ = build(decoder_dir)
     assert weights_hash(model.decoder) == weights_hash(AutoModelForCausalLM.from_pretrained(decoder_dir))
