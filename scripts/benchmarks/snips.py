@@ -206,16 +206,17 @@ def uncertainty_figures(model, processor, run: Path, records: pd.DataFrame, refe
     figures = {"auroc_wrong": ranking_figures(right, uncertainties)["auroc_wrong"]}
     held_out = pd.read_csv(run / "answers.csv")
     coverage, precision = coverage_curve(right, uncertainties)
+    number_right = max(right.sum(), 1)
     for wanted in (0.95, 0.99):
         percent = round(100 * wanted)
         reached = np.flatnonzero(precision >= wanted)
         last = reached[-1] if len(reached) else None
         figures[f"coverage_at_{percent}_precision"] = 0.0 if last is None else float(coverage[last])
         kept = 0.0 if last is None else coverage[last] * precision[last] * len(right)
-        figures[f"kept_right_at_{percent}_precision"] = float(kept / right.sum())
+        figures[f"kept_right_at_{percent}_precision"] = float(kept / number_right)
         threshold = threshold_for_accuracy(held_out["exact_match"], held_out[score], wanted)
         given = uncertainties <= (-np.inf if threshold is None else threshold)
-        figures[f"kept_right_at_threshold_for_{percent}"] = float(right[given].sum() / right.sum())
+        figures[f"kept_right_at_threshold_for_{percent}"] = float(right[given].sum() / number_right)
         figures[f"precision_at_threshold_for_{percent}"] = float(right[given].mean()) if given.any() else 1.0
     if foreign:
         asked = records_of(model, processor, foreign)[score].to_numpy()
