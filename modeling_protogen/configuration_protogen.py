@@ -21,7 +21,62 @@ UNCERTAINTY_SCORES = ("confidence", "least_confidence", "sequence", "entropy", "
 
 class ProtoGenConfig(PreTrainedConfig):
     """
-    Configuration of [`ProtoGenForConditionalGeneration`]. Each field is documented where it is declared.
+    Configuration of [`ProtoGenForConditionalGeneration`].
+
+    Args:
+        encoder_config, decoder_config (`dict` or `PreTrainedConfig`, *optional*): of the two models.
+        decoder_name_or_path (`str`, *optional*): Hub id or folder that the frozen decoder came from.
+        decoder_revision (`str`, *optional*): its revision: commit, tag or branch.
+        thin (`bool`, defaults to False): whether checkpoints leave the frozen decoder out; loading attaches it again
+            from `decoder_name_or_path`.
+        arrangement (`str`, defaults to `"e_mN"`): how `e` and `m` are laid out over the decoder's positions: one of
+            `ARRANGEMENTS` (table 1 of https://arxiv.org/abs/2505.21189).
+        num_e_tokens (`int`, defaults to 1): `e` proto-tokens that open a chunk. More than one needs the arrangement
+            `e_m` or `e_mN`.
+        chunk_size (`int`, defaults to 64): answer tokens governed by one `(e, m)` pair.
+        max_chunks (`int`, defaults to 1): chunks that are laid end to end in one pass.
+        max_answer_length (`int`, *optional*, defaults to `chunk_size * max_chunks`): longest answer in decoder tokens,
+            EOS included.
+        m_scope (`str`, defaults to `"per_example"`): where `m` comes from: `per_example` (predicted), `per_category`
+            (one trained vector for each category), `shared` (one trained vector), `fixed` (one random vector that is
+            never trained).
+        categories (`list[str]`, *optional*): their names, in the order of the trained vectors; needed by
+            `per_category`.
+        sink (`str`, defaults to `"bos"`): the real token before `e`: the decoder's BOS, or `none`. With
+            `decoder_sees_prompt` the prompt is the sink.
+        decoder_sees_prompt (`bool`, defaults to False): whether the prompt's own tokens stand before the proto-tokens
+            in the decoder.
+        first_tokens (`str`, defaults to `"slots"`): who writes an answer's first tokens after a prompt: the `slots`, as
+            all others, or the `decoder`, whose own prediction they are then (`num_own_tokens`): right for its own
+            answers, and never learned for any others.
+        slot_adapter_rank (`int`, defaults to 0): rank of the low-rank weights that act in the decoder's linear layers
+            at the slots only; 0 means none. The decoder's weights stay as they are, and so does all that it computes
+            for real tokens.
+        latent_source (`str`, defaults to `"encoder"`): what `e`, `m` and the length are predicted from: states of the
+            `encoder`, those of the frozen `decoder` over the prompt, `both`, or `none`: trained vectors, the same for
+            every instruction, which speaks through the prompt alone then. `decoder` and `none` have no encoder.
+        decoder_layers_read (`list[int]`, *optional*): the decoder's hidden states that are read, 0 being its input
+            embeddings; these, the middle layer's and the last by default.
+        upsamples_prompt (`bool`, defaults to False): whether queries start from the prompt's states, each repeated over
+            as many of the answer's tokens as it accounts for, and may copy its tokens' embeddings: for answers that
+            repeat the prompt's words in their order. The loss `duration` trains it.
+        predictor_dim (`int`, defaults to 384): width of the predictor, a multiple of 64.
+        predictor_dropout (`float`, defaults to 0.1): share of the predictor's activations that training drops.
+        num_source_layers (`int`, defaults to 2): layers that mix the source's states in both directions.
+        num_query_layers (`int`, defaults to 3): layers of queries that attend to one another and to the source.
+            Without a source there are none of either.
+        proto_token_std (`float`, defaults to 0.32): standard deviation of fresh proto-tokens: about that of fitted
+            ones, `FITTED_SIZE` times that of the decoder's input embeddings.
+        log_length_variance_range (`tuple[float, float]`, defaults to `(-6.0, 3.0)`): bounds of the log of the predicted
+            variance of the log length, which is in squared nats.
+        log_length_shift (`float`, defaults to 0.0): added to the mean of the log length, in nats; from calibration.
+        log_length_scale (`float`, defaults to 1.0): factor on its standard deviation; from calibration.
+        uncertainty_score (`str`, defaults to `"confidence"`): which of `UNCERTAINTY_SCORES` is an answer's uncertainty.
+        uncertainty_points (`list[list[float]]`, *optional*): the expected share of wrong tokens at growing values of
+            the score, with straight lines between; from calibration. None leaves the score as it is.
+        abstention_thresholds (`dict[str, float]`, *optional*): from a share of right tokens to the uncertainty up to
+            which held-out answers, all together, had it; from calibration.
+        validation_share (`float`, *optional*): share of the instructions that training held out; None before training.
 
     Raises:
         ValueError: if the fields contradict each other; the message says which and what to change.
@@ -33,76 +88,37 @@ class ProtoGenConfig(PreTrainedConfig):
         "decoder_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
 
-    # The two models. Their configurations, as objects or dicts.
     encoder_config: dict | PreTrainedConfig | None = None
     decoder_config: dict | PreTrainedConfig | None = None
-    # Hub id or local folder that the frozen decoder came from, and its revision (commit, tag or branch).
     decoder_name_or_path: str | None = None
     decoder_revision: str | None = None
-    # A thin checkpoint leaves the frozen decoder out; loading attaches it again from `decoder_name_or_path`.
     thin: bool = False
-
-    # How `e` and `m` are laid out over the decoder's positions: one of `ARRANGEMENTS` (table 1 of arXiv:2505.21189).
     arrangement: str = "e_mN"
-    # Number of `e` proto-tokens that open a chunk. More than one needs arrangement `e_m` or `e_mN`.
     num_e_tokens: int = 1
-    # Answer tokens governed by one `(e, m)` pair, and the number of such chunks laid end to end in the one pass.
     chunk_size: int = 64
     max_chunks: int = 1
-    # Longest answer in decoder tokens, EOS included; `None` means `chunk_size * max_chunks`.
     max_answer_length: int | None = None
-    # Where `m` comes from: `per_example` (predicted), `per_category` (one trained vector a category),
-    # `shared` (one trained vector), `fixed` (one random vector that is never trained).
     m_scope: str = "per_example"
-    # Category names, in the order of the trained vectors; needed by `per_category`.
     categories: list[str] | None = None
-    # The real token before `e`: `bos` (the decoder's BOS) or `none`. With `decoder_sees_prompt` the prompt is the sink.
     sink: str = "bos"
-    # Whether the prompt's own tokens stand before the proto-tokens in the decoder.
     decoder_sees_prompt: bool = False
-    # Who writes an answer's first tokens after a prompt: the `slots`, as all others; or the `decoder`, whose own
-    # prediction they are then (`num_own_tokens`): right for its own answers, and never learned for any others.
     first_tokens: str = "slots"
-    # Rank of the low-rank weights that act in the decoder's linear layers at the slots only; 0 means none. The
-    # decoder's own weights stay as they are, and so does all that it computes for real tokens.
     slot_adapter_rank: int = 0
-
-    # What `e`, `m` and the length are predicted from: states of the `encoder`, those of the frozen `decoder` over the
-    # prompt, `both`, or `none`: trained vectors, the same for every instruction, which then speaks through the prompt
-    # alone, in `decoder_sees_prompt`. `decoder` and `none` have no encoder at all.
     latent_source: str = "encoder"
-    # The decoder's hidden states that are read, 0 being its input embeddings; `None` means these, the middle layer's
-    # and the last.
     decoder_layers_read: list[int] | None = None
-    # Whether queries start from the prompt's states, each repeated over as many of the answer's tokens as it accounts
-    # for, and may copy its tokens' embeddings: for answers that repeat the prompt's words in their order. Trained by
-    # the loss `duration`.
     upsamples_prompt: bool = False
-    # The predictor: its width, a multiple of 64; the share of activations that training drops; layers that mix the
-    # source's states in both directions; and layers of queries that attend to one another and to the source. Without a
-    # source there are none of either.
     predictor_dim: int = 384
     predictor_dropout: float = 0.1
     num_source_layers: int = 2
     num_query_layers: int = 3
-    # Standard deviation of freshly initialised proto-tokens: about that of fitted ones, `FITTED_SIZE` times that of the
-    # decoder's input embeddings.
     proto_token_std: float = 0.32
-    # The predicted variance of the log length stays inside these bounds (log of squared nats).
     log_length_variance_range: list[float] | tuple[float, float] = (-6.0, 3.0)
-    # Calibration on held-out answers: added to the mean of the log length, and a factor on its standard deviation.
     log_length_shift: float = 0.0
     log_length_scale: float = 1.0
-    # Which of `UNCERTAINTY_SCORES` is an answer's uncertainty. Calibration on held-out answers: the expected share of
-    # wrong tokens at growing values of the score, with straight lines between; `None` leaves the score as it is.
     uncertainty_score: str = "confidence"
     uncertainty_points: list[list[float]] | None = None
-    # From a share of right tokens to the uncertainty up to which held-out answers, all together, had it; measured.
     abstention_thresholds: dict[str, float] | None = None
-
-    # Share of the instructions that training held out, by `is_held_out`; `None` before training.
     validation_share: float | None = None
-
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

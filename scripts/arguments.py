@@ -1,13 +1,14 @@
 """What `train.py` can be told, and what every stage makes of it first."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 
 from accelerate import Accelerator
 from embedded import resolve
 from studies import StudyArguments
 
 from eval_tasks.latency import fastest_dtype
-from modeling_protogen import ProtoGenProcessor
+from modeling_protogen import ProtoGenConfig, ProtoGenProcessor
 from modeling_protogen.configuration_protogen import FIRST_TOKENS, LATENT_SOURCES
 from modeling_protogen.processing_protogen import ANSWER_FORMATS
 from trainers.capacity import CapacityArguments
@@ -16,6 +17,14 @@ from trainers.data import DataArguments
 from trainers.fitting import FittingArguments
 from trainers.proto_bank import BankInfo, decoder_fingerprint
 from trainers.training_args import ProtoGenTrainingArguments
+
+
+def config_field(name: str, **metadata):
+    """A field of [`ProtoGenConfig`] as an argument: its default, and its entry in the docstring as help."""
+    default = next(known.default for known in fields(ProtoGenConfig) if known.name == name)
+    entry = re.search(rf"\n        {name} \(.*?\): (.*?)(?=\n        \w|\n\n)", ProtoGenConfig.__doc__, re.DOTALL)
+    text = " ".join(entry[1].replace("`", "").split())
+    return field(default=default, metadata={"help": text[0].upper() + text[1:], **metadata})
 
 
 @dataclass
@@ -126,33 +135,20 @@ class ModelArguments:
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
-    arrangement: str = field(default="e_mN", metadata={"help": "e_m, e_mN, interleaved, halves or e_only."})
-    num_e_tokens: int = field(default=1, metadata={"help": "e-tokens that open a chunk."})
-    chunk_size: int = field(default=64, metadata={"help": "Answer tokens governed by one (e, m) pair."})
-    max_chunks: int = field(default=1, metadata={"help": "Chunks laid end to end."})
-    max_answer_length: int | None = field(default=None, metadata={"help": "chunk_size * max_chunks by default."})
-    m_scope: str = field(default="per_example", metadata={"help": "per_example, per_category, shared or fixed."})
-    sink: str = field(default="bos", metadata={"help": "bos or none."})
-    latent_source: str = field(
-        default="encoder",
-        metadata={
-            "help": "What proto-tokens are predicted from: the encoder's states, those of the decoder over the prompt, "
-            "both, or nothing: the same for every instruction. With decoder or none there is no encoder.",
-            "choices": list(LATENT_SOURCES),
-        },
-    )
-    decoder_layers_read: list[int] | None = field(
-        default=None,
-        metadata={"help": "The decoder's hidden states to read: 0 (embeddings), the middle and the last by default."},
-    )
-    upsamples_prompt: bool = field(
-        default=False,
-        metadata={"help": "Queries start from the prompt's states, for answers that repeat its words in their order."},
-    )
-    predictor_dim: int = field(default=384, metadata={"help": "Width of the predictor, a multiple of 64."})
-    predictor_dropout: float = field(default=0.1, metadata={"help": "Share of activations dropped in training."})
-    num_source_layers: int = field(default=2, metadata={"help": "Layers that mix the source's states."})
-    num_query_layers: int = field(default=3, metadata={"help": "Layers of queries over the source."})
+    arrangement: str = config_field("arrangement")
+    num_e_tokens: int = config_field("num_e_tokens")
+    chunk_size: int = config_field("chunk_size")
+    max_chunks: int = config_field("max_chunks")
+    max_answer_length: int | None = config_field("max_answer_length")
+    m_scope: str = config_field("m_scope")
+    sink: str = config_field("sink")
+    latent_source: str = config_field("latent_source", choices=list(LATENT_SOURCES))
+    decoder_layers_read: list[int] | None = config_field("decoder_layers_read")  # noqa: RUF009
+    upsamples_prompt: bool = config_field("upsamples_prompt")
+    predictor_dim: int = config_field("predictor_dim")
+    predictor_dropout: float = config_field("predictor_dropout")
+    num_source_layers: int = config_field("num_source_layers")
+    num_query_layers: int = config_field("num_query_layers")
     first_tokens: str | None = field(
         default=None,
         metadata={
@@ -161,13 +157,11 @@ class ModelArguments:
             "choices": list(FIRST_TOKENS),
         },
     )
-    slot_adapter_rank: int = field(
-        default=0, metadata={"help": "Rank of the decoder's low-rank weights that act at slots only; 0 = none."}
-    )
+    slot_adapter_rank: int = config_field("slot_adapter_rank")
+    decoder_sees_prompt: bool = config_field("decoder_sees_prompt")
     encoder_lora_rank: int = field(
         default=0, metadata={"help": "Trains low-rank adapters in the encoder instead of its weights; 0 = none."}
     )
-    decoder_sees_prompt: bool = field(default=False, metadata={"help": "Prompt before the proto-tokens."})
     encoder_reads_answer: bool = field(
         default=False, metadata={"help": "With continuations: the encoder, too, reads what they go on from."}
     )

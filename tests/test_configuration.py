@@ -1,3 +1,4 @@
+import re
 from dataclasses import fields
 
 import pytest
@@ -103,3 +104,16 @@ def test_the_command_line_has_the_configurations_defaults():
     found = {field.name: field.default for field in fields(ModelArguments)}
     expected = {field.name: field.default for field in fields(ProtoGenConfig) if field.name in found}
     assert {name for name in expected if found[name] != expected[name]} == {"first_tokens", "thin"}
+
+
+def test_every_field_is_described_with_its_default():
+    described = dict(
+        re.findall(r"\n        (\w+) \((.*?)\):", ProtoGenConfig.__doc__.replace(", decoder_config", ""), re.DOTALL)
+    )
+    own = {f.name: f.default for f in fields(ProtoGenConfig) if f.name in ProtoGenConfig.__annotations__}
+    # Tied inside the decoder, where its own configuration says so; the two configurations have one entry.
+    assert described.keys() == own.keys() - {"tie_word_embeddings", "decoder_config"}
+    for name, entry in described.items():
+        default = own[name]
+        expected = f'"{default}"' if isinstance(default, str) else str(default)
+        assert ("*optional*" if default is None else f"defaults to {expected}") in entry.replace("`", ""), name
