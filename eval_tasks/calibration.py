@@ -59,7 +59,7 @@ def calibrate_length(config: ProtoGenConfig, records: pd.DataFrame) -> None:
 
     Args:
         config (`ProtoGenConfig`): of the uncalibrated model that made the records.
-        records (`pd.DataFrame`): as of `one_step_records`, of instructions that the model has not learned from.
+        records (`pd.DataFrame`): from `one_step_records`, of instructions that the model has not learned from.
     """
     columns = "log_length_mean", "log_length_variance", "length"
     values = (records[name].to_numpy(dtype=float) for name in columns)
@@ -70,7 +70,7 @@ def calibrate_uncertainty(config: ProtoGenConfig, records: pd.DataFrame) -> None
     """
     Sets the configuration's uncertainty to the score that goes best with the share of wrong tokens, calibrated, and the
     uncertainties above which to abstain.
-    Arguments as of [`calibrate_length`]; the records are made after it, as it changes the answers.
+    Arguments as in [`calibrate_length`]; the records are made after it, as it changes the answers.
     """
     correlations = rank_correlations(records)
     name = max(correlations, key=correlations.get)

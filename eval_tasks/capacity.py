@@ -55,7 +55,7 @@ def capacity_picture(rows: list[dict], threshold: float, title: str, path: str |
     setting of these, dots without a sink.
 
     Args:
-        rows (`list[dict]`): as of [`capacity_figures`].
+        rows (`list[dict]`): as in [`capacity_figures`].
         threshold (`float`): drawn as a line.
         title (`str`), path (`str` or `Path`)
     """

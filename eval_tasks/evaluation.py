@@ -93,7 +93,7 @@ def add_open_metrics(cell: dict, sentence_encoder: str, tokenizer: PreTrainedTok
     `bits_a_token`, how surprising the decoder finds it by itself; an empty answer has none.
 
     Args:
-        sentence_encoder (`str`): as of `sentence_embeddings`.
+        sentence_encoder (`str`): as in `sentence_embeddings`.
         decoder (`PreTrainedModel`): a causal language model.
     """
     samples = [sample for sample in cell["samples"] if sample["answer"].strip()]
@@ -158,7 +158,7 @@ def main_metric(table: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
 
 def with_uncertainty(rated: pd.DataFrame) -> pd.DataFrame:
     """
-    The rows, as of `main_metric`, of methods that say how sure they are, and those of several tasks once more as one,
+    The rows of `main_metric`, of methods that say how sure they are, and those of several tasks once more as one,
     `all_tasks`, with as many of each: some were trained on and others were not, and uncertainty is to tell them apart.
     """
     rated = rated[rated["uncertainty"].notna()]
@@ -170,7 +170,7 @@ def with_uncertainty(rated: pd.DataFrame) -> pd.DataFrame:
 
 def uncertainty_figures(rated: pd.DataFrame, threshold: float) -> dict[str, float]:
     """
-    Of rows as of `main_metric`, for each method that says how sure it is: retention, how well uncertainty tells right
+    From rows of `main_metric`, for each method that says how sure it is: retention, how well uncertainty tells right
     from wrong, and its calibration as the error that is expected; an error is 1 - value, right is what has at most the
     threshold's.
     """
@@ -218,7 +218,7 @@ def shaded(sample: dict) -> str:
 
 
 def draw(cells: dict[tuple[str, str], dict], rated: pd.DataFrame, threshold: float, folder: Path) -> None:
-    """The pictures of each task, of rows as of `main_metric`."""
+    """The pictures of each task, from rows of `main_metric`."""
     for task, of_task in rated.groupby("task", sort=False):
         draw_quality(cells, of_task, task, folder)
     for task, of_task in with_uncertainty(rated).groupby("task", sort=False):

@@ -31,10 +31,10 @@ def one_step_records(
 
     Args:
         instructions, contexts (`list[str]`)
-        targets (`list[str | list[int]]`): the answers to compare with, as text or tokens: people's or the teacher's.
+        targets (`list[str | list[int]]`): the answers to compare with, as text or tokens: human or the teacher's.
         answer_starts (`list[list[int]]`, *optional*): tokens before those, which the model reads.
-        category_ids (`torch.LongTensor` of shape `(texts,)`, *optional*): as of the model.
-        banked (`np.ndarray` of shape `(bank, dim)`, *optional*): known texts' proto-tokens, as of
+        category_ids (`torch.LongTensor` of shape `(texts,)`, *optional*): as in the model's `forward`.
+        banked (`np.ndarray` of shape `(bank, dim)`, *optional*): known texts' proto-tokens, from
             `flatten_proto_tokens`; adds `bank_distance`, the cosine distance of the predicted ones to the nearest.
 
     Returns:

@@ -46,7 +46,7 @@ class Section:
 
     Args:
         name, claim (`str`): what is studied, and why.
-        result (`dict`): as of `read_result`.
+        result (`dict`): from `read_result`.
         pictures (`list[Path]`): PNG files.
         examples (`str`): HTML that is taken as it is.
     """

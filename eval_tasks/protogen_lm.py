@@ -53,14 +53,14 @@ class ProtoGenLM(HFLM):
         decoder (`str`, *optional*): a thin checkpoint's decoder, where it has moved.
         device (`str`, *optional*): the harness's default, `cuda:0`, means the CPU where there is no GPU.
         dtype (`str`): of all weights; `auto` is that of the checkpoint.
-        mode (`str`): how `generate_until` tasks are answered, as of `generate`; `verified` answers are those of
+        mode (`str`): how `generate_until` tasks are answered, as in `generate`; `verified` answers are those of
             `--model hf` with the decoder alone.
         scoring (`str`): how answers are scored. `one_step`: the sum of their tokens' log-probabilities in one pass of
             that length, in which positions do not see each other: not an autoregressive likelihood. `verified`: the
             decoder's own. By default `verified` in that mode, `one_step` in others. Rolling log-likelihood, which has
             no instruction, is always the decoder's own.
-        batch_size, max_batch_size: as of `HFLM`.
-        kwargs: options of the mode, as of `generate`, and `HARNESS_OPTIONS`, as of `HFLM`.
+        batch_size, max_batch_size: as in `HFLM`.
+        kwargs: options of the mode, as in `generate`, and `HARNESS_OPTIONS`, as in `HFLM`.
 
     Raises:
         ValueError: if mode, scoring or an option are unknown.
@@ -193,7 +193,7 @@ class ProtoGenLM(HFLM):
 
     @torch.no_grad()
     def score(self, requests: list[tuple[tuple[str, str], list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """One-step log-probability of each continuation, and whether its tokens are the likeliest."""
+        """One-step log-probability of each continuation, and whether its tokens are the most likely ones."""
         longest = max(len(continuation) for _, _, continuation in requests)
         room = self.max_length - longest
         batch = self.inputs([pair[0] for pair, _, _ in requests], [prompt[-room:] for _, prompt, _ in requests])
@@ -205,8 +205,8 @@ class ProtoGenLM(HFLM):
         is_token = labels != IGNORE_INDEX
         log_p = torch.zeros(labels.shape, device=self.device)
         log_p[is_token] = log_probabilities(logits, labels[is_token][:, None])[:, 0]
-        is_likeliest = (argmax_tokens(logits, labels) == labels).all(-1)
-        return list(zip(log_p.sum(-1).tolist(), is_likeliest.tolist(), strict=True))
+        is_greedy = (argmax_tokens(logits, labels) == labels).all(-1)
+        return list(zip(log_p.sum(-1).tolist(), is_greedy.tolist(), strict=True))
 
     def _check_held_out(self, requests) -> None:
         share = self.protogen.config.validation_share

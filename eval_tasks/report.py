@@ -56,7 +56,7 @@ def write_json(path: str | Path, content: dict | list) -> None:
 
 
 def write_result(path: str | Path, content: dict, columns: list[str] = (), beside: str = "") -> None:
-    """Writes a result file, and prints its table, as of `markdown_table`, and where it is."""
+    """Writes a result file, and prints its `markdown_table` and where it is."""
     write_json(path, content)
     print(f"\n{markdown_table(content, columns)}\n\nwritten to {path}{beside}")
 
@@ -125,7 +125,7 @@ def markdown_table(content: dict, columns: list[str] = ()) -> str:
 
 def fill_tables(text: str, results: dict[str, dict]) -> str:
     """
-    Replaces what stands between `<!-- result NAME -->` and `<!-- end NAME -->` by the table of that result;
+    Replaces the text between `<!-- result NAME -->` and `<!-- end NAME -->` by the table of that result;
     `<!-- result NAME COLUMN ... -->` makes a row of each setting.
 
     Raises:
@@ -147,7 +147,7 @@ def fill_tables(text: str, results: dict[str, dict]) -> str:
 
 def fill_figures(text: str, results: dict[str, dict]) -> str:
     """
-    Replaces what stands between `<!-- figure RESULT NAME -->` and the next `<!-- end -->` by that figure.
+    Replaces the text between `<!-- figure RESULT NAME -->` and the next `<!-- end -->` by that figure.
 
     Raises:
         ValueError: if there is no such result or figure.

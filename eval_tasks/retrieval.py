@@ -12,7 +12,7 @@ def nearest_rows(
 
     Args:
         predicted (`np.ndarray` of shape `(queries, dim)`), banked (`np.ndarray` of shape `(bank, dim)`): a text's `e`
-            and `m` side by side, as of `flatten_proto_tokens`.
+            and `m` side by side, from `flatten_proto_tokens`.
         metric (`str`): `cosine`, which contrastive losses learn, or `euclidean`, which regression does.
 
     Returns:

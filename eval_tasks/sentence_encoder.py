@@ -7,7 +7,7 @@ from transformers import AutoModel, AutoTokenizer
 
 def sentence_embeddings(name: str, texts: list[str], batch_size: int = 32) -> np.ndarray:
     """
-    Mean over tokens of the last states, scaled to length 1, as of the sentence-transformers models without a further
+    Mean over tokens of the last states, scaled to length 1, as in the sentence-transformers models without a further
     layer (Reimers & Gurevych, 2019, arXiv:1908.10084).
 
     Args:

@@ -82,7 +82,7 @@ def micro_f1(counts: np.ndarray | list[tuple[int, int, int]]) -> float:
 
 
 def slot_f1(answers: list[str], references: list[str]) -> float:
-    """F1 of slots with their values over all answers together, as of slot taggers (CoNLL-2000's evaluation)."""
+    """F1 of slots with their values over all answers together, as slot taggers report it (CoNLL-2000's evaluation)."""
     return micro_f1(slot_counts(answers, references))
 
 

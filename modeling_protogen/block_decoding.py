@@ -15,7 +15,7 @@ from .proto_tokens import fill_slots, predicting_positions
 @dataclass
 class Instruction:
     """
-    What drafts are predicted from besides the text so far; as of `ProtoTokenPredictor`.
+    What drafts are predicted from besides the text so far; see `ProtoTokenPredictor`.
 
     Args:
         encoder_states (`torch.Tensor` of shape `(batch, source, encoder_dim)`, *optional*)

@@ -11,7 +11,7 @@ LATENT_SOURCES = ("encoder", "decoder", "both", "none")
 FIRST_TOKENS = ("slots", "decoder")
 # Width of an attention head of the predictor.
 HEAD_DIM = 64
-# Proto-tokens fitted to texts are about so many times as large as the decoder's token embeddings.
+# How much larger proto-tokens fitted to texts are than the decoder's token embeddings, about.
 FITTED_SIZE = 16.0
 # One number for an answer, larger where it is less sure: 1 - the geometric mean of its tokens' probabilities, 1 - the
 # least of them, 1 - the product of them and of the durations' (`upsamples_prompt`), the mean entropy of its tokens in

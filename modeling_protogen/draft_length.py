@@ -29,7 +29,7 @@ class DraftLength:
         return 1 + round(2 * self.usually_kept)
 
     def note(self, kept: float) -> None:
-        """Counts a draft of which so many tokens were kept."""
+        """Counts a draft of which `kept` tokens were kept."""
         self.usually_kept += LATEST * (kept - self.usually_kept)
         if self.usually_kept >= self.break_even:
             self.pause = FIRST_PAUSE

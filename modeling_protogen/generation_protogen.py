@@ -16,10 +16,10 @@ from .cuda_graphs import OneStepGraphs
 from .one_step_decoding import (
     Draft,
     as_rows,
+    best_candidates,
     candidates,
     cut_at_eos,
     cut_where,
-    likeliest_candidates,
     refine,
     token_mask,
 )
@@ -56,9 +56,9 @@ class ProtoGenGenerationConfig(GenerationConfig):
             `config.abstention_thresholds` has what held-out instructions asked for.
         output_uncertainty_scores (`bool`, defaults to False, one_step and refine): returns every score, not the
             configured one alone.
-        num_candidates (`int`, defaults to 1, one_step): writes so many answers in one pass and returns the one that the
-            decoder, reading them all in a second pass, finds most likely a token: one as predicted, the others of
-            lengths at quantiles of the predicted distribution and with noise.
+        num_candidates (`int`, defaults to 1, one_step): writes this many answers in one pass and returns the one that
+            has the highest mean log-probability when the decoder reads them all in a second pass. One is as predicted;
+            the others have noise, and lengths at quantiles of the predicted distribution.
         candidate_noise (`float`, defaults to 0.5, one_step): standard deviation of the Gaussian noise on candidates'
             `e` and `m`, in units of `config.proto_token_std`.
         num_refinements (`int`, defaults to 1, refine): passes over the draft.
@@ -252,7 +252,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
         Writes one answer for each instruction, cut at EOS. Modes:
 
         - `one_step`: the whole answer in a single pass of the decoder.
-        - `refine`: then the decoder reads it, and predicts anew what is less sure than a threshold.
+        - `refine`: then the decoder reads it, and predicts again what is less sure than a threshold.
         - `adaptive`: block after block, each as far as it is sure.
         - `verified`: block after block, each as far as the decoder would have written it itself, token by token. The
           answer is the decoder's greedy one; with `do_sample` it has the decoder's distribution. In bfloat16 two tokens
@@ -331,11 +331,11 @@ class ProtoGenGenerationMixin(GenerationMixin):
         if num_candidates > 1:
             sequences = as_rows(tokens, lengths, config.answer_pad_token_id)
             ends = cut_at_eos(sequences, lengths, config.eos_token_ids)
-            draft = draft.of_rows(likeliest_candidates(self.decoder, prompt, sequences, ends, num_candidates))
+            draft = draft.of_rows(best_candidates(self.decoder, prompt, sequences, ends, num_candidates))
         return self._finished(draft, options, processor, streamer)
 
     def _lengths(self, prediction: Prediction, quantiles: torch.Tensor | float, options) -> torch.LongTensor:
-        """Tokens to write of each answer, `(batch,)`; `quantiles` as of [`candidates`]."""
+        """Tokens to write of each answer, `(batch,)`; `quantiles` from [`candidates`]."""
         mean, sigma = prediction.log_length_mean, prediction.log_length_variance.sqrt()
         longest = min(options.longest(self.config.max_answer_length), self.config.max_answer_length)
         if options.length is None:

@@ -374,7 +374,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
     ) -> torch.Tensor:
         """
         The second half of `forward`: logits `(answer_tokens, vocab)` of answers of the given lengths `(batch,)`, which
-        begin with `first_tokens` `(batch,)` where the prompt has been read: the decoder's likeliest by default.
+        begin with `first_tokens` `(batch,)` where the prompt has been read: by default the decoder's most likely.
 
         Raises:
             ValueError: if a length is impossible, or the decoder is to see a prompt and there is none.
@@ -402,7 +402,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         first_tokens: torch.LongTensor | None = None,
         places: torch.LongTensor | None = None,
     ) -> torch.Tensor:
-        """As `decode`, of answers that are laid out; `places` as of [`answer_logits`]."""
+        """As `decode`, of answers that are laid out; `places` as in [`answer_logits`]."""
         config = self.config
         slots = fill_slots(layout, prediction.e, prediction.m)
         if not config.decoder_sees_prompt:
@@ -448,9 +448,9 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             length_labels (`torch.LongTensor` of shape `(batch,)`, *optional*):
                 True lengths in tokens, where `labels` are cut; by default the length of `labels`.
             first_tokens (`torch.LongTensor` of shape `(batch,)`, *optional*):
-                Answers begin with these where `config.num_own_tokens` is 2, not with the decoder's likeliest.
+                Answers begin with these where `config.num_own_tokens` is 2, not with the decoder's most likely.
             durations (`torch.LongTensor` of shape `(batch, prompt)`, *optional*): with `upsamples_prompt`, the answer's
-                tokens that each of the prompt's accounts for, or -100 in all of a row; by default the likeliest.
+                tokens that each of the prompt's accounts for, or -100 in all of a row; the most likely by default.
             return_loss (`bool`): whether to compute the losses when there are labels.
             return_logits (`bool`): whether to run the decoder at all. What compares proto-tokens themselves, or
                 lengths, needs neither logits nor the losses.

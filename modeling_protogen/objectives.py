@@ -38,7 +38,7 @@ def reconstruction_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
 
 def argmax_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.LongTensor:
     """
-    The one-step tokens in the places of the labels `(batch, length)`, -100 where there is none; arguments as of
+    The one-step tokens in the places of the labels `(batch, length)`, -100 where there is none; arguments as in
     [`reconstruction_loss`].
     """
     tokens = labels.clone()
@@ -91,7 +91,7 @@ def error_nll(mean: torch.Tensor, variance: torch.Tensor, logits: torch.Tensor, 
 
     Args:
         mean, variance (`torch.Tensor` of shape `(batch,)`): predicted, of the share.
-        logits, labels: as of [`reconstruction_loss`].
+        logits, labels: as in [`reconstruction_loss`].
     """
     wrong = argmax_tokens(logits, labels) != labels
     return gaussian_nll(mean, variance, wrong.sum(-1) / (labels != IGNORE_INDEX).sum(-1))

@@ -36,7 +36,7 @@ def cut_at_eos(sequences: torch.LongTensor, lengths: torch.LongTensor, eos_token
 def cut_where(
     is_stopped: Callable[[list[int]], bool], sequences: torch.LongTensor, lengths: torch.LongTensor
 ) -> torch.LongTensor:
-    """Lengths `(batch,)` of the answers up to and including the first token that ends one; as of `stops_at`."""
+    """Lengths `(batch,)` of the answers up to and including the first token that ends one, by `stops_at`."""
     rows = [row[:length] for row, length in zip(sequences.tolist(), lengths.tolist(), strict=True)]
     ends = [next((n for n in range(1, len(row)) if is_stopped(row[:n])), len(row)) for row in rows]
     return torch.tensor(ends, device=lengths.device)
@@ -79,7 +79,7 @@ def refine(
     sampling: Sampling,
 ) -> tuple[torch.Tensor, torch.LongTensor]:
     """
-    The decoder reads the draft and predicts anew the tokens that are less sure than the threshold, all in one pass and
+    The decoder reads the draft and predicts again the tokens that are less sure than the threshold, all in one pass and
     as often as wanted: what it predicts at a place depends on the draft before it. With all tokens unsure this is
     Jacobi decoding (Santilli et al., 2023, https://arxiv.org/abs/2305.10427), which ends at the greedy answer.
 
@@ -138,7 +138,7 @@ def candidates(prediction: Prediction, num_candidates: int, noise: float) -> tup
     )
 
 
-def likeliest_candidates(
+def best_candidates(
     decoder: PreTrainedModel,
     prompt: tuple[torch.LongTensor, torch.Tensor],
     sequences: torch.LongTensor,
@@ -146,8 +146,8 @@ def likeliest_candidates(
     num_candidates: int,
 ) -> torch.LongTensor:
     """
-    For each instruction the row of the candidate that the decoder itself finds likeliest, by its mean log-probability a
-    token: `(batch,)`.
+    For each instruction the row of the candidate whose tokens have the highest mean log-probability under the decoder:
+    `(batch,)`.
 
     Args:
         prompt: ids and mask `(batch * num_candidates, prompt)`, padded on the left.

@@ -323,7 +323,7 @@ class ProtoGenProcessor(ProcessorMixin):
 def check_instruction(row: int, instruction: str | list[dict[str, str]], context: str) -> None:
     """
     Raises:
-        ValueError: if there is nothing to read, or what stands for a chat is none.
+        ValueError: if there is nothing to read, or a chat is malformed.
     """
     if isinstance(instruction, str) or not instruction:
         if not instruction or not instruction.strip():

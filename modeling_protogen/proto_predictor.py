@@ -35,7 +35,7 @@ class Prediction(ModelOutput):
             will be wrong.
         duration_logits (`torch.Tensor` of shape `(batch, prompt, MAX_DURATION + 1)`, *optional*): of the number of
             answer tokens that each of the prompt's accounts for, with `upsamples_prompt`.
-        log_duration_confidence (`torch.FloatTensor` of shape `(batch,)`): log-probability of the likeliest of these
+        log_duration_confidence (`torch.FloatTensor` of shape `(batch,)`): log-probability of the most likely of these
             numbers, all together; 0 without them.
         prompt_cache (`Cache`, *optional*): the decoder's keys and values of the prompt, where they were needed.
         next_logits (`torch.Tensor` of shape `(batch, vocab)`, *optional*): the decoder's, after the prompt, where an
@@ -105,17 +105,17 @@ class Upsampling(nn.Module):
                 source)`)
             positions (`torch.LongTensor` of shape `(queries,)`): of the answer's tokens.
             durations (`torch.LongTensor` of shape `(batch, source)`, *optional*): the true ones, in tokens; by default
-                the likeliest. A row that begins with -100 has none.
+                the most likely. A row that begins with -100 has none.
 
         Returns:
             States `(batch, queries, dim)` and which they are `(batch, queries)`, the logits of the durations `(batch,
             source, MAX_DURATION + 1)`, and the answers' lengths in tokens `(batch,)`.
         """
         logits = self.duration(self.norm(states))
-        likeliest = logits.argmax(-1) * mask
+        most_likely = logits.argmax(-1) * mask
         if durations is None:
-            durations = likeliest
-        durations = torch.where(durations[:, :1] >= 0, durations, likeliest)
+            durations = most_likely
+        durations = torch.where(durations[:, :1] >= 0, durations, most_likely)
         ends = durations.cumsum(1)
         positions = positions.expand(len(states), -1).contiguous()
         source = torch.searchsorted(ends, positions, right=True).clamp_max(states.shape[1] - 1)
@@ -124,7 +124,7 @@ class Upsampling(nn.Module):
         spread = states.gather(1, source[..., None].expand(-1, -1, states.shape[-1]))
         spread = spread + self.from_start((positions - start).clamp(0, MAX_DURATION))
         spread = spread + self.from_end((end - positions).clamp(0, MAX_DURATION))
-        return spread, source, logits, likeliest.sum(1)
+        return spread, source, logits, most_likely.sum(1)
 
 
 class Projection(nn.Module):
@@ -260,8 +260,8 @@ class ProtoTokenPredictor(nn.Module):
                 (`torch.Tensor` of shape `(batch, prompt)`): of the prompt, wherever its padding is; states that are not
                 read are None.
             category_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): needed by `m_scope="per_category"`.
-            durations (`torch.LongTensor` of shape `(batch, prompt)`, *optional*): as of [`Upsampling`].
-            longest (`int`, *optional*): predicts as many chunks as so many tokens need; all by default. What the first
+            durations (`torch.LongTensor` of shape `(batch, prompt)`, *optional*): as in [`Upsampling`].
+            longest (`int`, *optional*): predicts the chunks that this many tokens need; all by default. What the first
                 chunks are does not depend on it.
         """
         config = self.config

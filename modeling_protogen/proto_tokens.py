@@ -12,7 +12,7 @@ each chunk has its own `(e, m)`, and the chunks' slots follow one another in the
     e_only       [e]*C
 
 In all but `halves` a slot's content does not depend on the answer's length: a longer layout holds every shorter one.
-An answer's first tokens may be predicted by what stands before the slots; then the slots for them predict nothing.
+An answer's first tokens may be predicted by the tokens before the slots; then the slots for them predict nothing.
 (Arrangements: table 1 of Mezentsev & Oseledets, arXiv:2505.21189.)
 """
 

@@ -1,4 +1,4 @@
-"""Tokens from logits, the likeliest ones or by chance, and how probable they are."""
+"""Tokens from logits, the most likely or drawn, and how probable they are."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 class Sampling:
     """
     Args:
-        temperature (`float`): 0 takes the likeliest token; above, tokens are drawn with logits divided by it.
-        top_p (`float`): draws among the likeliest tokens only, which together have this probability
+        temperature (`float`): 0 takes the most likely token; above, tokens are drawn with logits divided by it.
+        top_p (`float`): draws among the most likely tokens only, which together have this probability
             (Holtzman et al., 2020, https://arxiv.org/abs/1904.09751).
 
     Raises:
@@ -27,7 +27,7 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1]; got {self.top_p}.")
         if self.is_greedy and self.top_p < 1:
-            raise ValueError("top_p needs a temperature above 0: at 0 the likeliest token is taken.")
+            raise ValueError("top_p needs a temperature above 0: at 0 the most likely token is taken.")
 
     @property
     def is_greedy(self) -> bool:

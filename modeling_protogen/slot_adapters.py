@@ -21,7 +21,7 @@ NUM_SLOTS: ContextVar[int] = ContextVar("num_slots", default=0)
 
 @contextmanager
 def slots_at_the_end(num_slots: int) -> Iterator[None]:
-    """In here a pass of the decoder has so many slots as its last positions, padding behind them included."""
+    """In here the last `num_slots` positions of a decoder's pass are slots, padding behind them included."""
     token = NUM_SLOTS.set(num_slots)
     try:
         yield

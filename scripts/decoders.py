@@ -85,7 +85,7 @@ def load_processor_of(folder: str | Path, decoder: str | None = None) -> ProtoGe
     A trained model's processor; a packed one has the decoder's own tokenizer, which is not packed with it.
 
     Args:
-        folder (`str` or `Path`), decoder (`str`, *optional*): as of `load_protogen`.
+        folder (`str` or `Path`), decoder (`str`, *optional*): as in `load_protogen`.
     """
     path = Path(folder) / PROCESSOR_NAME
     if not path.is_file() or (path.parent / "decoder_tokenizer").is_dir():

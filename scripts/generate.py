@@ -105,9 +105,9 @@ def main(argv: list[str]) -> None:
     # What is not given is left to the model, and so is what does not go with the mode.
     option = partial(parser.add_argument, default=argparse.SUPPRESS)
     option("--temperature", type=float, help="draw tokens with logits divided by this")
-    option("--top-p", type=float, help="draw among the likeliest tokens that have this probability together")
+    option("--top-p", type=float, help="draw among the most likely tokens that have this probability together")
     option("--length", type=int, help="one_step, refine: tokens to write, instead of the predicted length")
-    option("--num-length-sigmas", type=float, help="one_step, refine: widen the predicted length by so many σ")
+    option("--num-length-sigmas", type=float, help="one_step, refine: lengthen the prediction by this many σ")
     option("--abstain-above", type=float, help="one_step, refine: give no answer that is more uncertain")
     option("--num-candidates", type=int, help="one_step: answers of which the decoder chooses")
     option("--num-refinements", type=int, help="refine: passes over the draft")

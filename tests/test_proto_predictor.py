@@ -69,10 +69,10 @@ def test_the_states_are_spread_as_in_a_loop():
     durations = torch.tensor([[0, 0, 2, 0, 4], [1, 1, 1, 1, 1], [-100] * 5])
     spread, source, logits, lengths = upsampling(states, mask, positions, durations)
     torch.testing.assert_close(logits, upsampling.duration(upsampling.norm(states)))
-    likeliest = (logits.argmax(-1) * mask).tolist()
-    assert lengths.tolist() == [sum(row) for row in likeliest]
+    most_likely = (logits.argmax(-1) * mask).tolist()
+    assert lengths.tolist() == [sum(row) for row in most_likely]
 
-    for row, counts in enumerate([*durations[:2].tolist(), likeliest[2]]):
+    for row, counts in enumerate([*durations[:2].tolist(), most_likely[2]]):
         stretches = []  # For each token of the answer: whose it is, and its place there from both ends.
         for place, count in enumerate(counts):
             stretches += [(place, step, count - step) for step in range(count)]
@@ -87,7 +87,7 @@ def test_the_states_are_spread_as_in_a_loop():
             torch.testing.assert_close(spread[row, query], expected)
 
 
-def test_by_default_durations_are_the_likeliest():
+def test_by_default_durations_are_the_most_likely():
     torch.manual_seed(0)
     upsampling = Upsampling(8)
     states, mask = torch.randn(2, 4, 8), torch.tensor([[False, True, True, True], [True] * 4])

@@ -75,7 +75,7 @@ def test_one_step_scores_are_the_answers_probability(checkpoint):
     scores = lm.loglikelihood(instances("loglikelihood", pairs))
     model = ProtoGenForConditionalGeneration.from_pretrained(checkpoint)
     processor = ProtoGenProcessor.from_pretrained(checkpoint)
-    for (context, answer), (score, is_likeliest) in zip(pairs, scores, strict=True):
+    for (context, answer), (score, is_greedy) in zip(pairs, scores, strict=True):
         prompt = lm.tok_encode(context)
         labels = torch.tensor([lm.tok_encode(answer.strip())])
         inputs = processor.tokenizer(context, return_tensors="pt")
@@ -89,7 +89,7 @@ def test_one_step_scores_are_the_answers_probability(checkpoint):
                 first_tokens=labels[:, 0],
             ).answer_logits
         assert score == pytest.approx(logits.log_softmax(-1)[range(labels.numel()), labels[0]].sum().item(), rel=1e-4)
-        assert is_likeliest == torch.equal(logits.argmax(-1), labels[0])
+        assert is_greedy == torch.equal(logits.argmax(-1), labels[0])
 
 
 def test_one_step_answers_are_generates(checkpoint):

@@ -78,7 +78,7 @@ def measure_capacity(
 
     Args:
         decoder, tokenizer: against which texts are fitted.
-        sources (`dict[str, list[Example]]`): as of `load_sources`.
+        sources (`dict[str, list[Example]]`): from `load_sources`.
         info (`BankInfo`): the decoder and the number of e-tokens; the rest is set for each cell.
         fit_args (`FittingArguments`), args (`CapacityArguments`), accelerator (`Accelerator`)
         folder (`str` or `Path`): gets a bank for each cell; what is there is not fitted again.

@@ -18,7 +18,7 @@ def fit_bezier_controls(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
     Learns the control points of curves along which texts stay reconstructed: they minimise the texts' cross-entropy at
-    a point of the curve that is drawn anew in each step (Mezentsev & Oseledets, arXiv:2505.21189, equation 4; Garipov
+    a point of the curve that is drawn again in each step (Mezentsev & Oseledets, arXiv:2505.21189, equation 4; Garipov
     et al., 2018, arXiv:1802.10026).
 
     Args:

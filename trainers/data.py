@@ -157,7 +157,9 @@ def held_out_of(examples: list[Example], validation_share: float | None) -> list
         ValueError: if its configuration has none.
     """
     if validation_share is None:
-        raise ValueError("this model does not say what it held out: config.validation_share is missing; train it anew.")
+        raise ValueError(
+            "this model does not say what it held out: config.validation_share is missing; train it again."
+        )
     return [example for example in examples if is_held_out(example.instruction, validation_share)]
 
 
@@ -210,7 +212,7 @@ def with_own_texts(examples: list[Example]) -> list[Example]:
 
 def with_continuations(examples: list[Example], number: int) -> list[Example]:
     """
-    The examples, and for each of the teacher's answers so many that go on from random places in it, the same ones in
+    The examples, and for each of the teacher's answers `number` that go on from random places in it, the same ones in
     every run: what later blocks of a longer answer are drafted from.
     """
     more = []

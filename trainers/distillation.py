@@ -17,7 +17,7 @@ def teacher_top_k(
     prompt_cache: Cache | None = None,
 ) -> tuple[torch.LongTensor, torch.Tensor]:
     """
-    The teacher's likeliest tokens at each position of the answers, given the prompt and the answer's tokens before.
+    The teacher's most likely tokens at each position of the answers, given the prompt and the answer's tokens before.
 
     Args:
         prompt_ids, prompt_mask (`torch.Tensor` of shape `(batch, prompt)`): padded on the left.

@@ -20,13 +20,13 @@ def fit_with_meaning(
     steps: int,
 ) -> list[BankEntry]:
     """
-    Fits the texts for so many steps, all in each step, on the sum over texts of cross-entropy and `weight` times each
+    Fits the texts for `steps` steps, all in each step, on the sum over texts of cross-entropy and `weight` times each
     one's share of the loss.
 
     Args:
         fitter (`ProtoTokenFitter`): gives the decoder, the starts and the optimiser's settings.
         texts (`list[Text]`): of one number of chunks.
-        loss (`Callable`): as of `trainers.losses`; it sees `outputs.e` and `batch["teacher_embeddings"]`.
+        loss (`Callable`): one of `trainers.losses`; it sees `outputs.e` and `batch["teacher_embeddings"]`.
         teacher_embeddings (`torch.Tensor` of shape `(texts, teacher_dim)`)
 
     Returns:

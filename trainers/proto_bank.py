@@ -142,7 +142,7 @@ class ProtoTokenBank:
             )
 
     def reload(self) -> None:
-        """Reads the index anew: also what other processes have written since."""
+        """Reads the index again: also what other processes have written since."""
         while True:
             paths = sorted(self.folder.glob("shard-*.parquet"))
             try:

@@ -79,7 +79,7 @@ class PseudoLanguage:
         return words
 
     def text(self, num_words: int, rng: random.Random) -> str:
-        """Draws whole sentences until there are so many words."""
+        """Draws whole sentences until there are enough words."""
         sentences, count = [], 0
         while count < num_words:
             words = self.sentence(rng)

@@ -59,8 +59,8 @@ def write_instructions(
     """
     Samples until the file holds `count` instructions, different from one another and ended by the decoder itself. A
     batch depends on the seed and its number alone: an interrupted run goes on to the same instructions. Tokens less
-    likely than `min_p` times the likeliest are never drawn (Nguyen et al., 2024, arXiv:2407.01082): the tail of a small
-    decoder's distribution makes instructions that mean nothing.
+    likely than `min_p` times the most likely are never drawn (Nguyen et al., 2024, arXiv:2407.01082): the tail of a
+    small decoder's distribution makes instructions that mean nothing.
 
     Returns:
         `list[str]`: the first `count`.

@@ -73,7 +73,7 @@ class Reader:
                     yield logits_of(self.decoder, state).float()
 
     def read(self, e: torch.Tensor, m: torch.Tensor, lengths: list[int]) -> list[list[int]]:
-        """The likeliest token at each position of each text."""
+        """The most likely token at each position of each text."""
         return [logits.argmax(-1).tolist() for logits in self.logits(e, m, lengths)]
 
     def accuracies(self, e: torch.Tensor, m: torch.Tensor, token_ids: list[list[int]]) -> list[float]:

@@ -41,7 +41,7 @@ def one_by_one(write: Writer) -> Writer:
 
 
 def prompt_lookup(decoder: PreTrainedModel, processor: ProtoGenProcessor, num_tokens: int = 10) -> Writer:
-    """Drafts of so many tokens are what followed the same words before; verified, so greedy (transformers)."""
+    """Drafts of `num_tokens` tokens are what followed the same words before; verified, so greedy (transformers)."""
     return one_by_one(autoregressive(decoder, processor, prompt_lookup_num_tokens=num_tokens))
 
 

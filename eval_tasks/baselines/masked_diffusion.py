@@ -13,7 +13,7 @@ from .writing import Writer, Written, up_to_eos
 
 
 def tokens_to_keep(masked: torch.LongTensor, steps: int) -> torch.LongTensor:
-    """How many of so many masked tokens `(batch,)` stay after each step, early steps one more: `(batch, steps)`."""
+    """How many of the masked tokens `(batch,)` stay after each step, early steps one more: `(batch, steps)`."""
     extra = torch.arange(steps, device=masked.device) < (masked % steps)[:, None]
     return (masked // steps)[:, None] + extra
 

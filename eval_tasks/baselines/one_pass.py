@@ -11,7 +11,7 @@ def protogen(
 ) -> Writer:
     """
     Args:
-        mode (`str`), options: as of `generate`. Without a length, `one_step` and `refine` write the predicted one, and
+        mode (`str`), options: as in `generate`. Without a length, `one_step` and `refine` write the predicted one, and
             `exactly` is for these two alone.
     """
 

@@ -150,7 +150,7 @@ def decode(arguments) -> None:
 def cell_seconds(
     writers: dict[str, Writer], prompts: list[str], batch: int, length: int, rounds: int
 ) -> dict[str, np.ndarray]:
-    """Seconds of each way to write so many answers of so many tokens, `(rounds,)`."""
+    """Seconds of each way to write `batch` answers of `length` tokens, `(rounds,)`."""
 
     def call(write, number):
         texts = list(islice(cycle(prompts), number * batch, (number + 1) * batch))
@@ -163,8 +163,8 @@ def quality(
     model: ProtoGenForConditionalGeneration, processor: ProtoGenProcessor, examples: list[Example], tokens: int
 ) -> dict[str, dict[str, list[float]]]:
     """
-    Answers of a trained model in each of its modes, beside its decoder's, one prompt at a time: ROUGE-L with people's
-    answers and seconds an answer, with intervals. `NAME@SETTING` is a mode with a confidence threshold, or so many
+    Answers of a trained model in each of its modes, beside its decoder's, one prompt at a time: ROUGE-L with human
+    answers and seconds an answer, with intervals. `NAME@SETTING` is a mode with a confidence threshold, or a number of
     refinements.
     """
     writers = {

@@ -132,7 +132,7 @@ def papers_fits(decoder, texts, arguments) -> list[dict]:
 
 
 def fit_memory(arguments) -> None:
-    """Prints the gigabytes that two steps take with so many slots, all of them full of texts of so many tokens."""
+    """Prints the gigabytes that two steps take with all slots full of texts of one length."""
     _, decoder = load_frozen_decoder(arguments.decoder, arguments.dtype)
     info = BankInfo("", None, "", "e_mN", arguments.tokens, 1, "per_example", "bos", decoder.config.hidden_size)
     settings = FittingArguments(fit_slots=str(arguments.slots), fit_max_steps=2, fit_attempts=1)

@@ -14,7 +14,7 @@ class ErrorNLLLoss(nn.Module):
 
         L = 1/B sum_i ((d_i - mu_i)^2 / sigma_i^2 + log sigma_i^2) / 2
 
-    with its gradient as of `gaussian_nll`. The share is data here: no gradient flows to the tokens.
+    with the gradient of `gaussian_nll`. The share is data here: no gradient flows to the tokens.
 
     References:
         Nix & Weigend, 1994, "Estimating the mean and variance of the target probability distribution", ICNN.

@@ -13,7 +13,7 @@ class LengthNLLLoss(nn.Module):
 
         L = 1/B sum_i ((log n_i - mu_i)^2 / sigma_i^2 + log sigma_i^2) / 2
 
-    with its gradient as of `gaussian_nll`. The variance is bounded by `ProtoGenConfig.log_length_variance_range`, so
+    with the gradient of `gaussian_nll`. The variance is bounded by `ProtoGenConfig.log_length_variance_range`, so
     that the loss cannot run away.
 
     References:

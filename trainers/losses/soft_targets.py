@@ -9,8 +9,8 @@ from modeling_protogen.objectives import IGNORE_INDEX, log_probabilities, mean_o
 
 class SoftTargetLoss(nn.Module):
     """
-    Cross-entropy of the one-step distribution `p` with the teacher's likeliest tokens `K` and their probabilities `q`,
-    which add up to 1:
+    Cross-entropy of the one-step distribution `p` with the teacher's most likely tokens `K` and their probabilities
+    `q`, which add up to 1:
 
         L = 1/B sum_i 1/N_i sum_t sum_{v in K_it} -q_it(v) log p_it(v)
 

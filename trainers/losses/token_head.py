@@ -51,5 +51,5 @@ class TokenHeadLoss(nn.Module):
 
 
 def head_tokens(vectors: torch.Tensor, embeddings: torch.Tensor) -> torch.LongTensor:
-    """The head's likeliest tokens of all the vocabulary: proto-tokens `(..., dim)` to `(...)`."""
+    """The head's most likely tokens of all the vocabulary: proto-tokens `(..., dim)` to `(...)`."""
     return (vectors.to(embeddings.dtype) @ embeddings.T).max(-1).indices
