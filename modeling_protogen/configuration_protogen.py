@@ -19,6 +19,11 @@ FITTED_SIZE = 16.0
 UNCERTAINTY_SCORES = ("confidence", "least_confidence", "sequence", "entropy", "length_sigma", "predicted_error")
 
 
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"ProtoGenConfig: {message}")
+
+
 class ProtoGenConfig(PreTrainedConfig):
     """
     Configuration of [`ProtoGenForConditionalGeneration`].
@@ -135,27 +140,26 @@ class ProtoGenConfig(PreTrainedConfig):
         }
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
-        self._check()
+        self._check_values()
+        self._check_layout()
+        self._check_predictor()
 
-    def _check(self):
-        def require(condition, message):
-            if not condition:
-                raise ValueError(f"ProtoGenConfig: {message}")
-
-        def require_choice(name, choices):
+    def _check_values(self):
+        choices = {"arrangement": ARRANGEMENTS, "m_scope": M_SCOPES, "sink": SINKS, "latent_source": LATENT_SOURCES}
+        choices |= {"first_tokens": FIRST_TOKENS, "uncertainty_score": UNCERTAINTY_SCORES}
+        for name, known in choices.items():
             value = getattr(self, name)
-            require(value in choices, f"{name}={value!r} is not one of {', '.join(choices)}.")
-
-        require_choice("arrangement", ARRANGEMENTS)
-        require_choice("m_scope", M_SCOPES)
-        require_choice("sink", SINKS)
-        require_choice("latent_source", LATENT_SOURCES)
-        require_choice("first_tokens", FIRST_TOKENS)
-        require_choice("uncertainty_score", UNCERTAINTY_SCORES)
+            require(value in known, f"{name}={value!r} is not one of {', '.join(known)}.")
         for name in ("num_e_tokens", "chunk_size", "max_chunks", "max_answer_length"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
         for name in ("slot_adapter_rank", "num_source_layers", "num_query_layers"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative.")
+        require(0 <= self.predictor_dropout < 1, f"predictor_dropout={self.predictor_dropout} must lie in 0..1.")
+        require(self.log_length_scale > 0, f"log_length_scale={self.log_length_scale} must be positive.")
+        low, high = self.log_length_variance_range
+        require(low < high, f"log_length_variance_range={low, high} is empty.")
+
+    def _check_layout(self):
         require(
             self.max_answer_length <= self.chunk_size * self.max_chunks,
             f"max_answer_length={self.max_answer_length} does not fit in max_chunks={self.max_chunks} chunks of "
@@ -187,6 +191,8 @@ class ProtoGenConfig(PreTrainedConfig):
             self.latent_source != "none" or self.decoder_sees_prompt,
             "latent_source=none lets the instruction speak through the prompt alone: set decoder_sees_prompt.",
         )
+
+    def _check_predictor(self):
         require(
             self.predictor_dim >= 1 and self.predictor_dim % HEAD_DIM == 0,
             f"predictor_dim={self.predictor_dim} must be a multiple of {HEAD_DIM}, the width of an attention head.",
@@ -206,14 +212,10 @@ class ProtoGenConfig(PreTrainedConfig):
             not self.upsamples_prompt or self.decoder_dim == self.decoder_text_config.hidden_size,
             "upsamples_prompt copies states of the decoder as proto-tokens; this decoder's embeddings are narrower.",
         )
-        require(0 <= self.predictor_dropout < 1, f"predictor_dropout={self.predictor_dropout} must lie in 0..1.")
         require(
             self.num_own_tokens < 2 or last in self.layers_read,
             f"first_tokens=decoder needs the last layer, {last}, in decoder_layers_read: it is read there.",
         )
-        require(self.log_length_scale > 0, f"log_length_scale={self.log_length_scale} must be positive.")
-        low, high = self.log_length_variance_range
-        require(low < high, f"log_length_variance_range={low, high} is empty.")
 
     @property
     def decoder_text_config(self) -> PreTrainedConfig:

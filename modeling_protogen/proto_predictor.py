@@ -281,26 +281,8 @@ class ProtoTokenPredictor(nn.Module):
         causal = nn.Transformer.generate_square_subsequent_mask(queries.shape[1], queries.device, queries.dtype)
         for layer in self.query_layers:
             queries = layer(queries, source, causal, memory_key_padding_mask=~mask, tgt_is_causal=True)
-        # For each chunk its e's, and its m where that is predicted.
         others, by_chunk = queries[:, :2], queries[:, 2:].unflatten(1, (num_chunks, self.queries_per_chunk))
-
-        def proto_tokens(projection, part):
-            vectors = projection(part)
-            if copied is not None:
-                vectors = vectors + self.copy_gate(part).sigmoid() * copied
-            return FITTED_SIZE * vectors
-
-        e = proto_tokens(self.e_projection, by_chunk[:, :, : config.num_e_tokens])
-        if self.m_projection is not None:
-            m = proto_tokens(self.m_projection, by_chunk[:, :, -1:])[:, :, 0]
-        elif self.m_table is not None:
-            if config.m_scope != "per_category":
-                category_ids = torch.zeros(batch, dtype=torch.long, device=e.device)
-            elif category_ids is None:
-                raise ValueError("m_scope=per_category needs category_ids: positions in config.categories.")
-            m = FITTED_SIZE * self.m_table(category_ids)[:, None].expand(-1, num_chunks, -1)
-        else:
-            m = e.new_zeros(batch, num_chunks, e.shape[-1])
+        e, m = self._proto_tokens(by_chunk, copied, category_ids)
         length_mean, length_variance = self.length(others[:, 0])
         error_logit, error_variance = self.error(others[:, 1])
         # The bias starts at zero; predictions start at half the longest answer.
@@ -320,6 +302,33 @@ class ProtoTokenPredictor(nn.Module):
             log_duration_confidence=log_duration_confidence,
             duration_logits=duration_logits,
         )
+
+    def _proto_tokens(
+        self, by_chunk: torch.Tensor, copied: torch.Tensor | None, category_ids: torch.LongTensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        `e` `(batch, chunks, num_e_tokens, decoder_dim)` and `m` `(batch, chunks, decoder_dim)` from the queries of each
+        chunk `(batch, chunks, queries, dim)`, its e's and its m where that is predicted, and from the embeddings that
+        may be copied `(batch, chunks, 1, decoder_dim)`.
+        """
+        batch, num_chunks = by_chunk.shape[:2]
+
+        def proto_tokens(projection, part):
+            vectors = projection(part)
+            if copied is not None:
+                vectors = vectors + self.copy_gate(part).sigmoid() * copied
+            return FITTED_SIZE * vectors
+
+        e = proto_tokens(self.e_projection, by_chunk[:, :, : self.config.num_e_tokens])
+        if self.m_projection is not None:
+            return e, proto_tokens(self.m_projection, by_chunk[:, :, -1:])[:, :, 0]
+        if self.m_table is None:
+            return e, e.new_zeros(batch, num_chunks, e.shape[-1])
+        if self.config.m_scope != "per_category":
+            category_ids = torch.zeros(batch, dtype=torch.long, device=e.device)
+        elif category_ids is None:
+            raise ValueError("m_scope=per_category needs category_ids: positions in config.categories.")
+        return e, FITTED_SIZE * self.m_table(category_ids)[:, None].expand(-1, num_chunks, -1)
 
     def _source(
         self,

@@ -92,7 +92,7 @@ def figures_of(output: ProtoGenGenerateOutput, row: int) -> dict[str, float]:
     return {name: round(values[row].item(), 4) for name, values in figures.items() if values is not None}
 
 
-def main(argv: list[str]) -> None:
+def parsed(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub id of a ProtoGen model")
     parser.add_argument("prompt", nargs="?", help="instruction")
@@ -118,8 +118,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
     parser.add_argument("--decoder", help="load a thin checkpoint's decoder from here")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def main(argv: list[str]) -> None:
+    arguments = parsed(argv)
     prompts = read_prompts(arguments)
     if not Path(arguments.model).is_dir() and arguments.model.count("/") != 1:
         raise FileNotFoundError(f"there is no model folder {arguments.model}, and it is no Hub id either.")

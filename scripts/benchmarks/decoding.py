@@ -47,45 +47,23 @@ def add_commands(commands) -> None:
 
 def decode(arguments) -> None:
     device = best_device()
-    names = resolve(arguments.encoder), resolve(arguments.decoder)
-    longest, dtype = max(*arguments.lengths, arguments.batch_tokens), getattr(torch, arguments.dtype)
-    processor = ProtoGenProcessor.from_encoder_decoder_pretrained(*names, max_answer_length=longest)
-    # Heads are fresh: how long a pass takes does not depend on what they have learned.
-    model, sees_prompt = (
-        ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(
-            *names, encoder_dtype=dtype, decoder_dtype=dtype, chunk_size=longest, decoder_sees_prompt=sees
-        )
-        .to(device)
-        .eval()
-        for sees in (False, True)
-    )
+    processor, model, sees_prompt = untrained(arguments, device)
+    trained = None
     if arguments.trained:
+        dtype = getattr(torch, arguments.dtype)
         trained = ProtoGenForConditionalGeneration.from_pretrained(arguments.trained, dtype=dtype).to(device).eval()
-        trained_processor = ProtoGenProcessor.from_pretrained(arguments.trained)
-    if device.type == "cuda":
-        for each in (model, sees_prompt):
-            # One shape of inputs, so that nothing is recorded while it is timed.
-            each.use_cuda_graphs([*arguments.lengths, arguments.batch_tokens], input_multiple=128)
     examples = [e for e in load_examples(DataArguments(data=arguments.data)) if not e.context]
     prompts = [e.instruction for e in examples]
     static = {"cache_implementation": "static"} if device.type == "cuda" else {}
     greedy = autoregressive(model.decoder, processor, **static)
     one_step, with_prompt = protogen(model, processor), protogen(sees_prompt, processor)
 
-    @torch.no_grad()
-    def bare_forward(instructions, contexts, tokens, exactly, reads_prompt=False):
-        """The decoder alone over some tokens, with logits where answers would be."""
-        ids = torch.zeros(len(instructions), tokens, dtype=torch.long, device=device)
-        prompt = processor(instructions, contexts)["decoder_prompt_ids"].to(device) if reads_prompt else ids[:, :0]
-        is_answer = torch.arange(prompt.shape[1] + tokens, device=device).expand(len(ids), -1) >= prompt.shape[1]
-        model.decoder(torch.cat([prompt, ids], dim=1), use_cache=False, logits_to_keep=is_answer)
-
     writers = {
         "one_step": one_step,
         "one_step_with_prompt": with_prompt,
         "greedy": greedy,
-        "bare_forward": bare_forward,
-        "bare_forward_with_prompt": lambda *args, **kwargs: bare_forward(*args, **kwargs, reads_prompt=True),
+        "bare_forward": bare_forward(model.decoder, processor, reads_prompt=False),
+        "bare_forward_with_prompt": bare_forward(model.decoder, processor, reads_prompt=True),
     }
 
     rows, seconds = [], {}
@@ -101,17 +79,7 @@ def decode(arguments) -> None:
     figures = {}
     for (batch, length), found in seconds.items():
         suffix = f"{length}" if batch == 1 else f"{length}_batch_{batch}"
-        figures[f"one_step_speedup_{suffix}"] = ratio_with_interval(found["greedy"], found["one_step"])
-        figures[f"one_step_with_prompt_speedup_{suffix}"] = ratio_with_interval(
-            found["greedy"], found["one_step_with_prompt"]
-        )
-        share = ratio_with_interval(found["bare_forward_with_prompt"], found["one_step_with_prompt"])
-        figures[f"one_step_share_of_bare_forward_{suffix}"] = share
-        figures[f"bare_forward_speedup_{suffix}"] = ratio_with_interval(found["greedy"], found["bare_forward"])
-        for name, values in found.items():
-            for quantile in (50, 90):
-                figures[f"{name}_milliseconds_p{quantile}_{suffix}"] = 1000 * float(np.percentile(values, quantile))
-            figures[f"{name}_tokens_per_second_{suffix}"] = batch * length / float(np.median(values))
+        figures |= {f"{name}_{suffix}": value for name, value in speed_figures(found, batch * length).items()}
     largest = [prompts[at % len(prompts)] for at in range(max(arguments.batch_sizes))]
     for name in ("one_step", "one_step_with_prompt", "greedy"):
         figures[f"{name}_peak_memory_gb_{arguments.batch_tokens}_batch_{len(largest)}"] = peak_gigabytes(
@@ -125,14 +93,8 @@ def decode(arguments) -> None:
 
     path = Path(arguments.result)
     model_name = f"{arguments.encoder}, {arguments.decoder}, {arguments.dtype}; heads untrained"
-    if arguments.trained:
-        unknown = held_out_of(examples, trained.config.validation_share)
-        held_out = [e for e in unknown if trained_processor.fits(e.instruction)][: arguments.quality_prompts]
-        measured = quality(trained, trained_processor, held_out, arguments.batch_tokens)
-        draw_quality(measured, path.with_name(f"{path.stem}_quality.png"))
-        for name, of_name in measured.items():
-            figures |= {f"{name}_{figure}": value for figure, value in of_name.items()}
-        figures["quality_prompts"] = len(held_out)
+    if trained is not None:
+        figures |= quality_figures(trained, examples, arguments, path.with_name(f"{path.stem}_quality.png"))
         model_name += f", but for quality: {arguments.trained}"
     content = report.result(
         command=f"python scripts/benchmark.py {shlex.join(sys.argv[1:])}",
@@ -147,6 +109,62 @@ def decode(arguments) -> None:
     report.write_result(path, content, beside=", .csv and pictures beside it")
 
 
+def untrained(
+    arguments, device: torch.device
+) -> tuple[ProtoGenProcessor, ProtoGenForConditionalGeneration, ProtoGenForConditionalGeneration]:
+    """
+    A processor, a model, and one whose decoder sees the prompt. Heads are fresh: how long a pass takes does not depend
+    on what they have learned.
+    """
+    names = resolve(arguments.encoder), resolve(arguments.decoder)
+    longest, dtype = max(*arguments.lengths, arguments.batch_tokens), getattr(torch, arguments.dtype)
+    models = [
+        ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(
+            *names, encoder_dtype=dtype, decoder_dtype=dtype, chunk_size=longest, decoder_sees_prompt=sees
+        )
+        .to(device)
+        .eval()
+        for sees in (False, True)
+    ]
+    if device.type == "cuda":
+        for model in models:
+            # One shape of inputs, so that nothing is recorded while it is timed.
+            model.use_cuda_graphs([*arguments.lengths, arguments.batch_tokens], input_multiple=128)
+    return ProtoGenProcessor.from_encoder_decoder_pretrained(*names, max_answer_length=longest), *models
+
+
+def bare_forward(decoder, processor: ProtoGenProcessor, reads_prompt: bool) -> Writer:
+    """The decoder alone over some tokens, with logits where answers would be: what one pass costs at least."""
+
+    @torch.no_grad()
+    def write(instructions, contexts, tokens, exactly):
+        ids = torch.zeros(len(instructions), tokens, dtype=torch.long, device=decoder.device)
+        prompt = ids[:, :0]
+        if reads_prompt:
+            prompt = processor(instructions, contexts)["decoder_prompt_ids"].to(decoder.device)
+        places = torch.arange(prompt.shape[1] + tokens, device=decoder.device)
+        is_answer = places.expand(len(ids), -1) >= prompt.shape[1]
+        decoder(torch.cat([prompt, ids], dim=1), use_cache=False, logits_to_keep=is_answer)
+
+    return write
+
+
+def speed_figures(seconds: dict[str, np.ndarray], num_tokens: int) -> dict[str, float | list[float]]:
+    """How methods that write `num_tokens` tokens compare, from their seconds `(rounds,)`."""
+    greedy, with_prompt = seconds["greedy"], seconds["one_step_with_prompt"]
+    figures = {
+        "one_step_speedup": ratio_with_interval(greedy, seconds["one_step"]),
+        "one_step_with_prompt_speedup": ratio_with_interval(greedy, with_prompt),
+        "one_step_share_of_bare_forward": ratio_with_interval(seconds["bare_forward_with_prompt"], with_prompt),
+        "bare_forward_speedup": ratio_with_interval(greedy, seconds["bare_forward"]),
+    }
+    for name, values in seconds.items():
+        for quantile in (50, 90):
+            figures[f"{name}_milliseconds_p{quantile}"] = 1000 * float(np.percentile(values, quantile))
+        figures[f"{name}_tokens_per_second"] = num_tokens / float(np.median(values))
+    return figures
+
+
 def cell_seconds(
     writers: dict[str, Writer], prompts: list[str], batch: int, length: int, rounds: int
 ) -> dict[str, np.ndarray]:
@@ -157,6 +175,19 @@ def cell_seconds(
         return write(texts, [None] * batch, length, exactly=True)
 
     return interleaved_seconds({name: partial(call, write) for name, write in writers.items()}, rounds=rounds)
+
+
+def quality_figures(
+    model: ProtoGenForConditionalGeneration, examples: list[Example], arguments, picture: Path
+) -> dict[str, float | list[float]]:
+    """The quality of a trained model's modes on instructions that it has not learned from, which it draws too."""
+    processor = ProtoGenProcessor.from_pretrained(arguments.trained)
+    unknown = held_out_of(examples, model.config.validation_share)
+    held_out = [e for e in unknown if processor.fits(e.instruction)][: arguments.quality_prompts]
+    measured = quality(model, processor, held_out, arguments.batch_tokens)
+    draw_quality(measured, picture)
+    figures = {f"{name}_{figure}": value for name, found in measured.items() for figure, value in found.items()}
+    return figures | {"quality_prompts": len(held_out)}
 
 
 def quality(

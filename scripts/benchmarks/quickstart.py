@@ -1,6 +1,7 @@
 """A finished quickstart: its figures, and one-step answers against greedy ones in time."""
 
 import json
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,31 +39,10 @@ def quickstart(arguments) -> None:
     model = AutoModel.from_pretrained(run / "model", trust_remote_code=True, dtype=getattr(torch, fastest_dtype()))
     processor = AutoProcessor.from_pretrained(run / "model", trust_remote_code=True)
 
-    print("\nHeld-out instructions, answered in one pass each:\n")
-    for example in parts["validation"][: arguments.examples]:
-        output = model.generate(**processor(example["instruction"], example["context"]), return_dict_in_generate=True)
-        print(f"> {example['instruction']}\n{processor.batch_decode(output.sequences)[0]}")
-        print(
-            f"[length {output.predicted_lengths.item():.0f} ± {output.length_sigmas.item():.0f} tokens, "
-            f"confidence {output.confidences.item():.2f}]\n"
-        )
-
-    def one_step(prompt: str) -> list[str]:
-        return processor.batch_decode(model.generate(**processor(prompt), length=arguments.tokens))
-
-    def greedy(prompt: str) -> list[str]:
-        inputs = processor(prompt)
-        written = model.decoder.generate(
-            input_ids=inputs["decoder_prompt_ids"],
-            attention_mask=inputs["decoder_prompt_mask"],
-            do_sample=False,
-            min_new_tokens=arguments.tokens,
-            max_new_tokens=arguments.tokens,
-        )
-        return processor.batch_decode(written[:, inputs["decoder_prompt_ids"].shape[1] :])
-
+    show(model, processor, parts["validation"][: arguments.examples])
     # Instructions without context: what is timed is writing, not reading.
     prompts = [example["instruction"] for example in parts["validation"] if not example["context"]]
+    one_step, greedy = writers(model, processor, arguments.tokens)
     seconds = interleaved_seconds(
         {
             "one_step": lambda number: one_step(prompts[number % len(prompts)]),
@@ -89,3 +69,35 @@ def quickstart(arguments) -> None:
         },
     )
     report.write_result(arguments.result or run / "quickstart.json", content)
+
+
+def show(model, processor, examples: list[dict]) -> None:
+    """Prints one-step answers, their lengths and how sure they are."""
+    print("\nHeld-out instructions, answered in one pass each:\n")
+    for example in examples:
+        output = model.generate(**processor(example["instruction"], example["context"]), return_dict_in_generate=True)
+        print(f"> {example['instruction']}\n{processor.batch_decode(output.sequences)[0]}")
+        print(
+            f"[length {output.predicted_lengths.item():.0f} ± {output.length_sigmas.item():.0f} tokens, "
+            f"confidence {output.confidences.item():.2f}]\n"
+        )
+
+
+def writers(model, processor, tokens: int) -> tuple[Callable[[str], list[str]], Callable[[str], list[str]]]:
+    """One step, and the decoder token by token, each from a prompt to this many tokens of text."""
+
+    def one_step(prompt):
+        return processor.batch_decode(model.generate(**processor(prompt), length=tokens))
+
+    def greedy(prompt):
+        inputs = processor(prompt)
+        written = model.decoder.generate(
+            input_ids=inputs["decoder_prompt_ids"],
+            attention_mask=inputs["decoder_prompt_mask"],
+            do_sample=False,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+        )
+        return processor.batch_decode(written[:, inputs["decoder_prompt_ids"].shape[1] :])
+
+    return one_step, greedy

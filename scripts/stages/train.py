@@ -66,43 +66,20 @@ def train(
     settle_losses(model_args, args)
     if "bank" in args.needs:
         check_bank(run, model_args)
-    goes_on = target_args.continuations or target_args.validation_continuations
-    if goes_on and not model_args.decoder_sees_prompt:
-        raise ValueError("the decoder reads what an answer goes on from: continuations need decoder_sees_prompt: true.")
-    if model_args.encoder_reads_answer and not (target_args.continuations and model_args.has_encoder):
-        raise ValueError("encoder_reads_answer needs an encoder, and continuations for it to read.")
+    check_continuations(model_args, target_args)
     if args.deepspeed_plugin and args.use_cpu:
         start_deepspeed_on_cpus()
     set_seed(args.seed)
-    categories = None
-    if model_args.m_scope == "per_category":
-        categories = sorted({example.category for example in load_examples(data_args)})
     if model_args.first_tokens is None:
         model_args.first_tokens = "decoder" if target_args.targets == "teacher" else "slots"
-    model = build_model(model_args, categories)
-    model.config.validation_share = data_args.validation_share
-    if run.start_from:
-        start_from(model, run.start_from)
-    if run.prompt_store:
-        model.prompt_store = PromptStore(run.prompt_store, model.decoder, model.config.layers_read)
-    if model_args.encoder_lora_rank:
-        add_lora(model, model_args.encoder_lora_rank)
+    model = prepared_model(run, model_args, data_args)
+    categories = model.config.categories
     processor = load_processor(model_args, model.config.max_answer_length)
-    train_examples, validation_examples = instructions_to_learn(data_args, target_args, processor)
-    if target_args.targets == "self":
-        train_examples, validation_examples = with_own_texts(train_examples), with_own_texts(validation_examples)
-    elif target_args.targets != "human":
-        info = teacher_info(model_args, target_args, model.decoder, processor)
-        answers = read_teacher_answers(target_args.teacher_answers, info)
-        train_examples = with_teacher_answers(train_examples, answers, target_args.targets)
-        validation_examples = with_teacher_answers(validation_examples, answers, "teacher")
+    train_examples, validation_examples = examples_to_learn(model, processor, model_args, target_args, data_args)
     bank = None
     if "bank" in args.needs:
         bank = ProtoTokenBank(run.bank, bank_info(model_args, model.decoder))
-        bank.verify()
-        train_examples = [example for example in train_examples if example.id in bank]
-        if not train_examples:
-            raise ValueError(f"no training example is in the bank in {run.bank}; fit them first (--stage fit).")
+        train_examples = banked(train_examples, bank)
     train_examples = with_continuations(train_examples, target_args.continuations)
     embeddings = (
         answer_embeddings(train_examples, processor, study_args.teacher) if "embeddings" in args.needs else None
@@ -120,15 +97,7 @@ def train(
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
         log = trainer.state.log_history
         before = next((entry for entry in log if "eval_loss" in entry and entry["step"] == 0), None)
-        made_with = {
-            "encoder": model_args.encoder if model_args.has_encoder else None,
-            "decoder": model_args.decoder,
-            "decoder_dtype": model_args.decoder_dtype,
-            "data": data_args.data,
-            "train_examples": len(train_examples),
-            "examples_a_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "seed": args.seed,
-        }
+        made_with = made_of(model_args, data_args, args) | {"train_examples": len(train_examples)}
         metrics = {"run": made_with, "before": before, "after": trainer.evaluate(), "log": log}
         if trainer.is_deepspeed_enabled:
             model = whole_model(trainer, model_args, categories)
@@ -137,12 +106,71 @@ def train(
                 merge_lora(model)
             measured = with_continuations(validation_examples, target_args.validation_continuations)
             calibrate(model, processor, train_examples, measured, bank, output_dir)
-            model.save_pretrained(output_dir / "model")
-            processor.save_pretrained(output_dir / "model")
+            for part in (model, processor):
+                part.save_pretrained(output_dir / "model")
             held_out = [{"instruction": e.instruction, "context": e.context} for e in validation_examples]
             write_json(output_dir / "validation.json", held_out)
             write_json(metrics_path, metrics)
             print(f"model in {output_dir / 'model'}, metrics in {metrics_path}")
+
+
+def banked(examples: list[Example], bank: ProtoTokenBank) -> list[Example]:
+    """The examples that are in the bank, whose shards are verified first."""
+    bank.verify()
+    found = [example for example in examples if example.id in bank]
+    if not found:
+        raise ValueError(f"no training example is in the bank in {bank.folder}; fit them first (--stage fit).")
+    return found
+
+
+def made_of(model_args: ModelArguments, data_args: DataArguments, args: ProtoGenTrainingArguments) -> dict:
+    return {
+        "encoder": model_args.encoder if model_args.has_encoder else None,
+        "decoder": model_args.decoder,
+        "decoder_dtype": model_args.decoder_dtype,
+        "data": data_args.data,
+        "examples_a_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "seed": args.seed,
+    }
+
+
+def prepared_model(
+    run: RunArguments, model_args: ModelArguments, data_args: DataArguments
+) -> ProtoGenForConditionalGeneration:
+    """A new model, with the weights of an earlier one, a store of prompts and adapters where they are asked for."""
+    categories = None
+    if model_args.m_scope == "per_category":
+        categories = sorted({example.category for example in load_examples(data_args)})
+    model = build_model(model_args, categories)
+    model.config.validation_share = data_args.validation_share
+    if run.start_from:
+        start_from(model, run.start_from)
+    if run.prompt_store:
+        model.prompt_store = PromptStore(run.prompt_store, model.decoder, model.config.layers_read)
+    if model_args.encoder_lora_rank:
+        add_lora(model, model_args.encoder_lora_rank)
+    return model
+
+
+def examples_to_learn(
+    model: ProtoGenForConditionalGeneration,
+    processor: ProtoGenProcessor,
+    model_args: ModelArguments,
+    target_args: TargetArguments,
+    data_args: DataArguments,
+) -> tuple[list[Example], list[Example]]:
+    """Training and validation examples with the answers that `targets` asks for."""
+    train_examples, validation_examples = instructions_to_learn(data_args, target_args, processor)
+    if target_args.targets == "self":
+        return with_own_texts(train_examples), with_own_texts(validation_examples)
+    if target_args.targets == "human":
+        return train_examples, validation_examples
+    info = teacher_info(model_args, target_args, model.decoder, processor)
+    answers = read_teacher_answers(target_args.teacher_answers, info)
+    return (
+        with_teacher_answers(train_examples, answers, target_args.targets),
+        with_teacher_answers(validation_examples, answers, "teacher"),
+    )
 
 
 def start_from(model: ProtoGenForConditionalGeneration, folder: str) -> None:
@@ -162,6 +190,14 @@ def start_deepspeed_on_cpus() -> None:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+
+def check_continuations(model_args: ModelArguments, target_args: TargetArguments) -> None:
+    goes_on = target_args.continuations or target_args.validation_continuations
+    if goes_on and not model_args.decoder_sees_prompt:
+        raise ValueError("the decoder reads what an answer goes on from: continuations need decoder_sees_prompt: true.")
+    if model_args.encoder_reads_answer and not (target_args.continuations and model_args.has_encoder):
+        raise ValueError("encoder_reads_answer needs an encoder, and continuations for it to read.")
 
 
 def check_bank(run: RunArguments, model_args: ModelArguments) -> None:
