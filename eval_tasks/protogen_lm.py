@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from eval_tasks.benchmark_data import DOLLY_HELD_OUT
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from modeling_protogen.generation_protogen import MODES
+from modeling_protogen.generation_protogen import BLOCK_MODES, MODES
 from modeling_protogen.objectives import IGNORE_INDEX, argmax_tokens, log_probabilities
 from modeling_protogen.processing_protogen import chat_text, pad_left
 
@@ -263,7 +263,7 @@ class ProtoGenLM(HFLM):
         if kwargs.get("do_sample"):
             drawn = {"temperature": kwargs["temperature"], "top_p": kwargs.get("top_p", 1.0)}
             options |= {"do_sample": True, **drawn}
-        if "block_size" in MODES[self.mode]:
+        if self.mode in BLOCK_MODES:
             options |= {"stop_strings": stop, "processor": self.processor, "max_new_tokens": max_new_tokens}
         output = self.protogen.generate(
             **self.inputs(contexts, prompts), mode=self.mode, return_dict_in_generate=True, **options

@@ -10,7 +10,7 @@ import torch
 from .autoregressive import DecoderState
 from .block_decoding import Answers, Instruction, read_and_draft
 from .draft_length import DraftLength
-from .sampling import Sampling, log_probability
+from .sampling import log_probability
 
 # A draft is some more positions in a pass that there is anyway: it has to be worth this many kept tokens.
 BREAK_EVEN = 0.25
@@ -22,8 +22,7 @@ def adaptive_decoding(
     instruction: Callable[[], Instruction],
     text: DecoderState,
     block_size: int,
-    confidence_threshold: float,
-    sampling: Sampling,
+    options,
 ) -> None:
     """
     Each pass reads the tokens that the last one wrote, and proto-tokens after them; it writes the decoder's own next
@@ -35,7 +34,9 @@ def adaptive_decoding(
         answers (`Answers`): empty; they are complete when this returns.
         text (`DecoderState`): the prompts.
         block_size (`int`): tokens that a pass writes at most.
+        options (`ProtoGenGenerationConfig`)
     """
+    sampling = options.sampling
     tokens = sampling.pick(text.next_logits)
     mask = torch.ones_like(tokens)
     answers.extend(tokens, log_probability(text.next_logits, tokens), mask[:, 0])
@@ -49,7 +50,7 @@ def adaptive_decoding(
         places = torch.arange(size, device=tokens.device)
         is_drafted = places <= torch.tensor(wanted, device=tokens.device)[:, None]
         # The decoder's own token stays, however sure.
-        is_kept = (places == 0) | is_drafted & (log_p.exp() >= confidence_threshold)
+        is_kept = (places == 0) | is_drafted & (log_p.exp() >= options.confidence_threshold)
         num_kept = is_kept.long().cumprod(1).sum(1)
         drafted = [row for row, length in enumerate(wanted) if length and size > 1]
         answers.note_draft(num_kept - 1, drafted)

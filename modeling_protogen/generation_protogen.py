@@ -37,6 +37,8 @@ MODES = {
     "adaptive": {"block_size", "confidence_threshold"},
     "verified": {"block_size"},
 }
+# The modes that write block after block.
+BLOCK_MODES = {"adaptive": adaptive_decoding, "verified": verified_decoding}
 # What a generation config holds that does not change an answer here: the decoder's configuration has the tokens.
 IGNORED_OPTIONS = {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"}
 IGNORED_OPTIONS |= {"use_cache"}
@@ -286,7 +288,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
         if not isinstance(base, ProtoGenGenerationConfig):
             base = ProtoGenGenerationConfig.from_dict(base.to_diff_dict())
         options = base.merged(**kwargs)
-        at_once = "length" in MODES[options.mode]
+        at_once = options.mode not in BLOCK_MODES
         self._check_prompt(decoder_prompt_ids, options.mode != "one_step" or options.num_candidates > 1)
         if proto_tokens is not None and not at_once:
             raise ValueError(f"proto_tokens are not for mode={options.mode}, which predicts new ones for each block.")
@@ -427,11 +429,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
             return Instruction(*self.encode(*processor.add_answers(*instruction, written)), category_ids)
 
         text = DecoderState(self.decoder, *prompt, config.layers_read)
-        if options.mode == "adaptive":
-            threshold = options.confidence_threshold
-            adaptive_decoding(self, answers, source, text, block_size, threshold, options.sampling)
-        else:
-            verified_decoding(self, answers, source, text, block_size, options.sampling)
+        BLOCK_MODES[options.mode](self, answers, source, text, block_size, options)
         if streamer is not None:
             streamer.end()
         sequences, log_confidence, lengths = answers.tables(config.answer_pad_token_id, text.mask.device)

@@ -54,7 +54,7 @@ def verified_decoding(
     instruction: Callable[[], Instruction],
     text: DecoderState,
     block_size: int,
-    sampling: Sampling,
+    options,
 ) -> None:
     """
     Each round reads the last token and proto-tokens after it in one pass, which gives the next token for certain and
@@ -66,7 +66,9 @@ def verified_decoding(
         answers (`Answers`): empty; they are complete when this returns.
         text (`DecoderState`): the prompts.
         block_size (`int`): tokens of a draft at most, the certain one included.
+        options (`ProtoGenGenerationConfig`)
     """
+    sampling = options.sampling
     draft_length = DraftLength(EXPECTED, BREAK_EVEN)
     last = sampling.pick(text.next_logits)
     one = torch.ones_like(last)

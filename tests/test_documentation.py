@@ -1,6 +1,10 @@
 """The pages: short, and without a dead link."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +44,48 @@ def test_the_readme_trains_in_a_few_lines(encoder_dir, llama_dir, tmp_path, monk
     exec(code, {"rows": Dataset.from_list(rows)})
     model, processor = (auto.from_pretrained("runs/mine/model") for auto in (AutoModel, AutoProcessor))
     assert len(processor.batch_decode(model.generate(**processor(INSTRUCTIONS)))) == len(INSTRUCTIONS)
+
+
+LOSS = """
+args = ProtoGenTrainingArguments("run", max_steps=2, use_cpu=True, disable_tqdm=True, logging_steps=1, **losses)
+trainer = ProtoGenTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=processor)
+trainer.train()
+(logged,) = [entry["loss_confidence_penalty"] for entry in trainer.state.log_history[:1]]
+assert -4 < logged < 0
+"""
+MODE = """
+options = {"max_new_tokens": 6, "return_dict_in_generate": True}
+plain, verified = (model.generate(**processor(rows[0]["instruction"]), mode=mode, **options) for mode in MODES)
+assert torch.equal(plain.sequences, verified.sequences)
+assert plain.num_passes == plain.lengths.item()
+"""
+
+
+def test_what_the_page_on_extending_adds_works(encoder_dir, llama_dir, tmp_path):
+    """In a copy of the packages, with its files written and its diffs applied."""
+    page = (ROOT / "docs" / "extending.md").read_text()
+    for package in ("modeling_protogen", "trainers"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for path, code in re.findall(r"```python (\S+)\n(.*?)```", page, re.DOTALL):
+        assert not (tmp_path / path).exists()
+        (tmp_path / path).write_text(code)
+    for diff in re.findall(r"```diff\n(.*?)```", page, re.DOTALL):
+        subprocess.run(["git", "apply", "--recount", "-"], cwd=tmp_path, input=diff, text=True, check=True)
+    rows = [{"instruction": i, "response": a} for i, a in zip(INSTRUCTIONS, ANSWERS, strict=True)]
+    script = f"""
+import torch
+from datasets import Dataset
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from trainers.protogen_trainer import ProtoGenTrainer
+from trainers.training_args import ProtoGenTrainingArguments
+names, rows, MODES = {(str(encoder_dir), str(llama_dir))}, {rows}, ("plain", "verified")
+losses = {{"losses": {{"reconstruction": 1.0, "confidence_penalty": 0.1}}}}
+fields = {{"chunk_size": 8, "predictor_dim": 64, "decoder_sees_prompt": True}}
+model = ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(*names, **fields)
+processor = ProtoGenProcessor.from_encoder_decoder_pretrained(*names, max_answer_length=8)
+{LOSS}
+{MODE}
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

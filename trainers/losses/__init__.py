@@ -49,22 +49,3 @@ def needs_of(names: Iterable[str]) -> set[str]:
     - `label_targets`, `on_policy_targets`: what the teacher says of the labels, and of the student's own answers.
     """
     return set().union(*(LOSSES[name].needs for name in names))
-
-
-__all__ = [
-    "LOSSES",
-    "AnchorLoss",
-    "DistanceBasedLogisticLoss",
-    "DurationLoss",
-    "ErrorNLLLoss",
-    "InfoNCELoss",
-    "LengthNLLLoss",
-    "MeanSquaredErrorLoss",
-    "OnPolicyLoss",
-    "ReconstructionLoss",
-    "RelationalDistillationLoss",
-    "SigLIPLoss",
-    "SoftReconstructionLoss",
-    "TokenHeadLoss",
-    "needs_of",
-]
