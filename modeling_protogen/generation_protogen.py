@@ -41,7 +41,7 @@ MODES = {
 BLOCK_MODES = {"adaptive": adaptive_decoding, "verified": verified_decoding}
 # What a generation config holds that does not change an answer here: the decoder's configuration has the tokens.
 IGNORED_OPTIONS = {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"}
-IGNORED_OPTIONS |= {"use_cache"}
+IGNORED_OPTIONS |= {"use_cache", "_from_model_config"}
 
 
 class ProtoGenGenerationConfig(GenerationConfig):
@@ -122,7 +122,9 @@ class ProtoGenGenerationConfig(GenerationConfig):
             raise ValueError(f"mode={mode!r} is not one of {', '.join(MODES)}.")
         known = COMMON_OPTIONS | MODES[mode]
         everywhere = COMMON_OPTIONS.union(IGNORED_OPTIONS, *MODES.values())
-        foreign = sorted(kwargs.keys() - known) or sorted(self.to_diff_dict().keys() - everywhere)
+        # Files hold fields of no effect as well.
+        asked = {name for name, value in self.to_diff_dict().items() if value is not None and value is not False}
+        foreign = sorted(kwargs.keys() - known) or sorted(asked - everywhere)
         if foreign:
             raise ValueError(
                 f"{', '.join(foreign)} is not for mode={mode}, which takes {', '.join(sorted(known))}. "

@@ -1,5 +1,7 @@
 """Adaptive, refined, drawn and ranked answers against slow formulas and transformers' own `generate`."""
 
+import json
+
 import pytest
 import torch
 from conftest import CONTEXTS, INSTRUCTIONS, adapted_decoder, stir_slot_adapters
@@ -302,6 +304,13 @@ def test_a_saved_configuration_is_honoured_and_arguments_win(build, llama_dir, t
     assert torch.equal(loaded.generate(**inputs), verified)
     assert torch.equal(loaded.generate(**inputs, max_new_tokens=3), verified[:, :3])
     assert torch.equal(loaded.generate(**inputs, generation_config=ProtoGenGenerationConfig()), plain)
+    # What earlier versions saved with a model.
+    old = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": [2], "pad_token_id": 2}
+    old |= {"output_attentions": False, "output_hidden_states": False, "transformers_version": "5.23.0"}
+    (tmp_path / "generation_config.json").write_text(json.dumps(old))
+    again = ProtoGenForConditionalGeneration.from_pretrained(tmp_path)
+    without_eos(again)
+    assert torch.equal(again.generate(**inputs), plain)
     # One of transformers' own says what it can, and is not changed.
     given = GenerationConfig(max_new_tokens=2, do_sample=True, top_p=0.9)
     assert torch.equal(loaded.generate(**inputs, generation_config=given, do_sample=False), plain[:, :2])
