@@ -106,8 +106,8 @@ def examples_of(
     category_field: str | None = "category",
 ) -> list[Example]:
     """
-    The examples of a table; rows that repeat another one whole are dropped. Columns called `context` and `category` may
-    be missing.
+    The examples of a table; rows that repeat another one whole are dropped. The category may be missing, and so
+    may a column called `context`.
 
     Args:
         rows (`datasets.Dataset`)
@@ -118,12 +118,12 @@ def examples_of(
         ValueError: if a column is missing, or an instruction or answer is empty.
     """
     needed = [column for column in (instruction_field, answer_field) if column]
-    named = {*needed, context_field, category_field} - {None, "", "context", "category"}
+    named = {*needed, context_field} - {None, "", "context"}
     missing = sorted(named - set(rows.column_names))
     if missing:
         raise ValueError(
             f"{name} has no column {', '.join(missing)}; it has {', '.join(rows.column_names)}. "
-            "Set instruction_field, context_field, answer_field and category_field, or rename its columns."
+            "Set instruction_field, context_field and answer_field, or rename its columns."
         )
     examples = {}
     for number, row in enumerate(rows):
