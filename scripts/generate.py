@@ -100,10 +100,10 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--file", help="file of prompts")
     parser.add_argument("--category", help="category, for a model with one m for each")
     parser.add_argument("--retrieve", metavar="BANK", help="write the banked text whose proto-tokens are the nearest")
-    parser.add_argument("--mode", default="one_step", choices=list(MODES))
     parser.add_argument("--stream", action="store_true", help="print tokens as they are written")
     # What is not given is left to the model, and so is what does not go with the mode.
     option = partial(parser.add_argument, default=argparse.SUPPRESS)
+    option("--mode", choices=list(MODES), help="how answers are written; one_step if the model says nothing else")
     option("--temperature", type=float, help="draw tokens with logits divided by this")
     option("--top-p", type=float, help="draw among the most likely tokens that have this probability together")
     option("--length", type=int, help="one_step, refine: tokens to write, instead of the predicted length")
@@ -130,9 +130,11 @@ def main(argv: list[str]) -> None:
     processor = load_processor_of(arguments.model, arguments.decoder)
     model = load_protogen(arguments.model, arguments.dtype, arguments.decoder).to(device)
 
-    names = {"temperature", "top_p", "max_new_tokens"}.union(*MODES.values())
+    names = {"mode", "temperature", "top_p", "max_new_tokens"}.union(*MODES.values())
     options = {name: value for name, value in vars(arguments).items() if name in names}
-    options |= {"processor": processor, "do_sample": bool({"temperature", "top_p"} & options.keys())}
+    if {"temperature", "top_p"} & options.keys():
+        options["do_sample"] = True
+    options["processor"] = processor
     retrieve = NearestBanked(model, ProtoTokenBank(arguments.retrieve)) if arguments.retrieve else None
     batch_size = arguments.batch_size
     if arguments.stream:
@@ -146,7 +148,7 @@ def main(argv: list[str]) -> None:
             inputs["category_ids"] = torch.full((len(batch),), index, device=device)
         if retrieve is not None:
             options["proto_tokens"], options["length"] = retrieve(inputs)
-        output = model.generate(**inputs, mode=arguments.mode, return_dict_in_generate=True, **options)
+        output = model.generate(**inputs, return_dict_in_generate=True, **options)
         answers = processor.batch_decode(output.sequences)
         milliseconds = 1000 * (time.perf_counter() - began) / len(batch)
         for row, (prompt, answer) in enumerate(zip(batch, answers, strict=True)):

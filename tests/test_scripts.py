@@ -2,9 +2,11 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import bank
 import benchmark
@@ -22,7 +24,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from eval_tasks.report import read_result
-from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenGenerationConfig, ProtoGenProcessor
 from trainers.data import DataArguments, load_examples, split_by_instruction
 from trainers.files import locked
 from trainers.fitting import FittingArguments, ProtoTokenFitter
@@ -114,6 +116,14 @@ def test_fit_train_generate_and_measure(call, recipe, tmp_path, llama_dir, monke
     verified = call(generate, model, "--file", prompts, "--mode", "verified", "--max-new-tokens", 4, "--stream")
     assert verified.count("accepted length") == 2
     assert "length is not for mode=verified" in call(generate, model, "who", "--mode", "verified", "--length", 3)
+
+    # What is not given is left to the model's own configuration.
+    other = shutil.copytree(model, tmp_path / "other")
+    ProtoGenGenerationConfig(mode="verified", do_sample=True, max_new_tokens=3).save_pretrained(other)
+    with mock.patch.object(ProtoGenForConditionalGeneration, "_write_blocks", side_effect=ValueError("asked")) as write:
+        assert "asked" in call(generate, other, "who sat on the mat", "--dtype", "float32")
+    options = write.call_args.args[3]
+    assert (options.mode, options.do_sample, options.max_new_tokens) == ("verified", True, 3)
 
     # Beside the run: the committed result is what the README quotes, and measuring again must not change it.
     result = tmp_path / "run" / "quickstart.json"
