@@ -351,8 +351,8 @@ class ProtoGenGenerationMixin(GenerationMixin):
                 f"length must lie in 1..{self.config.max_answer_length} tokens (config.max_answer_length); "
                 f"got {options.length}."
             )
-        repeats = len(mean) // (lengths.numel() if lengths.dim() else 1)
-        return lengths.repeat(repeats) if not lengths.dim() else lengths.repeat_interleave(repeats)
+        repeats = options.num_candidates * (options.num_return_sequences or 1)
+        return lengths.expand(len(mean) // repeats).repeat_interleave(repeats)
 
     def _finished(self, draft: Draft, options, processor, streamer) -> torch.LongTensor | ProtoGenGenerateOutput:
         """The answers of a draft, cut where they end, with their uncertainty where it is wanted."""

@@ -483,12 +483,12 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             output.reconstruction_loss = reconstruction_loss(logits, labels)
             output.length_nll = length_nll(mean, variance, lengths if length_labels is None else length_labels)
             output.error_nll = error_nll(output.error_mean, output.error_variance, logits, labels)
-            terms = [("reconstruction", output.reconstruction_loss)]
-            terms += [("length_nll", output.length_nll), ("error_nll", output.error_nll)]
+            terms = {"reconstruction": output.reconstruction_loss}
+            terms |= {"length_nll": output.length_nll, "error_nll": output.error_nll}
             if durations is not None:
                 output.duration_nll = duration_nll(output.duration_logits, durations, decoder_prompt_mask)
-                terms.append(("duration", output.duration_nll))
-            output.loss = sum(LOSS_WEIGHTS[name] * term for name, term in terms)
+                terms["duration"] = output.duration_nll
+            output.loss = sum(LOSS_WEIGHTS[name] * term for name, term in terms.items())
         return output
 
 

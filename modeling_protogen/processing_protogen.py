@@ -169,8 +169,7 @@ class ProtoGenProcessor(ProcessorMixin):
             return ids
         text = self.decoder_tokenizer.decode(answer, skip_special_tokens=True)
         end = [id for id in ids[-1:] if id in self.tokenizer.all_special_ids]
-        added = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        added = added[-(self.max_input_length // 2) :] + end
+        added = text_ids(self.tokenizer, text)[-(self.max_input_length // 2) :] + end
         return ids[: self.max_input_length - len(added)] + added
 
     def encode_answers(self, answers: list[str | list[int]]) -> dict[str, torch.LongTensor]:
@@ -186,7 +185,7 @@ class ProtoGenProcessor(ProcessorMixin):
             if not isinstance(answer, str):
                 return answer
             text = to_lines(answer) if self.answer_format == "key_value_lines" else answer
-            return self.decoder_tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids + eos
+            return text_ids(self.decoder_tokenizer, text) + eos
 
         ids = [tokens(answer) for answer in answers]
         longest = min(self.max_answer_length, max(len(row) for row in ids))
@@ -228,7 +227,7 @@ class ProtoGenProcessor(ProcessorMixin):
         ids = self._prompt_ids(instruction, context)
         excess = len(ids) - self.max_prompt_length
         while excess > 0 and context:
-            context_ids = self.decoder_tokenizer(context, add_special_tokens=False, split_special_tokens=True).input_ids
+            context_ids = text_ids(self.decoder_tokenizer, context)
             context = self.decoder_tokenizer.decode(context_ids[: max(0, len(context_ids) - excess)]).strip()
             ids = self._prompt_ids(instruction, context)
             excess = len(ids) - self.max_prompt_length
@@ -257,8 +256,10 @@ class ProtoGenProcessor(ProcessorMixin):
         marked = [message | {"content": mark} for message, mark in zip(chat, marks, strict=True)]
         known, ids = dict(zip(marks, contents, strict=True)), []
         for piece in re.split(f"([{''.join(marks)}])", self.apply_chat_template(marked)):
-            is_text = {"add_special_tokens": False, "split_special_tokens": piece in known}
-            ids += self.decoder_tokenizer(known.get(piece, piece), **is_text).input_ids
+            if piece in known:
+                ids += text_ids(self.decoder_tokenizer, known[piece])
+            else:
+                ids += self.decoder_tokenizer(piece, add_special_tokens=False).input_ids
         return ids
 
     @property
@@ -336,6 +337,11 @@ def check_instruction(row: int, instruction: str | list[dict[str, str]], context
         raise ValueError(f"instruction {row} is empty; give some text.")
     if context:
         raise ValueError(f"chat {row} has a context beside it; put it into a message.")
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Tokens of a text, all of which is text: none is a control token."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
 def chat_text(chat: list[dict[str, str]]) -> str:

@@ -106,8 +106,8 @@ def train(
                 merge_lora(model)
             measured = with_continuations(validation_examples, target_args.validation_continuations)
             calibrate(model, processor, train_examples, measured, bank, output_dir)
-            for part in (model, processor):
-                part.save_pretrained(output_dir / "model")
+            model.save_pretrained(output_dir / "model")
+            processor.save_pretrained(output_dir / "model")
             held_out = [{"instruction": e.instruction, "context": e.context} for e in validation_examples]
             write_json(output_dir / "validation.json", held_out)
             write_json(metrics_path, metrics)
