@@ -9,6 +9,8 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from trainers.devices import synchronize
+
 
 def interleaved_seconds(
     methods: dict[str, Callable[[int], object]], rounds: int = 15, warmup: int = 2
@@ -35,24 +37,6 @@ def interleaved_seconds(
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return {name: np.array(values) for name, values in seconds.items()}
-
-
-def best_device() -> torch.device:
-    """The accelerator, or the CPU where there is none."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-
-
-def fastest_dtype() -> str:
-    """bfloat16 where the processor computes in it, float32 elsewhere, where bfloat16 takes several times as long."""
-    if torch.accelerator.is_available() or torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        return "bfloat16"
-    return "float32"
-
-
-def synchronize() -> None:
-    """Waits for the accelerator, where there is one."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 def ratio_with_interval(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .latency import best_device
+from trainers.devices import best_device
 
 RESULT_FIELDS = ("command", "date", "versions", "machine", "device", "model", "revision", "data", "seed", "figures")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")

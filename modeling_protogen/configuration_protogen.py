@@ -19,6 +19,13 @@ FITTED_SIZE = 16.0
 UNCERTAINTY_SCORES = ("confidence", "least_confidence", "sequence", "entropy", "length_sigma", "predicted_error")
 
 
+def category_id(category: str | None, categories: list[str]) -> int:
+    """Position of a category; a ValueError says which ones there are."""
+    if category not in categories:
+        raise ValueError(f"unknown category {category!r}; the model knows {', '.join(categories)}.")
+    return categories.index(category)
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(f"ProtoGenConfig: {message}")

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from pathlib import Path
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="protogen-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
 import pytest
 import torch

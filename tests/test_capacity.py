@@ -2,19 +2,17 @@
 
 import math
 
-import decoders
 import pandas as pd
 import pytest
 import torch
-import train
 from test_scripts import call, recipe  # noqa: F401  (fixtures)
 
 from eval_tasks.baselines.one_text_fit import fit_one_text
-from eval_tasks.capacity import capacity_figures
 from eval_tasks.report import read_result
+from eval_tasks.studies import capacity
+from eval_tasks.studies.capacity import LENGTHS, capacity_figures, fixed_m
 from eval_tasks.text_metrics import information_bits
-from trainers import capacity
-from trainers.capacity import LENGTHS, fixed_m
+from trainers.decoders import load_decoder
 from trainers.fitting import FittingArguments, ProtoTokenFitter
 from trainers.proto_bank import BankEntry, BankInfo, ProtoTokenBank
 
@@ -82,8 +80,8 @@ def test_the_papers_loop_ends_when_the_text_is_perfect(decoder):
     assert spent.accuracy < 1
 
 
-def test_the_capacity_stage(call, recipe, tmp_path, monkeypatch):  # noqa: F811
-    arguments = ["--config", recipe, "--stage", "capacity", "--capacity_texts", 2, "--capacity_lengths", 5, 4]
+def test_the_capacity_study(call, recipe, tmp_path, monkeypatch):  # noqa: F811
+    arguments = ["--config", recipe, "--study", "capacity", "--capacity_texts", 2, "--capacity_lengths", 5, 4]
     arguments += ["--fit_max_steps", 3, "--fit_settle_steps", 3, "--capacity_sources", "random_words"]
     arguments += ["--capacity_m_scopes", "per_example", "shared", "fixed_mean"]
     fit_bank, cells = capacity.fit_bank, []
@@ -95,13 +93,13 @@ def test_the_capacity_stage(call, recipe, tmp_path, monkeypatch):  # noqa: F811
         return fit_bank(fitter, bank, *rest)
 
     monkeypatch.setattr(capacity, "fit_bank", interrupted)
-    assert call(train, *arguments).startswith("interrupted")
-    assert "written to" in call(train, *arguments)
+    assert call("study", *arguments).startswith("interrupted")
+    assert "written to" in call("study", *arguments)
     assert cells[:3] == cells[4:7], "the cells in the same order; those that are done fit nothing"
     folder = tmp_path / "run"
-    figures = read_result(folder / "capacity.json")["figures"]
+    figures = read_result(folder / "study.json")["figures"]
     assert {"own_m_sink_C_tokens", "shared_m_no_sink_H_LM_bits", "mean_embedding_m_sink_C_tokens"} <= set(figures)
-    rows = pd.read_csv(folder / "capacity.csv", keep_default_na=False)
+    rows = pd.read_csv(folder / "study.csv", keep_default_na=False)
     assert len(rows[["m_scope", "sink"]].drop_duplicates()) == 6
     for (m_scope, sink, length), part in rows.groupby(["m_scope", "sink", "length"]):
         banks = list((folder / "banks").glob(f"*/random_words-e_mN-{m_scope}-{sink}-{length}"))
@@ -115,23 +113,23 @@ def test_the_capacity_stage(call, recipe, tmp_path, monkeypatch):  # noqa: F811
 
 def test_capacity_compares_decoders(call, recipe, tmp_path, llama_dir):  # noqa: F811
     names = [llama_dir, f"{llama_dir}@first:1", f"{llama_dir}@untrained", f"{llama_dir}@untrained-gpt_neox:16x1"]
-    arguments = ["--config", recipe, "--stage", "capacity", "--capacity_texts", 2, "--capacity_lengths", 3]
+    arguments = ["--config", recipe, "--study", "capacity", "--capacity_texts", 2, "--capacity_lengths", 3]
     arguments += ["--fit_max_steps", 3, "--capacity_sources", "random_words", "--capacity_m_scopes", "per_example"]
-    assert "written to" in call(train, *arguments, "--capacity_sinks", "bos", "--decoders", *names)
-    rows = pd.read_csv(tmp_path / "run" / "capacity.csv")
+    assert "written to" in call("study", *arguments, "--capacity_sinks", "bos", "--decoders", *names)
+    rows = pd.read_csv(tmp_path / "run" / "study.csv")
     assert rows["decoder"].unique().tolist() == [str(name) for name in names]
 
 
 def test_variants_of_a_decoder(llama_dir):
-    whole = decoders.load_decoder(str(llama_dir), None, "float32", "cpu")[1]
-    first = decoders.load_decoder(f"{llama_dir}@first:1", None, "float32", "cpu")[1]
+    whole = load_decoder(str(llama_dir), None, "float32", "cpu")[1]
+    first = load_decoder(f"{llama_dir}@first:1", None, "float32", "cpu")[1]
     assert len(first.model.layers) == 1
     for name, weight in first.state_dict().items():
         assert weight.equal(whole.state_dict()[name])
-    untrained = [decoders.load_decoder(f"{llama_dir}@untrained", None, "float32", "cpu")[1] for _ in range(2)]
+    untrained = [load_decoder(f"{llama_dir}@untrained", None, "float32", "cpu")[1] for _ in range(2)]
     assert untrained[0].lm_head.weight.equal(untrained[1].lm_head.weight)
     assert not untrained[0].lm_head.weight.equal(whole.lm_head.weight)
     with pytest.raises(ValueError, match="has 2 layers; first:3 cannot"):
-        decoders.load_decoder(f"{llama_dir}@first:3", None, "float32", "cpu")
+        load_decoder(f"{llama_dir}@first:3", None, "float32", "cpu")
     with pytest.raises(ValueError, match="unknown variant 'half'"):
-        decoders.load_decoder(f"{llama_dir}@half", None, "float32", "cpu")
+        load_decoder(f"{llama_dir}@half", None, "float32", "cpu")

@@ -2,9 +2,9 @@ import re
 from dataclasses import fields
 
 import pytest
-from arguments import ModelArguments
 
 from modeling_protogen import ProtoGenConfig
+from trainers.arguments import ModelArguments
 
 ENCODER = {"model_type": "bert", "hidden_size": 32}
 DECODER = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "bos_token_id": 1, "eos_token_id": 2}

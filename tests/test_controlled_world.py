@@ -2,14 +2,20 @@
 
 import random
 
-import benchmark
 import pytest
-import train
 from test_scripts import call  # noqa: F401  (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval_tasks.report import read_result
-from trainers.controlled_world import KINDS, MAX_PROMPT, NUMBERS, THINGS, question, world_rows, world_tokenizer
+from eval_tasks.studies.controlled_world import (
+    KINDS,
+    MAX_PROMPT,
+    NUMBERS,
+    THINGS,
+    question,
+    world_rows,
+    world_tokenizer,
+)
 
 
 def answered(instruction: str) -> str:
@@ -54,15 +60,16 @@ def test_rows_are_different_instructions_and_repeatable():
 
 
 def test_from_nothing_to_a_figure(call, tmp_path):  # noqa: F811
-    arguments = ["--config", "controlled_world", "--output_dir", tmp_path, "--encoder", tmp_path / "encoder"]
-    arguments += ["--decoder", tmp_path / "decoder", "--data", tmp_path / "data.jsonl", "--use_cpu", "true"]
-    arguments += ["--world_rows", 120, "--world_width", 32, "--world_layers", 1, "--world_steps", 2, "--max_steps", 2]
-    assert "more held out" in call(train, *arguments, "--stage", "world")
+    arguments = ["--config", "controlled_world", "--output_dir", tmp_path, "--data", tmp_path / "data.jsonl"]
+    arguments += ["--max_steps", 2, "--use_cpu", "true"]
+    world = [*arguments, "--world_rows", 120, "--world_width", 32, "--world_layers", 1, "--world_steps", 2]
+    assert "more held out" in call("world", *world)
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "decoder").state_dict()
-    assert "more held out" in call(train, *arguments, "--stage", "world"), "a second time finds what is there"
-    assert "model in" in call(train, *arguments)
+    assert "more held out" in call("world", *world), "a second time finds what is there"
+    models = ["--encoder", tmp_path / "encoder", "--decoder", tmp_path / "decoder"]
+    assert "model in" in call("train", *arguments, *models)
     result = tmp_path / "result.json"
-    assert "written to" in call(benchmark, "controlled-world", "--run", tmp_path, "--result", result)
+    assert "written to" in call("bench", "controlled-world", "--run", tmp_path, "--result", result)
     figures = read_result(result)["figures"]
     assert {"one_step_exact_match", "autoregressive_exact_match"} <= set(figures)
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "decoder").state_dict()

@@ -1,5 +1,6 @@
 """The pages: short, and without a dead link."""
 
+import json
 import os
 import re
 import shutil
@@ -8,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ANSWERS, INSTRUCTIONS
+from conftest import ANSWERS, INSTRUCTIONS, WORDS
 from datasets import Dataset
 from transformers import AutoModel, AutoProcessor
 
@@ -59,12 +60,19 @@ plain, verified = (model.generate(**processor(rows[0]["instruction"]), mode=mode
 assert torch.equal(plain.sequences, verified.sequences)
 assert plain.num_passes == plain.lengths.item()
 """
+STUDY = """
+import json
+from eval_tasks.command_line import main
+main(["study", "--study", "norms", "--smoke", "--config", RECIPE])
+found = json.load(open("study/study.json"))["figures"]
+assert found["e_norm"][0] > 0
+"""
 
 
 def test_what_the_page_on_extending_adds_works(encoder_dir, llama_dir, tmp_path):
     """In a copy of the packages, with its files written and its diffs applied."""
     page = (ROOT / "docs" / "extending.md").read_text()
-    for package in ("modeling_protogen", "trainers"):
+    for package in ("modeling_protogen", "trainers", "eval_tasks"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     for path, code in re.findall(r"```python (\S+)\n(.*?)```", page, re.DOTALL):
         assert not (tmp_path / path).exists()
@@ -72,12 +80,20 @@ def test_what_the_page_on_extending_adds_works(encoder_dir, llama_dir, tmp_path)
     for diff in re.findall(r"```diff\n(.*?)```", page, re.DOTALL):
         subprocess.run(["git", "apply", "--recount", "-"], cwd=tmp_path, input=diff, text=True, check=True)
     rows = [{"instruction": i, "response": a} for i, a in zip(INSTRUCTIONS, ANSWERS, strict=True)]
+    texts = [
+        {"instruction": word, "response": f"{answer} {word} on the mat"} for answer in ANSWERS for word in WORDS[:4]
+    ]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    content = {"output_dir": "study", "decoder": str(llama_dir), "decoder_dtype": "float32", "data": "texts.jsonl"}
+    study_recipe = str(tmp_path / "norms.yaml")
+    Path(study_recipe).write_text(json.dumps(content | {"use_cpu": True}))
     script = f"""
 import torch
 from datasets import Dataset
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.protogen_trainer import ProtoGenTrainer
 from trainers.training_args import ProtoGenTrainingArguments
+RECIPE = {study_recipe!r}
 names, rows, MODES = {(str(encoder_dir), str(llama_dir))}, {rows}, ("plain", "verified")
 losses = {{"losses": {{"reconstruction": 1.0, "confidence_penalty": 0.1}}}}
 fields = {{"chunk_size": 8, "predictor_dim": 64, "decoder_sees_prompt": True}}
@@ -85,6 +101,7 @@ model = ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(*names,
 processor = ProtoGenProcessor.from_encoder_decoder_pretrained(*names, max_answer_length=8)
 {LOSS}
 {MODE}
+{STUDY}
 """
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)

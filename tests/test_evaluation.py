@@ -1,14 +1,10 @@
 """Methods on tasks, from the command line to the page."""
 
-import importlib.util
 import json
-from pathlib import Path
 
-import benchmark
 import numpy as np
 import pandas as pd
 import pytest
-import report
 import yaml
 from conftest import WORDS, save_encoder
 from lm_eval.api.instance import Instance
@@ -19,12 +15,6 @@ from eval_tasks.baselines.masked_diffusion import masked_diffusion
 from eval_tasks.evaluation import WriterLM, quality_figures, sample_of, shaded, uncertainty_figures
 from eval_tasks.report import read_result
 from eval_tasks.retention import f1_retention
-
-# Not by name: a library is called so too.
-SCRIPT = Path(__file__).parent.parent / "scripts" / "evaluate.py"
-spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
-evaluate_script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(evaluate_script)
 
 
 @pytest.fixture
@@ -60,7 +50,7 @@ def recipe(build, llama_dir, encoder_dir, tmp_path):
 
 
 def test_methods_are_compared_question_by_question(call, recipe, tmp_path, monkeypatch):  # noqa: F811
-    out = call(evaluate_script, "--config", recipe)
+    out = call("evaluate", "--config", recipe)
     assert "one step protogen dolly rouge l" in out
     folder = tmp_path / "runs" / "tiny"
     figures = read_result(folder / "evaluation.json")["figures"]
@@ -82,11 +72,11 @@ def test_methods_are_compared_question_by_question(call, recipe, tmp_path, monke
     assert len((folder / "evaluation.csv").read_text().splitlines()) == 1 + 3 * 6 * 7
 
     # Nothing is answered again, and nothing of another kind is mixed in.
-    monkeypatch.setattr(evaluate_script, "load_method", None)
-    assert "one step protogen dolly rouge l" in call(evaluate_script, "--config", recipe)
-    assert "remove it or use another output_dir" in call(evaluate_script, "--config", recipe, "--limit", 2)
+    monkeypatch.setattr("eval_tasks.commands.evaluate.load_method", None)
+    assert "one step protogen dolly rouge l" in call("evaluate", "--config", recipe)
+    assert "remove it or use another output_dir" in call("evaluate", "--config", recipe, "--limit", 2)
 
-    call(report, "--readmes", "--results", tmp_path, "--runs", tmp_path / "none", "--evaluations", tmp_path / "runs")
+    call("report", "--readmes", "--results", tmp_path, "--runs", tmp_path / "none", "--evaluations", tmp_path / "runs")
     page = (tmp_path / "runs" / "index.html").read_text()
     assert "data:image/png;base64," in page
     assert "https://" not in page
@@ -117,8 +107,8 @@ def test_parity_is_gathered(call, recipe, tmp_path):  # noqa: F811
     methods = {"hf": methods["greedy"], "protogen": methods["verified"], "one_step": methods["one_step"]}
     content |= {"methods": methods, "baseline": "hf"}
     recipe.write_text(yaml.safe_dump(content))
-    call(evaluate_script, "--config", recipe, "--gen_kwargs", "max_gen_toks=7")
-    call(benchmark, "parity", "--run", tmp_path / "runs" / "tiny", "--result", tmp_path / "parity.json")
+    call("evaluate", "--config", recipe, "--gen_kwargs", "max_gen_toks=7")
+    call("bench", "parity", "--run", tmp_path / "runs" / "tiny", "--result", tmp_path / "parity.json")
     figures = read_result(tmp_path / "parity.json")["figures"]
     assert (figures["answers_compared"], figures["answers_different"], figures["dolly_difference"]) == (6, 0, 0)
     assert figures["dolly_accuracy_hf"] != figures["dolly_accuracy_one_step"]
@@ -127,14 +117,14 @@ def test_parity_is_gathered(call, recipe, tmp_path):  # noqa: F811
     assert max(len(sample["token_confidences"]) for sample in cell["samples"]) == 7
     cell["samples"][1]["answer"] += " more"
     path.write_text(json.dumps(cell))
-    call(benchmark, "parity", "--run", tmp_path / "runs" / "tiny", "--result", tmp_path / "parity.json")
+    call("bench", "parity", "--run", tmp_path / "runs" / "tiny", "--result", tmp_path / "parity.json")
     assert read_result(tmp_path / "parity.json")["figures"]["answers_different"] == 1
 
 
 def test_bad_recipes_are_named(call, recipe):  # noqa: F811
-    assert "baseline=none is not one of the methods" in call(evaluate_script, "--config", recipe, "--baseline", "none")
+    assert "baseline=none is not one of the methods" in call("evaluate", "--config", recipe, "--baseline", "none")
     methods = '--methods={"greedy": {"kind": "gpt", "pretrained": "x"}}'
-    assert "kind=gpt is not one of protogen, hf" in call(evaluate_script, "--config", recipe, methods)
+    assert "kind=gpt is not one of protogen, hf" in call("evaluate", "--config", recipe, methods)
 
 
 def test_differences_are_paired():

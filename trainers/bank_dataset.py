@@ -44,7 +44,7 @@ row["token_ids"], row["accuracy"]  # the text in the decoder's vocabulary, and t
 row["e"], row["m"]                 # (chunks, num_e_tokens, dim) and (chunks, dim)
 ```
 
-To train with it: `python scripts/bank.py import {{ repo_id }} runs/my/bank`.
+To train with it: `protogen bank import {{ repo_id }} runs/my/bank`.
 """
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, load_dataset, load_from_disk
 
+from modeling_protogen.configuration_protogen import category_id
 from modeling_protogen.objectives import IGNORE_INDEX
 from modeling_protogen.processing_protogen import ProtoGenProcessor
 
@@ -200,7 +201,7 @@ def with_teacher_answers(examples: list[Example], answers: dict[str, list[int]],
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(examples)} instructions have no teacher answer, the first is "
-            f"{missing[0].instruction[:60]!r}: write them (--stage teacher)."
+            f"{missing[0].instruction[:60]!r}: write them (protogen teacher)."
         )
     return human + [replace(e, id=f"{e.id}-teacher", answer_ids=answers[e.id]) for e in examples]
 
@@ -291,10 +292,3 @@ def batch_durations(batch: dict[str, torch.Tensor], joins: Joins) -> torch.LongT
             row[mask.bool()] = torch.tensor(found)
             row[~mask.bool()] = 0
     return rows
-
-
-def category_id(category: str | None, categories: list[str]) -> int:
-    """Position of a category; a ValueError says which ones there are."""
-    if category not in categories:
-        raise ValueError(f"unknown category {category!r}; the model knows {', '.join(categories)}.")
-    return categories.index(category)

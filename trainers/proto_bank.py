@@ -116,7 +116,7 @@ class ProtoTokenBank:
             if info is not None:
                 self.check(info)
         elif info is None:
-            raise FileNotFoundError(f"no bank in {self.folder}: {INFO_NAME} is missing. Fit one first (--stage fit).")
+            raise FileNotFoundError(f"no bank in {self.folder}: {INFO_NAME} is missing. Fit one first (protogen fit).")
         else:
             self.info = info
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -120,6 +120,6 @@ def synthetic_examples(folder: str | Path, count: int) -> list[Example]:
     rows = read_lines(Path(folder) / INSTRUCTIONS_NAME)[:count]
     if len(rows) < count:
         raise FileNotFoundError(
-            f"{folder} holds {len(rows)} synthetic instructions, {count} are wanted: write them (--stage teacher)."
+            f"{folder} holds {len(rows)} synthetic instructions, {count} are wanted: write them (protogen teacher)."
         )
     return [Example(stable_hash(row["instruction"])[:16], row["instruction"], "", "") for row in rows]

@@ -50,7 +50,7 @@ def read_teacher_answers(folder: str | Path, info: TeacherInfo) -> dict[str, lis
     folder = Path(folder)
     path = folder / INFO_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"no teacher answers in {folder}; write them first (--stage teacher).")
+        raise FileNotFoundError(f"no teacher answers in {folder}; write them first (protogen teacher).")
     there = json.loads(path.read_text())
     differing = [
         f"{name}: there {there[name]!r}, wanted {value!r}"

@@ -1,0 +1,172 @@
+"""Whether verified answers are the decoder's greedy ones, token for token, and how much faster they come."""
+
+import importlib
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from eval_tasks import report
+from eval_tasks.baselines.autoregressive import assisted, autoregressive, prompt_lookup
+from eval_tasks.baselines.one_pass import protogen
+from eval_tasks.baselines.writing import Writer
+from eval_tasks.latency import interleaved_seconds, ratio_with_interval
+from eval_tasks.statistics import mean_with_interval
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from trainers.data import DataArguments, held_out_of, load_examples
+from trainers.decoders import load_decoder
+from trainers.devices import best_device
+from trainers.files import append_lines, read_lines
+
+verified_decoding = importlib.import_module("modeling_protogen.verified_decoding")
+WRONG = "always_wrong"
+
+
+def add_commands(commands) -> None:
+    command = commands.add_parser("verified", help="verified answers against greedy ones: equal tokens, and time")
+    command.add_argument("--model", required=True, help="folder or Hub id of a trained model")
+    command.add_argument("--beside", nargs="*", default=[], help="other trained models, their drafts timed too")
+    command.add_argument("--assistant", default="embedded:smollm2-135m@first:10", help="of assisted decoding")
+    command.add_argument("--dolly", default="scripts/data/dolly_sample.jsonl")
+    command.add_argument("--gsm8k", help=".jsonl file of its test split")
+    command.add_argument("--prompts", type=int, default=500, help="compared token by token, in float32")
+    command.add_argument("--tokens", type=int, default=32, help="of the answers that are compared")
+    command.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
+    command.add_argument("--timed-prompts", type=int, default=20, help="of each data set, in bfloat16")
+    command.add_argument("--timed-tokens", type=int, default=64)
+    command.add_argument("--block-size", type=int, help="tokens of a draft at most; each model's own by default")
+    command.add_argument("--run", default="runs/verified", help="folder; an interrupted run goes on from it")
+    command.set_defaults(run_command=verified)
+
+
+def verified(arguments) -> None:
+    run = Path(arguments.run)
+    sources = {"dolly": load_examples(DataArguments(data=arguments.dolly))}
+    if arguments.gsm8k:
+        fields = {"instruction_field": "question", "context_field": None, "answer_field": "answer"}
+        sources["gsm8k"] = load_examples(DataArguments(data=arguments.gsm8k, **fields))
+    device = best_device()
+    torch.manual_seed(0)
+    trained = ProtoGenForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32).to(device)
+    # The same model with fresh heads.
+    random = ProtoGenForConditionalGeneration._from_config(
+        trained.config, encoder=trained.encoder, decoder=trained.decoder
+    )
+    models = {"random": random.to(device).eval(), "trained": trained}
+    processor = ProtoGenProcessor.from_pretrained(arguments.model)
+    figures = compare_with_greedy(arguments, models, processor, sources)
+    drafters = {"trained": (trained, processor)}
+    for folder in arguments.beside:
+        other = ProtoGenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device)
+        drafters[Path(folder).parent.name] = other, ProtoGenProcessor.from_pretrained(folder)
+    figures |= time_verified(arguments, models, drafters, sources)
+    content = report.result(
+        command=arguments.command_line,
+        # Its folder would say where it lies on this machine.
+        model=f"{Path(trained.config.decoder_name_or_path).name}, compared in float32, timed in bfloat16; drafts of "
+        f"{', '.join([arguments.model, *arguments.beside])}; {arguments.assistant} assists",
+        revision=trained.config.decoder_revision,
+        data=", ".join(filter(None, (arguments.dolly, arguments.gsm8k))),
+        seed=0,
+        figures=figures,
+    )
+    report.write_result(run / "verified.json", content)
+
+
+def drafting_wrongly(write: Writer) -> Writer:
+    """Verified answers whose drafts are all of the unknown token, which the decoder does not write."""
+    read_and_draft = verified_decoding.read_and_draft
+
+    def wrong(*args):
+        logits = read_and_draft(*args)
+        logits[:, 1:, 0] = torch.inf
+        return logits
+
+    def write_from_wrong(*args):
+        with mock.patch.object(verified_decoding, "read_and_draft", wrong):
+            return write(*args)
+
+    return write_from_wrong
+
+
+def verified_writers(models: dict, processor: ProtoGenProcessor, block_size: int | None) -> dict[str, Writer]:
+    writers = {name: protogen(model, processor, "verified", block_size=block_size) for name, model in models.items()}
+    return writers | {WRONG: drafting_wrongly(writers["random"])}
+
+
+def compare_with_greedy(arguments, models: dict, processor: ProtoGenProcessor, sources: dict) -> dict[str, int]:
+    """Verified answers that are not the greedy ones, in float32; what was compared is kept in the run's folder."""
+    path = Path(arguments.run) / "compared.jsonl"
+    done = {(row["method"], row["batch"], row["id"]): row["token_ids"] for row in read_lines(path)}
+    mixed = chain.from_iterable(zip(*sources.values(), strict=False))
+    chosen = list(islice((e for e in mixed if processor.fits(e.instruction)), arguments.prompts))
+    # Of like lengths together; the order is the same in every run.
+    chosen.sort(key=lambda example: example.num_characters)
+    writers = {("greedy", 1): autoregressive(models["random"].decoder, processor)}
+    for name, write in verified_writers(models, processor, arguments.block_size).items():
+        writers |= {(name, batch): write for batch in arguments.batch_sizes}
+    for (name, batch), write in writers.items():
+        parts = [chosen[at : at + batch] for at in range(0, len(chosen), batch)]
+        parts = [part for part in parts if any((name, batch, e.id) not in done for e in part)]
+        for part in tqdm(parts, desc=f"{name}, {batch} at a time"):
+            written = write([e.instruction for e in part], [e.context for e in part], arguments.tokens)
+            rows = [
+                {"method": name, "batch": batch, "id": e.id, "token_ids": ids}
+                for e, ids in zip(part, written.token_ids, strict=True)
+            ]
+            append_lines(path, rows)
+            done |= {(name, batch, row["id"]): row["token_ids"] for row in rows}
+    mismatches = {
+        f"mismatches_{name}_batch_{batch}": sum(done[name, batch, e.id] != done["greedy", 1, e.id] for e in chosen)
+        for name, batch in writers
+        if name != "greedy"
+    }
+    return {"prompts": len(chosen), "mismatches": sum(mismatches.values()), **mismatches}
+
+
+def time_verified(arguments, models: dict, drafters: dict, sources: dict) -> dict[str, float | list[float]]:
+    """Time of greedy answers over that of verified ones, in bfloat16, one prompt at a time, all methods in turn."""
+    for model in [*models.values(), *(model for model, _ in drafters.values())]:
+        model.to(torch.bfloat16)
+    (trained, processor), figures = drafters["trained"], {}
+    _, assistant = load_decoder(arguments.assistant, None, "bfloat16", trained.device)
+    writers = {
+        "greedy": autoregressive(trained.decoder, processor),
+        **verified_writers(models, processor, arguments.block_size),
+        **{name: protogen(*pair, "verified", block_size=arguments.block_size) for name, pair in drafters.items()},
+        "prompt_lookup": prompt_lookup(trained.decoder, processor),
+        "assisted": assisted(trained.decoder, processor, assistant),
+    }
+    for source, examples in sources.items():
+        unknown = held_out_of(examples, trained.config.validation_share)
+        chosen = [e for e in unknown if processor.fits(e.instruction)][: arguments.timed_prompts]
+
+        def call(write, number, chosen=chosen):
+            example = chosen[number % len(chosen)]
+            return write([example.instruction], [example.context], arguments.timed_tokens)
+
+        calls = {name: partial(call, write) for name, write in writers.items()}
+        seconds = interleaved_seconds(calls, rounds=len(chosen))
+        for name in calls.keys() - {"greedy"}:
+            figures[f"speedup_{name}_{source}"] = ratio_with_interval(seconds["greedy"], seconds[name], np.sum)
+        figures[f"speedup_{source}"] = figures.pop(f"speedup_trained_{source}")
+        for name, (model, own_processor) in drafters.items():
+            accepted = [
+                model.generate(
+                    **own_processor(e.instruction, e.context).to(model.device),
+                    mode="verified",
+                    max_new_tokens=arguments.timed_tokens,
+                    block_size=arguments.block_size,
+                    processor=own_processor,
+                    return_dict_in_generate=True,
+                ).accepted_lengths.item()
+                for e in chosen
+            ]
+            figures[f"accepted_length_{name}_{source}"] = mean_with_interval(accepted)
+        figures[f"accepted_length_{source}"] = figures.pop(f"accepted_length_trained_{source}")
+    figures["speedup_all_wrong"] = figures[f"speedup_{WRONG}_dolly"]
+    return figures

@@ -1,0 +1,1 @@
+"""The commands of `protogen`, a module each with `main(argv)`."""

@@ -1,0 +1,114 @@
+"""Fits proto-tokens to given texts, into a bank. Run the same command again after an interruption: it goes on."""
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from eval_tasks.recipes import SHARED, RecipeParser
+from eval_tasks.report import write_json
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from trainers.arguments import BankArguments, FitInputArguments, ModelArguments, bank_info, open_accelerator
+from trainers.data import DataArguments, Example, fitting_targets, load_examples, split_by_instruction
+from trainers.decoders import load_decoder
+from trainers.fit_bank import fit_bank, with_predicted_starts
+from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
+from trainers.proto_bank import ProtoTokenBank, remove_damaged_shards
+from trainers.training_args import ProtoGenTrainingArguments
+
+ARGUMENTS = (
+    FitInputArguments,
+    BankArguments,
+    ModelArguments,
+    DataArguments,
+    FittingArguments,
+    ProtoGenTrainingArguments,
+)
+
+
+def main(argv: list[str]) -> None:
+    fit(*RecipeParser(*ARGUMENTS, passed_over=SHARED).parse(argv))
+
+
+def fit(
+    inputs: FitInputArguments,
+    bank_args: BankArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    fit_args: FittingArguments,
+    args: ProtoGenTrainingArguments,
+) -> None:
+    """Fits the training split's answers into the bank, but for those that are there; sums up in OUTPUT_DIR/fit.json."""
+    folder, accelerator = Path(bank_args.bank or Path(args.output_dir) / "bank"), open_accelerator(args)
+    if inputs.refit_damaged and accelerator.is_main_process:
+        for path in remove_damaged_shards(folder):
+            print(f"removed damaged shard {path.stem}; its texts are fitted again")
+    accelerator.wait_for_everyone()
+    tokenizer, decoder = load_decoder(
+        model_args.decoder, model_args.decoder_revision, model_args.decoder_dtype, accelerator.device
+    )
+    bank = ProtoTokenBank(folder, bank_info(model_args, decoder))
+    bank.verify()
+    if model_args.m_scope == "fixed" and bank.shared_m() is None:
+        if inputs.fixed_m is None:
+            raise ValueError("m_scope=fixed needs the vector: --fixed_m FILE.safetensors with a tensor m.")
+        bank.write_shared_m({"": load_file(inputs.fixed_m)["m"].view(1, bank.info.dim)})
+    examples, held_out = split_by_instruction(load_examples(data_args), data_args.validation_share)
+    examples = examples[: fit_args.fit_num_texts] + held_out[: inputs.fit_num_validation]
+    texts = texts_to_fit(inputs, model_args, fit_args, bank, tokenizer, examples, accelerator.device)
+    there = sum(text.id in bank for text in texts)
+    accelerator.print(f"fitting {len(texts) - there} texts; {there} are in the bank already")
+    fitter = ProtoTokenFitter(decoder, bank.info, fit_args)
+    seconds = time.perf_counter()
+    fitted = fit_bank(fitter, bank, texts, accelerator)
+    seconds = time.perf_counter() - seconds
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
+    rows = [bank.row(text.id) for text in texts]
+    summary = {
+        "texts": len(rows),
+        "perfect_texts": sum(row["accuracy"] == 1 for row in rows),
+        "reconstruction_accuracy": sum(row["accuracy"] for row in rows) / len(rows),
+        "mean_steps_to_best": sum(row["steps"] for row in rows) / len(rows),
+        # Of this call, which may have found texts in the bank already.
+        "texts_fitted": fitted,
+        "seconds": seconds,
+        "padding_share": fitter.num_padding / max(fitter.num_positions, 1),
+        "arrangement": asdict(bank.info),
+        "settings": asdict(fit_args),
+    }
+    write_json(Path(args.output_dir) / "fit.json", summary)
+    print(
+        f"mean reconstruction accuracy {summary['reconstruction_accuracy']:.4f}, "
+        f"{summary['perfect_texts']} of {summary['texts']} texts perfect; bank in {folder}"
+    )
+
+
+def texts_to_fit(
+    inputs: FitInputArguments,
+    model_args: ModelArguments,
+    fit_args: FittingArguments,
+    bank: ProtoTokenBank,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    device: torch.device,
+) -> list[Text]:
+    targets = fitting_targets(tokenizer, examples, fit_args.fit_max_length)
+    groups = {example.id: "" for example in examples}
+    if model_args.m_scope == "per_category":
+        missing = [example.id for example in examples if example.category is None]
+        if missing:
+            raise ValueError(f"m_scope=per_category needs a category; example {missing[0]} has none.")
+        groups = {example.id: example.category for example in examples}
+    texts = [Text(id, token_ids, groups[id]) for id, token_ids in targets.items()]
+    if inputs.warm_start:
+        model = ProtoGenForConditionalGeneration.from_pretrained(inputs.warm_start).to(device)
+        processor = ProtoGenProcessor.from_pretrained(inputs.warm_start)
+        if inputs.warm_start_reads_text:
+            examples = [replace(example, instruction=example.answer, context="") for example in examples]
+        texts = with_predicted_starts(texts, examples, model, processor, bank.info)
+    return texts

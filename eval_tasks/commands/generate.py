@@ -1,0 +1,137 @@
+"""
+Answers instructions, each batch in one pass of the decoder, or in another mode.
+
+    protogen generate runs/embedded/model "Name three birds that cannot fly."
+    protogen generate org/protogen-pythia-1b --file prompts.jsonl --json > answers.jsonl
+    cat prompts.txt | protogen generate runs/embedded/model
+    protogen generate runs/embedded/model "Name three birds." --mode verified --max-new-tokens 128 --stream
+
+A `.jsonl` file has `instruction` and, if any, `context`; any other file and standard input have one instruction a line.
+"""
+
+import argparse
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import TextStreamer
+
+from modeling_protogen.configuration_protogen import category_id
+from modeling_protogen.generation_protogen import MODES, ProtoGenGenerateOutput
+from trainers.decoders import load_processor_of, load_protogen
+from trainers.devices import best_device
+
+
+def read_prompts(arguments) -> list[dict[str, str]]:
+    """Prompts from the command line, a file or standard input, as dicts with `instruction` and `context`."""
+    if arguments.prompt is not None:
+        return [{"instruction": arguments.prompt, "context": arguments.context}]
+    if arguments.file is None:
+        if sys.stdin.isatty():
+            raise ValueError("no prompt: give one as an argument, with --file, or on standard input.")
+        lines = sys.stdin.read().split("\n")
+    else:
+        path = Path(arguments.file)
+        if not path.is_file():
+            raise FileNotFoundError(f"prompt file {path} does not exist.")
+        lines = path.read_text().split("\n")
+    lines = [line for line in lines if line.strip()]
+    if arguments.file is None or Path(arguments.file).suffix != ".jsonl":
+        return [{"instruction": line} for line in lines]
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompt = json.loads(line)
+            prompts.append({"instruction": prompt["instruction"], "context": prompt.get("context")})
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{arguments.file}, line {number}: needs a JSON object with an instruction.") from error
+    return prompts
+
+
+def figures_of(output: ProtoGenGenerateOutput, row: int) -> dict[str, float]:
+    """What `generate` says of one answer, besides its text."""
+    figures = {"tokens": output.lengths, "predicted_length": output.predicted_lengths}
+    figures |= {"length_sigma": output.length_sigmas, "confidence": output.confidences}
+    figures |= {"uncertainty": output.uncertainties, "abstained": output.abstained}
+    figures |= {"accepted_length": output.accepted_lengths}
+    return {name: round(values[row].item(), 4) for name, values in figures.items() if values is not None}
+
+
+def parsed(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub id of a ProtoGen model")
+    parser.add_argument("prompt", nargs="?", help="instruction")
+    parser.add_argument("--context", help="text that the instruction speaks of")
+    parser.add_argument("--file", help="file of prompts")
+    parser.add_argument("--category", help="category, for a model with one m for each")
+    parser.add_argument("--retrieve", metavar="BANK", help="write the banked text whose proto-tokens are the nearest")
+    parser.add_argument("--stream", action="store_true", help="print tokens as they are written")
+    # What is not given is left to the model, and so is what does not go with the mode.
+    option = partial(parser.add_argument, default=argparse.SUPPRESS)
+    option("--mode", choices=list(MODES), help="how answers are written; one_step if the model says nothing else")
+    option("--temperature", type=float, help="draw tokens with logits divided by this")
+    option("--top-p", type=float, help="draw among the most likely tokens that have this probability together")
+    option("--length", type=int, help="one_step, refine: tokens to write, instead of the predicted length")
+    option("--num-length-sigmas", type=float, help="one_step, refine: lengthen the prediction by this many σ")
+    option("--abstain-above", type=float, help="one_step, refine: give no answer that is more uncertain")
+    option("--num-candidates", type=int, help="one_step: answers of which the decoder chooses")
+    option("--num-refinements", type=int, help="refine: passes over the draft")
+    option("--confidence-threshold", type=float, help="refine, adaptive: probability of a sure token")
+    option("--max-new-tokens", type=int, help="tokens at most")
+    option("--block-size", type=int, help="adaptive, verified: tokens of a draft at most")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
+    parser.add_argument("--decoder", help="load a thin checkpoint's decoder from here")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    arguments = parsed(argv)
+    prompts = read_prompts(arguments)
+    if not Path(arguments.model).is_dir() and arguments.model.count("/") != 1:
+        raise FileNotFoundError(f"there is no model folder {arguments.model}, and it is no Hub id either.")
+    device = best_device()
+    processor = load_processor_of(arguments.model, arguments.decoder)
+    model = load_protogen(arguments.model, arguments.dtype, arguments.decoder).to(device)
+
+    names = {"mode", "temperature", "top_p", "max_new_tokens"}.union(*MODES.values())
+    options = {name: value for name, value in vars(arguments).items() if name in names}
+    if {"temperature", "top_p"} & options.keys():
+        options["do_sample"] = True
+    options["processor"] = processor
+    retrieve = None
+    if arguments.retrieve:  # Needs more than answering does.
+        from eval_tasks.nearest_banked import NearestBanked, ProtoTokenBank
+
+        retrieve = NearestBanked(model, ProtoTokenBank(arguments.retrieve))
+    batch_size = arguments.batch_size
+    if arguments.stream:
+        batch_size, options["streamer"] = 1, TextStreamer(processor.decoder_tokenizer, skip_prompt=True)
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        began = time.perf_counter()
+        inputs = processor([p["instruction"] for p in batch], [p.get("context") for p in batch]).to(device)
+        if arguments.category is not None:
+            index = category_id(arguments.category, model.config.categories or [])
+            inputs["category_ids"] = torch.full((len(batch),), index, device=device)
+        if retrieve is not None:
+            options["proto_tokens"], options["length"] = retrieve(inputs)
+        output = model.generate(**inputs, return_dict_in_generate=True, **options)
+        answers = processor.batch_decode(output.sequences)
+        milliseconds = 1000 * (time.perf_counter() - began) / len(batch)
+        for row, (prompt, answer) in enumerate(zip(batch, answers, strict=True)):
+            figures = figures_of(output, row) | {"milliseconds": round(milliseconds, 1)}
+            if arguments.json:
+                report = {"instruction": prompt["instruction"], "answer": answer, **figures}
+                print(json.dumps(report, ensure_ascii=False))
+            else:
+                if len(prompts) > 1:
+                    print(f"> {prompt['instruction']}")
+                if not arguments.stream:
+                    print(answer)
+                words = [f"{name.replace('_', ' ')} {value:g}" for name, value in figures.items()]
+                print(f"[{', '.join(words)}]\n")

@@ -1,0 +1,42 @@
+"""
+Packs a trained run to go with the repository: its model in bfloat16, without what is the frozen decoder's and without a
+copy of the code, and what tells how it was made.
+
+    protogen pack runs/snips scripts/data/snips_smollm2_135m
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser
+
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+
+
+def main(arguments: list[str]) -> None:
+    parser = HfArgumentParser([], description=__doc__)
+    parser.add_argument("run", type=Path, help="output_dir of a training")
+    parser.add_argument("folder", type=Path, help="where the packed run goes; must not exist")
+    arguments = parser.parse_args(arguments)
+    if arguments.folder.exists():
+        raise FileExistsError(f"{arguments.folder} exists; remove it, or give another folder.")
+    metrics = json.loads((arguments.run / "metrics.json").read_text())
+    model = ProtoGenForConditionalGeneration.from_pretrained(arguments.run / "model")
+    # The name that the recipe has, which is the same on every machine.
+    model.config.decoder_name_or_path = metrics["run"]["decoder"]
+    model.config.decoder_config._name_or_path = metrics["run"]["decoder"]
+    model.to(torch.bfloat16).save_pretrained(arguments.folder / "model", thin=True)
+    processor = ProtoGenProcessor.from_pretrained(arguments.run / "model")
+    processor.save_pretrained(arguments.folder / "model")
+    for path in (arguments.folder / "model").glob("*.py"):
+        path.unlink()  # Beside this repository's code a copy of it would only grow old.
+    if not processor.for_encoder:  # Both tokenizers are the decoder's, which comes with the decoder.
+        shutil.rmtree(arguments.folder / "model" / "decoder_tokenizer")
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (arguments.folder / "model" / name).unlink(missing_ok=True)
+    for name in ("metrics.json", "answers.csv"):
+        shutil.copy(arguments.run / name, arguments.folder / name)
+    megabytes = sum(path.stat().st_size for path in arguments.folder.rglob("*") if path.is_file()) / 1e6
+    print(f"{arguments.folder}: {megabytes:.1f} MB")

@@ -1,0 +1,137 @@
+"""Recipes: YAML files of arguments, which the command line overrules."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+from trainers.arguments import (
+    BankArguments,
+    FitInputArguments,
+    ModelArguments,
+    TargetArguments,
+    TrainInputArguments,
+)
+from trainers.data import DataArguments
+from trainers.fitting import FittingArguments
+from trainers.training_args import ProtoGenTrainingArguments
+
+from .studies.controlled_world import WorldArguments
+
+# In the repository, and in an installed package.
+FOLDERS = [Path(__file__).parent.parent / "scripts" / "recipes", Path(__file__).parent / "recipe_files"]
+RECIPES = next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[0])
+# One recipe may serve several commands: `fit`, then `train`. Each passes over what is another's.
+SHARED = (
+    BankArguments,
+    FitInputArguments,
+    TrainInputArguments,
+    ModelArguments,
+    TargetArguments,
+    DataArguments,
+    FittingArguments,
+    WorldArguments,
+    ProtoGenTrainingArguments,
+)
+
+
+def keys_of(types: tuple[type, ...]) -> set[str]:
+    return {field.name for type in types for field in dataclasses.fields(type) if field.init}
+
+
+def recipe_path(name: str) -> Path:
+    """
+    The file of a recipe: itself, or the one of this name in the folder of recipes.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+    """
+    path = Path(name) if name.endswith(".yaml") else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
+        raise FileNotFoundError(f"recipe {path} does not exist; recipes there: {known}.")
+    return path
+
+
+def read_recipe(name: str) -> dict:
+    """
+    The keys and values of a recipe.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it is no mapping.
+    """
+    path = recipe_path(name)
+    recipe = yaml.safe_load(path.read_text())
+    if not isinstance(recipe, dict):
+        raise ValueError(f"recipe {path} must be a YAML mapping of arguments.")
+    return recipe
+
+
+def options_of(values: dict) -> list[str]:
+    """Command-line arguments of a mapping; a value that is None is left out."""
+    arguments = []
+    for key, value in values.items():
+        if isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            arguments.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return arguments
+
+
+class RecipeParser(HfArgumentParser):
+    """
+    Reads arguments from a recipe (`--config`: a YAML file, or the name of one of `scripts/recipes`) and then from the
+    command line, which wins.
+
+    Args:
+        *types: dataclasses of the arguments.
+        passed_over (`tuple`): dataclasses whose keys a recipe may have for other commands.
+    """
+
+    def __init__(self, *types: type, passed_over: tuple[type, ...] = ()):
+        super().__init__(types, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.passed_over = keys_of(passed_over)
+        self.add_argument("--config", help="Recipe: a YAML file, or its name in scripts/recipes.")
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+    def parse(self, arguments: list[str]) -> tuple:
+        """
+        Returns one object for each dataclass.
+
+        Raises:
+            FileNotFoundError: if the recipe is missing.
+            ValueError: if a key or a value is not understood; the message suggests the nearest key.
+        """
+        name = config_of(arguments)
+        recipe = self._recipe_arguments(name) if name else []
+        *parsed, _, unknown = self.parse_args_into_dataclasses(
+            recipe + arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            self._reject(unknown[0].removeprefix("--").split("=")[0], "on the command line")
+        return tuple(parsed)
+
+    def _recipe_arguments(self, name: str) -> list[str]:
+        recipe, own = read_recipe(name), keys_of(self.dataclass_types)
+        for key in recipe:
+            if key not in own | self.passed_over:
+                self._reject(key, f"in recipe {recipe_path(name)}")
+        return options_of({key: value for key, value in recipe.items() if key in own})
+
+    def _reject(self, key: str, where: str):
+        nearest = difflib.get_close_matches(key, keys_of(self.dataclass_types), n=1)
+        raise ValueError(f"unknown key {key!r} {where}" + (f"; did you mean {nearest[0]!r}?" if nearest else "."))
+
+
+def config_of(arguments: list[str]) -> str | None:
+    """The recipe that the command line names."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser.parse_known_args(arguments)[0].config

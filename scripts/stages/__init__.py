@@ -1,1 +1,0 @@
-"""The stages of `train.py`, one a module."""

@@ -1,0 +1,122 @@
+"""
+Decoders by name: a Hub id, a folder or an `embedded:` name, or a variant of one to compare it with:
+
+    NAME@first:10                    its first 10 layers
+    NAME@untrained                   the same model with random weights
+    NAME@untrained-gpt_neox:256x6    a GPTNeoX of 6 layers of width 256 with random weights, and NAME's tokenizer
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import PROCESSOR_NAME
+
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+
+from .devices import best_device, fastest_dtype
+from .embedded import PREFIX, resolve
+
+VARIANTS = re.compile(r"first:(?P<layers>\d+)|untrained|untrained-gpt_neox:(?P<width>\d+)x(?P<depth>\d+)")
+
+
+def load_decoder(
+    name: str, revision: str | None, dtype: str, device: torch.device
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """
+    The decoder's tokenizer and the decoder.
+
+    Raises:
+        ValueError: if the variant is not one of those above, or has more layers than the model.
+    """
+    name, _, variant = name.partition("@")
+    path, dtype = resolve(name), getattr(torch, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    wanted = VARIANTS.fullmatch(variant)
+    if not variant:
+        decoder = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
+    elif not wanted:
+        raise ValueError(f"unknown variant {variant!r} of {name}; there are first:LAYERS, untrained and "
+                         "untrained-gpt_neox:WIDTHxLAYERS.")  # fmt: skip
+    elif wanted["layers"]:
+        config, layers = AutoConfig.from_pretrained(path, revision=revision), int(wanted["layers"])
+        if not 1 <= layers <= config.num_hidden_layers:
+            raise ValueError(f"{name} has {config.num_hidden_layers} layers; first:{layers} cannot be taken of it.")
+        decoder = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, num_hidden_layers=layers)
+    else:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+        if wanted["width"]:
+            config = gpt_neox_config(int(wanted["width"]), int(wanted["depth"]), config)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            decoder = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
+    return tokenizer, decoder.to(device)
+
+
+def load_protogen(
+    folder: str | Path, dtype: str = "auto", decoder: str | None = None
+) -> ProtoGenForConditionalGeneration:
+    """
+    A trained model.
+
+    Args:
+        folder (`str` or `Path`): or a Hub id.
+        dtype (`str`): `auto` is the fastest one here.
+        decoder (`str`, *optional*): a thin checkpoint's decoder, where it has moved; may have an `embedded:` name, as
+            the checkpoint's own may.
+    """
+    own = ProtoGenForConditionalGeneration.config_class.from_pretrained(folder).decoder_name_or_path or ""
+    name = decoder or (own if own.startswith(PREFIX) else None)
+    moved = {"decoder_name_or_path": resolve(name)} if name else {}
+    dtype = getattr(torch, fastest_dtype() if dtype == "auto" else dtype)
+    return ProtoGenForConditionalGeneration.from_pretrained(folder, dtype=dtype, **moved).eval()
+
+
+def load_processor_of(folder: str | Path, decoder: str | None = None) -> ProtoGenProcessor:
+    """
+    A trained model's processor; a packed one has the decoder's own tokenizer, which is not packed with it.
+
+    Args:
+        folder (`str` or `Path`), decoder (`str`, *optional*): as in `load_protogen`.
+    """
+    path = Path(folder) / PROCESSOR_NAME
+    if not path.is_file() or (path.parent / "decoder_tokenizer").is_dir():
+        return ProtoGenProcessor.from_pretrained(folder)
+    fields = json.loads(path.read_text())
+    names = ("max_prompt_length", "max_answer_length", "prompt_template", "answer_format")
+    options = {name: fields[name] for name in names}
+    name = decoder or ProtoGenForConditionalGeneration.config_class.from_pretrained(folder).decoder_name_or_path
+    return ProtoGenProcessor.from_encoder_decoder_pretrained(None, resolve(name), **options)
+
+
+def gpt_neox_config(width: int, layers: int, like) -> GPTNeoXConfig:
+    """A GPTNeoX with heads of 64 as in the Pythia suite, for the tokens of another model."""
+    return GPTNeoXConfig(
+        vocab_size=like.vocab_size,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64),
+        intermediate_size=4 * width,
+        bos_token_id=like.bos_token_id,
+        eos_token_id=like.eos_token_id,
+        tie_word_embeddings=False,
+    )
+
+
+def load_frozen_decoder(name: str, dtype: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The decoder's tokenizer, and the decoder in memory of its own, so that using it first costs no reading."""
+    path = resolve(name)
+    device = best_device()
+    decoder = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device)
+    for parameter in decoder.parameters():
+        parameter.data = parameter.data.clone()
+    return AutoTokenizer.from_pretrained(path), decoder.requires_grad_(False).eval()
