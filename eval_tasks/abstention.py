@@ -17,7 +17,7 @@ def coverage_curve(correct: np.ndarray, uncertainties: np.ndarray) -> tuple[np.n
     return given / len(ordered), ordered.cumsum() / given
 
 
-def abstention_figures(correct: np.ndarray, is_given: np.ndarray) -> dict[str, float]:
+def abstention_metrics(correct: np.ndarray, is_given: np.ndarray) -> dict[str, float]:
     """
     Accuracy over all questions (an abstention is not correct), accuracy given an attempt, and their harmonic mean, the
     F score of SimpleQA (Wei et al., 2024, https://arxiv.org/abs/2411.04368); each `(answers,)` of 0 or 1.
@@ -46,7 +46,7 @@ def threshold_for_accuracy(correct: np.ndarray, uncertainties: np.ndarray, wante
     return float(ordered[reached[-1]]) if len(reached) else None
 
 
-def ranking_figures(quality: np.ndarray, uncertainties: np.ndarray, threshold: float = 0.5) -> dict[str, float]:
+def ranking_metrics(quality: np.ndarray, uncertainties: np.ndarray, threshold: float = 0.5) -> dict[str, float]:
     """
     AUROC of uncertainty as a detector of answers whose quality is below the threshold (NaN where all are, or none), and
     its rank correlation (Spearman) with quality (NaN where either is the same for all); both arguments are

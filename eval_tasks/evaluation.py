@@ -13,10 +13,10 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from . import pictures
-from .abstention import coverage_curve, equal_bins, expected_calibration_error, ranking_figures
+from . import plots
+from .abstention import coverage_curve, equal_bins, expected_calibration_error, ranking_metrics
 from .baselines.writing import Writer
-from .retention import f1_retention, retention_figures
+from .retention import f1_retention, retention_metrics
 from .sentence_encoder import sentence_embeddings
 from .statistics import mean_with_interval
 from .text_metrics import information_bits
@@ -80,7 +80,7 @@ def sample_of(task: str, logged: dict) -> dict:
         "prompt": context,
         "answer": answer,
         "target": str(logged["target"]),
-        # What is not one number is for a figure of all answers, such as micro F1.
+        # What is not one number is for a metric of all answers, such as micro F1.
         "metrics": {name: float(logged[name]) for name in logged["metrics"] if np.ndim(logged[name]) == 0},
         "category": logged["doc"].get("category") or logged["doc"].get("subject") or "",
         **{name: options[name] for name in ("uncertainty", "token_confidences") if name in options},
@@ -131,20 +131,20 @@ def metric_table(cells: dict[tuple[str, str], dict]) -> pd.DataFrame:
     )
 
 
-def quality_figures(table: pd.DataFrame, baseline: str) -> dict[str, list[float]]:
+def quality_metrics(table: pd.DataFrame, baseline: str) -> dict[str, list[float]]:
     """
     For each method, task and metric the mean with its interval over answers, and its difference from the baseline's on
     the same questions, with a paired bootstrap interval.
     """
-    figures = {}
+    metrics = {}
     for (task, metric), part in table.groupby(["task", "metric"], sort=False):
         values = part.pivot(index="doc", columns="method", values="value")
         for method in part["method"].unique():
-            figures[f"{method}_{task}_{metric}"] = mean_with_interval(values[method].dropna())
+            metrics[f"{method}_{task}_{metric}"] = mean_with_interval(values[method].dropna())
             if method != baseline and baseline in values:
                 pairs = (values[method] - values[baseline]).dropna().to_numpy()
-                figures[f"{method}_minus_{baseline}_{task}_{metric}"] = mean_with_interval(pairs)
-    return figures
+                metrics[f"{method}_minus_{baseline}_{task}_{metric}"] = mean_with_interval(pairs)
+    return metrics
 
 
 def main_metric(table: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
@@ -168,20 +168,20 @@ def with_uncertainty(rated: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([rated, by_task.sample(by_task.size().min(), random_state=0).assign(task="all_tasks")])
 
 
-def uncertainty_figures(rated: pd.DataFrame, threshold: float) -> dict[str, float]:
+def uncertainty_metrics(rated: pd.DataFrame, threshold: float) -> dict[str, float]:
     """
     From rows of `main_metric`, for each method that says how sure it is: retention, how well uncertainty tells right
     from wrong, and its calibration as the error that is expected; an error is 1 - value, right is what has at most the
     threshold's.
     """
-    figures = {}
+    metrics = {}
     for (method, task), part in with_uncertainty(rated).groupby(["method", "task"], sort=False):
         errors, uncertainties = errors_and_uncertainties(part)
-        found = retention_figures(errors, uncertainties, threshold)
-        found |= ranking_figures(-errors, uncertainties, -threshold)
+        found = retention_metrics(errors, uncertainties, threshold)
+        found |= ranking_metrics(-errors, uncertainties, -threshold)
         found["calibration_error"] = expected_calibration_error(errors, uncertainties)
-        figures |= {f"{name}_{method}_{task}": value for name, value in found.items()}
-    return figures
+        metrics |= {f"{name}_{method}_{task}": value for name, value in found.items()}
+    return metrics
 
 
 def errors_and_uncertainties(rated: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -234,42 +234,42 @@ def draw_quality(cells: dict[tuple[str, str], dict], of_task: pd.DataFrame, task
         if part.groupby("method").size().min() > 1
     }
     if len(by_category) > 1:
-        pictures.bars(by_category, f"{task}: {metric}", folder / f"{task}_categories.png")
+        plots.bars(by_category, f"{task}: {metric}", folder / f"{task}_categories.png")
     # Up to 1, 2, 4, ... words.
     lengths = 2 ** np.ceil(np.log2(of_task["target_words"].clip(lower=1))).astype(int)
     by_length = of_task.assign(words=lengths).groupby(["words", "method"]).filter(lambda rows: len(rows) > 1)
     if by_length["words"].nunique() > 1:
         path = folder / f"{task}_lengths.png"
         labels = ("words of the target, at most", metric)
-        pictures.lines(by_length, "words", "value", task, path, line="method", log2=True, labels=labels)
+        plots.lines(by_length, "words", "value", task, path, line="method", log2=True, labels=labels)
     points = {}
     for method, part in of_task.groupby("method", sort=False):
         rate = 1 / cells[method, task]["seconds_an_example"]
         points[method] = [([rate] * 3, mean_with_interval(part["value"]))]
     labels = ("examples a second", metric)
-    pictures.curves(points, labels, f"{task}: quality against speed", folder / f"{task}_speed.png", log_x=True)
+    plots.curves(points, labels, f"{task}: quality against speed", folder / f"{task}_speed.png", log_x=True)
 
 
 def draw_uncertainty(of_task: pd.DataFrame, threshold: float, task: str, folder: Path) -> None:
     """F1-retention beside that of a random and of the best order, accuracy against coverage, and calibration."""
-    retained, covered, calibrated = {}, {}, {"calibrated": pictures.exact_points((0, 1), (0, 1))}
+    retained, covered, calibrated = {}, {}, {"calibrated": plots.exact_points((0, 1), (0, 1))}
     for method, part in of_task.groupby("method", sort=False):
         errors, uncertainties = errors_and_uncertainties(part)
         orders = {"": uncertainties, ", best order": errors, ", random order": shuffled(uncertainties)}
         for name, order in orders.items():
             curve = f1_retention(errors, order, threshold)
-            retained[f"{method}{name}"] = pictures.exact_points(curve.retained, curve.value)
-        covered[method] = pictures.exact_points(*coverage_curve(errors <= threshold, uncertainties))
+            retained[f"{method}{name}"] = plots.exact_points(curve.retained, curve.value)
+        covered[method] = plots.exact_points(*coverage_curve(errors <= threshold, uncertainties))
         calibrated[method] = [
             ([uncertainties[alike].mean()] * 3, mean_with_interval(errors[alike]))
             for alike in equal_bins(uncertainties, min(5, len(errors) // 2))  # an interval needs two
         ]
     labels = ("share of answers kept", f"F1 of an error of at most {threshold}")
-    pictures.curves(retained, labels, f"{task}: retention", folder / f"{task}_retention.png")
+    plots.curves(retained, labels, f"{task}: retention", folder / f"{task}_retention.png")
     labels = ("share of answers given", f"share with an error of at most {threshold}")
-    pictures.curves(covered, labels, f"{task}: abstention", folder / f"{task}_coverage.png")
+    plots.curves(covered, labels, f"{task}: abstention", folder / f"{task}_coverage.png")
     labels = ("uncertainty", "error")
-    pictures.curves(calibrated, labels, f"{task}: calibration", folder / f"{task}_calibration.png")
+    plots.curves(calibrated, labels, f"{task}: calibration", folder / f"{task}_calibration.png")
 
 
 def shuffled(values: np.ndarray) -> np.ndarray:

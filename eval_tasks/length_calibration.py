@@ -51,7 +51,7 @@ def linear_baseline(
     return model.predict(np.log(instructions)[:, None]), np.full(len(instructions), variance)
 
 
-def length_figures(
+def length_metrics(
     predictions: dict[str, tuple[np.ndarray, np.ndarray]], lengths: np.ndarray
 ) -> dict[str, list[float]]:
     """
@@ -62,12 +62,12 @@ def length_figures(
         predictions (`dict`): from a name to mean and variance of the log lengths, each `(texts,)`.
         lengths (`np.ndarray` of shape `(texts,)`): the true ones, in tokens.
     """
-    figures = {}
+    metrics = {}
     for name, (mean, variance) in predictions.items():
         end = f"_{name}" if name else ""
         for level in LEVELS:
             covered = is_covered(mean, variance, lengths, level)
-            figures[f"coverage_{100 * level:.0f}{end}"] = mean_with_interval(covered)
-        figures[f"nll{end}"] = mean_with_interval(negative_log_likelihood(mean, variance, lengths))
-        figures[f"mae_tokens{end}"] = mean_with_interval(np.abs(np.exp(mean) - lengths))
-    return figures
+            metrics[f"coverage_{100 * level:.0f}{end}"] = mean_with_interval(covered)
+        metrics[f"nll{end}"] = mean_with_interval(negative_log_likelihood(mean, variance, lengths))
+        metrics[f"mae_tokens{end}"] = mean_with_interval(np.abs(np.exp(mean) - lengths))
+    return metrics

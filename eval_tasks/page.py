@@ -1,4 +1,4 @@
-"""One HTML page of studies: what is claimed, the figures, the pictures; everything inside the file."""
+"""One HTML page of studies: what is claimed, the metrics, the pictures; everything inside the file."""
 
 import base64
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import Environment
 from markupsafe import Markup
 
-from .report import format_figure
+from .report import format_metric
 
 TEMPLATE = Environment(autoescape=True).from_string("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -28,9 +28,9 @@ table { border-collapse: collapse } td { padding: .1rem .8rem .1rem 0; border-bo
 <p class="claim">{{ s.claim }}</p>
 {% for picture in s.pictures %}<img alt="{{ picture.stem }}" src="data:image/png;base64,{{ encoded(picture) }}">
 {% endfor %}
-<details{{ " open" if s.result.figures | length <= 30 }}>
-<summary>{{ s.result.figures | length }} figures</summary><table>
-{% for name, figure in s.result.figures.items() %}<tr><td>{{ name.replace("_", " ") }}</td><td>{{ shown(figure) }}</td>
+<details{{ " open" if s.result.metrics | length <= 30 }}>
+<summary>{{ s.result.metrics | length }} metrics</summary><table>
+{% for name, metric in s.result.metrics.items() %}<tr><td>{{ name.replace("_", " ") }}</td><td>{{ shown(metric) }}</td>
 {% endfor %}</table></details>
 {% if s.examples %}<details><summary>examples</summary><div class="examples">{{ s.examples }}</div></details>{% endif %}
 <p class="made">{{ s.result.command }} · {{ s.result.date }} · {{ s.result.model }} · {{ s.result.data }} ·
@@ -66,6 +66,6 @@ def html_page(title: str, sections: list[Section]) -> str:
     return TEMPLATE.render(
         title=title,
         sections=sections,
-        shown=format_figure,
+        shown=format_metric,
         encoded=lambda path: base64.b64encode(path.read_bytes()).decode(),
     )

@@ -235,14 +235,14 @@ class ProtoGenLM(HFLM):
             kwargs = normalize_gen_kwargs(all_kwargs[0], self.max_gen_toks)
             stop = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
             written = self.write(contexts, stop, kwargs)
-            for context, gen_kwargs, request, (text, sureness) in zip(
+            for context, gen_kwargs, request, (text, confidence) in zip(
                 contexts, all_kwargs, chunk_requests, written, strict=True
             ):
                 text = postprocess_generated_text(text, stop, None)
                 answers.append(text)
                 self.cache_hook.add_partial("generate_until", (context, gen_kwargs), text)
-                # The harness logs a sample's arguments: there stands how sure the answer was.
-                request.arguments = (context, gen_kwargs | sureness)
+                # The harness logs a sample's arguments, so they carry how sure the answer was.
+                request.arguments = (context, gen_kwargs | confidence)
             progress.update(len(chunk))
         progress.close()
         self._report_cuts()
@@ -274,8 +274,8 @@ class ProtoGenLM(HFLM):
             tokens = output.sequences[row, : min(length, max_new_tokens)].tolist()
             confidences = [round(value, 4) for value in output.token_confidences[row].tolist()]
             pairs = list(zip(self.tokenizer.batch_decode([[token] for token in tokens]), confidences, strict=False))
-            sureness = {"uncertainty": uncertainties[row].item(), "token_confidences": pairs}
-            answers.append((self.processor.decode(tokens), sureness))
+            confidence = {"uncertainty": uncertainties[row].item(), "token_confidences": pairs}
+            answers.append((self.processor.decode(tokens), confidence))
         return answers
 
 

@@ -13,12 +13,12 @@ import torch
 
 from trainers.devices import best_device
 
-RESULT_FIELDS = ("command", "date", "versions", "machine", "device", "model", "revision", "data", "seed", "figures")
+RESULT_FIELDS = ("command", "date", "versions", "machine", "device", "model", "revision", "data", "seed", "metrics")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 STARTED = time.monotonic()
 
 
-def result(command: str, model: str, revision: str | None, data: str, seed: int, figures: dict) -> dict:
+def result(command: str, model: str, revision: str | None, data: str, seed: int, metrics: dict) -> dict:
     """
     A result: what was measured, on what, by which command, and in how many seconds; a command that went on where it had
     been interrupted counts its last part.
@@ -26,7 +26,7 @@ def result(command: str, model: str, revision: str | None, data: str, seed: int,
     Args:
         command (`str`): the command that makes it.
         model, revision, data, seed: what it was made with.
-        figures (`dict`): from a name with its unit to a number, or to `[value, low, high]`.
+        metrics (`dict`): from a name with its unit to a number, or to `[value, low, high]`.
     """
     # Matrix products in bfloat16 are several times as fast with AMX.
     amx = " AMX" if torch.cpu._is_amx_tile_supported() else ""
@@ -42,7 +42,7 @@ def result(command: str, model: str, revision: str | None, data: str, seed: int,
         "revision": revision,
         "data": data,
         "seed": seed,
-        "figures": figures,
+        "metrics": metrics,
     }
 
 
@@ -85,33 +85,33 @@ def read_result(path: str | Path) -> dict:
     return content
 
 
-def format_figure(figure: float | list[float]) -> str:
+def format_metric(metric: float | list[float]) -> str:
     """`0.9941`, or `21.3 (20.1 to 22.4)` for a value with its interval."""
-    if isinstance(figure, list):
-        value, low, high = figure
+    if isinstance(metric, list):
+        value, low, high = metric
         return f"{value:.3g} ({low:.3g} to {high:.3g})"
-    return f"{figure:.4g}" if isinstance(figure, float) else str(figure)
+    return f"{metric:.4g}" if isinstance(metric, float) else str(metric)
 
 
 def markdown_table(content: dict, columns: list[str] = ()) -> str:
     """
-    The figures of a result, one a row, with what made them below. With `columns` each row is a setting: figure
+    The metrics of a result, one a row, with what made them below. With `columns` each row is a setting: metric
     `SETTING_COLUMN` stands in row SETTING, column COLUMN. All settings have the first column; the others may be blank.
 
     Raises:
         ValueError: if no setting has one of the columns.
     """
-    figures = content["figures"]
+    metrics = content["metrics"]
     if columns:
-        settings = [name.removesuffix(f"_{columns[0]}") for name in figures if name.endswith(f"_{columns[0]}")]
-        unknown = [c for c in columns if not any(f"{setting}_{c}" in figures for setting in settings)]
+        settings = [name.removesuffix(f"_{columns[0]}") for name in metrics if name.endswith(f"_{columns[0]}")]
+        unknown = [c for c in columns if not any(f"{setting}_{c}" in metrics for setting in settings)]
         if unknown:
-            raise ValueError(f"no figure of the result is called SETTING_{unknown[0]}.")
-        rows = [[setting, *(format_figure(figures.get(f"{setting}_{c}", "")) for c in columns)] for setting in settings]
+            raise ValueError(f"no metric of the result is called SETTING_{unknown[0]}.")
+        rows = [[setting, *(format_metric(metrics.get(f"{setting}_{c}", "")) for c in columns)] for setting in settings]
         header = ["setting", *(column.replace("_", " ") for column in columns)]
     else:
-        rows = [[name.replace("_", " "), format_figure(value)] for name, value in figures.items()]
-        header = ["figure", "value"]
+        rows = [[name.replace("_", " "), format_metric(value)] for name, value in metrics.items()]
+        header = ["metric", "value"]
     lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     revision = f" at {content['revision']}" if content["revision"] else ""
@@ -145,9 +145,9 @@ def fill_tables(text: str, results: dict[str, dict]) -> str:
     return text
 
 
-def fill_figures(text: str, results: dict[str, dict]) -> str:
+def fill_metrics(text: str, results: dict[str, dict]) -> str:
     """
-    Replaces the text between `<!-- figure RESULT NAME -->` and the next `<!-- end -->` by that figure.
+    Replaces the text between `<!-- metric RESULT NAME -->` and the next `<!-- end -->` by that figure.
 
     Raises:
         ValueError: if there is no such result or figure.
@@ -155,9 +155,9 @@ def fill_figures(text: str, results: dict[str, dict]) -> str:
 
     def shown(match: re.Match) -> str:
         result, name = match["result"], match["name"]
-        if result not in results or name not in results[result]["figures"]:
-            raise ValueError(f"there is no figure {name} in a result file {result}.json.")
-        return f"{match['start']}{format_figure(results[result]['figures'][name])}<!-- end -->"
+        if result not in results or name not in results[result]["metrics"]:
+            raise ValueError(f"there is no metric {name} in a result file {result}.json.")
+        return f"{match['start']}{format_metric(results[result]['metrics'][name])}<!-- end -->"
 
-    pattern = r"(?P<start><!-- figure (?P<result>\S+) (?P<name>\S+) -->).*?<!-- end -->"
+    pattern = r"(?P<start><!-- metric (?P<result>\S+) (?P<name>\S+) -->).*?<!-- end -->"
     return re.sub(pattern, shown, text)

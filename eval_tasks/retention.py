@@ -67,7 +67,7 @@ def error_retention(errors: np.ndarray, uncertainties: np.ndarray) -> Retention:
     return Retention(np.arange(len(value)) / len(errors), value, float(value.mean()))
 
 
-def retention_figures(
+def retention_metrics(
     errors: np.ndarray, uncertainties: np.ndarray, threshold: float, seed: int = 0
 ) -> dict[str, float]:
     """Areas and F1@95 % of the answers' own order, of a random one (mean of 100) and of the best one, by error."""

@@ -86,7 +86,7 @@ def slot_f1(answers: list[str], references: list[str]) -> float:
     return micro_f1(slot_counts(answers, references))
 
 
-def slot_filling_figures(answers: list[str], references: list[str]) -> dict[str, float]:
+def slot_filling_metrics(answers: list[str], references: list[str]) -> dict[str, float]:
     """
     Args:
         answers (`list[str]`): JSON, as it was written.

@@ -33,7 +33,7 @@ from trainers.proto_bank import ProtoTokenBank, stack_entries
 
 from . import report
 from .one_step import one_step_records
-from .pictures import curves, exact_points
+from .plots import curves, exact_points
 from .recipes import RECIPES, keys_of, options_of, read_recipe
 from .retrieval import nearest_rows, retrieval_ranks
 from .statistics import mean_with_interval
@@ -176,31 +176,31 @@ def gather_answers(sweep: Sweep, command: str) -> dict:
     instruction; of what goes on from the middle of an answer, names end in `_later`.
     """
     runs = finished(sweep, "answers.csv")
-    figures, learning, made_with, encoders = {}, {}, set(), set()
+    metrics, learning, made_with, encoders = {}, {}, set(), set()
     tables = {run: pd.read_csv(folder / "answers.csv", index_col="id") for run, folder in runs.items()}
     # An encoder's window may leave out instructions that other runs have.
     common = sorted(set.intersection(*(set(table.index) for table in tables.values())))
     starts = tables[next(iter(runs))].loc[common, "answer_start"]
     parts = {"": list(starts.index[starts == 0]), "_later": list(starts.index[starts > 0])}
     for run, folder in runs.items():
-        metrics = json.loads((folder / "metrics.json").read_text())
+        training = json.loads((folder / "metrics.json").read_text())
         measured = gains(tables[run], tables.get(sweep.reference(run)), parts)
         # Which agree without any learning.
-        measured["own_tokens"] = ProtoGenConfig.from_pretrained(folder / "model").num_own_tokens
-        measured["steps"] = metrics["log"][-1]["step"]
-        measured["instructions"] = metrics["run"]["train_examples"]
-        made_with.add(tuple(metrics["run"][name] for name in ["decoder", "decoder_dtype", "data", "seed"]))
+        measured["own_tokens"] = ProtoGenConfig.from_pretrained(folder / "model").num_autoregressive_tokens
+        measured["steps"] = training["log"][-1]["step"]
+        measured["instructions"] = training["run"]["train_examples"]
+        made_with.add(tuple(training["run"][name] for name in ["decoder", "decoder_dtype", "data", "seed"]))
         # A run may do without one.
-        encoders |= {metrics["run"]["encoder"]} - {None}
+        encoders |= {training["run"]["encoder"]} - {None}
         # Over the last steps, and over held-out texts: as large on both is too little learned, not too few texts.
         for name in ("loss_reconstruction", "eval_loss_reconstruction"):
-            logged = [entry[name] for entry in metrics["log"] if name in entry]
+            logged = [entry[name] for entry in training["log"] if name in entry]
             if logged:
                 measured[name] = logged[-1]
-        log = {entry["step"]: entry["eval_token_accuracy"] for entry in metrics["log"] if "eval_loss" in entry}
+        log = {entry["step"]: entry["eval_token_accuracy"] for entry in training["log"] if "eval_loss" in entry}
         learning[run] = exact_points(log, log.values())
         measured |= {f"agreement_at_{step}": agreement for step, agreement in log.items()}
-        figures |= {f"{run}_{name}": value for name, value in measured.items()}
+        metrics |= {f"{run}_{name}": value for name, value in measured.items()}
     if len(made_with) > 1 or len(encoders) > 1:
         differ = ", ".join(map(str, sorted(made_with) + sorted(encoders)))
         raise ValueError(f"runs in {sweep.folder} differ in what they were made with: {differ}.")
@@ -212,7 +212,7 @@ def gather_answers(sweep: Sweep, command: str) -> dict:
         revision=decoder_revision(decoder),
         data=f"{len(parts[''])} held-out instructions of {data}",
         seed=seed,
-        figures=figures,
+        metrics=metrics,
     )
 
 
@@ -231,14 +231,14 @@ def gains(table: pd.DataFrame, reference: pd.DataFrame | None, parts: dict[str, 
 def gather_fits(sweep: Sweep, command: str) -> dict:
     """Accuracy, steps and time of fits of the same texts."""
     runs = {run: json.loads((path / "fit.json").read_text()) for run, path in finished(sweep, "fit.json").items()}
-    figures = {}
+    metrics = {}
     for name, run in runs.items():
         if run["texts_fitted"] != run["texts"]:
             raise ValueError(f"the fit {name} was interrupted, so its time is not known: remove {sweep.folder}/{name}.")
-        figures[f"{name}_accuracy"] = run["reconstruction_accuracy"]
-        figures[f"{name}_perfect_texts"] = run["perfect_texts"]
-        figures[f"{name}_mean_steps_to_best"] = run["mean_steps_to_best"]
-        figures[f"{name}_seconds_a_text"] = run["seconds"] / run["texts"]
+        metrics[f"{name}_accuracy"] = run["reconstruction_accuracy"]
+        metrics[f"{name}_perfect_texts"] = run["perfect_texts"]
+        metrics[f"{name}_mean_steps_to_best"] = run["mean_steps_to_best"]
+        metrics[f"{name}_seconds_a_text"] = run["seconds"] / run["texts"]
     some, recipe = next(iter(runs.values())), read_recipe(sweep.recipe)
     return report.result(
         command=command,
@@ -246,7 +246,7 @@ def gather_fits(sweep: Sweep, command: str) -> dict:
         revision=decoder_revision(recipe["decoder"]),
         data=f"first {some['settings']['fit_max_length']} tokens of {some['texts']} responses of {recipe['data']}",
         seed=some["settings"]["fit_seed"],
-        figures=figures,
+        metrics=metrics,
     )
 
 
@@ -257,21 +257,21 @@ def gather_losses(sweep: Sweep, command: str) -> dict:
     examples = load_examples(DataArguments(data=recipe["data"]))
     known, held_out = split_by_instruction(examples, recipe.get("validation_share", DataArguments.validation_share))
     known, held_out = ([example for example in part if example.id in bank] for part in (known, held_out))
-    figures = {}
+    metrics = {}
     for run, folder in tqdm(runs.items(), desc="losses", unit="model"):
         model = ProtoGenForConditionalGeneration.from_pretrained(folder / "model").eval()
         processor = ProtoGenProcessor.from_pretrained(folder / "model")
         measured = compare_with_bank(model, processor, bank, known, held_out, metric_of(run))
-        figures |= {f"{run}_{name}": value for name, value in measured.items()}
-    figures["held_out"] = len(held_out)
-    figures["chance_reciprocal_rank"] = float((1 / np.arange(1, len(held_out) + 1)).mean())
+        metrics |= {f"{run}_{name}": value for name, value in measured.items()}
+    metrics["held_out"] = len(held_out)
+    metrics["chance_reciprocal_rank"] = float((1 / np.arange(1, len(held_out) + 1)).mean())
     return report.result(
         command=command,
         model=f"encoder {recipe['encoder']}, {bank.info.decoder}",
         revision=decoder_revision(bank.info.decoder),
         data=f"{len(known)} banked answers to learn from and {len(held_out)} held out, of {recipe['data']}",
         seed=recipe.get("seed", 0),
-        figures=figures,
+        metrics=metrics,
     )
 
 

@@ -8,18 +8,18 @@ from collections.abc import Callable
 import torch
 
 from .autoregressive import DecoderState
-from .block_decoding import Answers, Instruction, read_and_draft
+from .block_decoding import GenerationBuffer, PredictorInputs, read_and_draft
 from .draft_length import DraftLength
 from .sampling import log_probability
 
-# A draft is some more positions in a pass that there is anyway: it has to be worth this many kept tokens.
+# Least mean accepted length at which a draft pays for its extra positions in a pass that is made anyway.
 BREAK_EVEN = 0.25
 
 
 def adaptive_decoding(
     model,
-    answers: Answers,
-    instruction: Callable[[], Instruction],
+    answers: GenerationBuffer,
+    instruction: Callable[[], PredictorInputs],
     text: DecoderState,
     block_size: int,
     options,
@@ -31,7 +31,7 @@ def adaptive_decoding(
 
     Args:
         model (`ProtoGenForConditionalGeneration`)
-        answers (`Answers`): empty; they are complete when this returns.
+        answers (`GenerationBuffer`): empty; they are complete when this returns.
         text (`DecoderState`): the prompts.
         block_size (`int`): tokens that a pass writes at most.
         options (`ProtoGenGenerationConfig`)

@@ -1,4 +1,4 @@
-"""The decoder as it is, reading texts token after token: what it says of given answers, and texts that grow."""
+"""Ordinary autoregressive use of the frozen decoder: teacher-forced scoring, and decoding with a KV cache."""
 
 import torch
 from transformers import Cache, PreTrainedModel

@@ -1,4 +1,4 @@
-"""Answers written block after block: proto-tokens draft what follows the text so far, and each mode keeps its part."""
+"""Blockwise decoding: proto-tokens draft the next block, and each mode decides how much of the draft to accept."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from .proto_tokens import fill_slots, predicting_positions
 
 
 @dataclass
-class Instruction:
+class PredictorInputs:
     """
-    What drafts are predicted from besides the text so far; see `ProtoTokenPredictor`.
+    Inputs of the predictor that do not depend on the partial answer.
 
     Args:
         encoder_states (`torch.Tensor` of shape `(batch, source, encoder_dim)`, *optional*)
@@ -46,9 +46,10 @@ def stops_at(
     return is_stopped
 
 
-class Answers:
+class GenerationBuffer:
     """
-    A batch of growing answers, each until EOS, a stop string or `max_new_tokens`; what comes after its end is dropped.
+    Answers of a batch while they are written. Each ends at EOS, a stop string or `max_new_tokens`; later tokens are
+    dropped.
 
     Args:
         is_stopped (`Callable`): whether an answer, a list of tokens, has ended by its last one.
@@ -119,7 +120,7 @@ def read_and_draft(
     new_tokens: torch.LongTensor,
     new_mask: torch.LongTensor,
     size: int,
-    instruction: Callable[[], Instruction],
+    instruction: Callable[[], PredictorInputs],
 ) -> torch.Tensor:
     """
     Reads new tokens of the text, and proto-tokens after them, in one pass.
@@ -142,7 +143,7 @@ def read_and_draft(
         prediction = model.proto_predictor(
             given.encoder_states, given.encoder_mask, text.states, text.mask, given.category_ids
         )
-        # Where the first of its own tokens stands before the slots, that is the last new one.
+        # The first token of an answer is fed before the slots: the last new one.
         known = int(model.config.reads_decoder_states)
         lengths = torch.full((len(new_tokens),), known + size, device=new_tokens.device)
         layout = model.layout(lengths, prediction.e.shape[1])

@@ -58,9 +58,9 @@ class ProtoGenConfig(PreTrainedConfig):
             `decoder_sees_prompt` the prompt is the sink.
         decoder_sees_prompt (`bool`, defaults to False): whether the prompt's own tokens stand before the proto-tokens
             in the decoder.
-        first_tokens (`str`, defaults to `"slots"`): who writes an answer's first tokens after a prompt: the `slots`, as
-            all others, or the `decoder`, whose own prediction they are then (`num_own_tokens`): right for its own
-            answers, and never learned for any others.
+        first_tokens (`str`, defaults to `"slots"`): who writes an answer's first tokens after a prompt: the
+            `slots`, like all others, or the `decoder`, by ordinary next-token prediction (`num_autoregressive_tokens`),
+            which is right for its own answers and cannot be trained for others.
         slot_adapter_rank (`int`, defaults to 0): rank of the low-rank weights that act in the decoder's linear layers
             at the slots only; 0 means none. The decoder's weights stay as they are, and so does all that it computes
             for real tokens.
@@ -220,7 +220,7 @@ class ProtoGenConfig(PreTrainedConfig):
             "upsamples_prompt copies states of the decoder as proto-tokens; this decoder's embeddings are narrower.",
         )
         require(
-            self.num_own_tokens < 2 or last in self.layers_read,
+            self.num_autoregressive_tokens < 2 or last in self.layers_read,
             f"first_tokens=decoder needs the last layer, {last}, in decoder_layers_read: it is read there.",
         )
 
@@ -260,7 +260,7 @@ class ProtoGenConfig(PreTrainedConfig):
         return sorted({0, last // 2, last} if self.decoder_layers_read is None else {*self.decoder_layers_read})
 
     @property
-    def num_own_tokens(self) -> int:
+    def num_autoregressive_tokens(self) -> int:
         """
         Tokens at an answer's beginning that the decoder writes as it would token by token: with
         `first_tokens="decoder"` the first after a prompt. Where proto-tokens are predicted from the decoder's states,

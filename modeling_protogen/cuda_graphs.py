@@ -99,7 +99,7 @@ class OneStepGraphs:
         layout = self.model.layout(lengths, prediction.e.shape[1])
         prompt = [predicted.arguments.get(name) for name in ("decoder_prompt_ids", "decoder_prompt_mask")]
         # Numbers of the slots, which are the same in all rows: a mask would be counted on the CPU.
-        own = self.model.config.num_own_tokens
+        own = self.model.config.num_autoregressive_tokens
         places = predicting_positions(layout, own)[0].nonzero()[:, 0] - own
 
         def logits(first_tokens=None):

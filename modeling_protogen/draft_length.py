@@ -8,8 +8,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 4, 64
 
 class DraftLength:
     """
-    A draft is about twice as long as what was kept of the last ones, and there is none for a while where that does not
-    pay.
+    Adapts the draft length to about twice the recent accepted length, and pauses drafting while it does not pay.
 
     Args:
         expected (`float`): tokens that the first draft is expected to keep.

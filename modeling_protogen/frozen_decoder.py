@@ -215,7 +215,7 @@ def joined_inputs(
     layout: Layout,
     prefix_ids: torch.LongTensor,
     prefix_mask: torch.Tensor | None = None,
-    num_own_tokens: int = 0,
+    num_autoregressive_tokens: int = 0,
 ) -> tuple[dict[str, torch.Tensor], torch.BoolTensor]:
     """
     `[prefix][slots]` as the decoder takes it in one pass, and a mask `(batch, prefix + slots)` of the positions that
@@ -230,7 +230,9 @@ def joined_inputs(
         "attention_mask": mask,
         "position_ids": position_ids(mask),
     }
-    return inputs, F.pad(predicting_positions(layout, num_own_tokens), (prefix_ids.shape[1] - num_own_tokens, 0))
+    return inputs, F.pad(
+        predicting_positions(layout, num_autoregressive_tokens), (prefix_ids.shape[1] - num_autoregressive_tokens, 0)
+    )
 
 
 def answer_logits(
@@ -239,7 +241,7 @@ def answer_logits(
     layout: Layout,
     prefix_ids: torch.LongTensor,
     prefix_mask: torch.Tensor | None = None,
-    num_own_tokens: int = 0,
+    num_autoregressive_tokens: int = 0,
     prefix_cache: Cache | None = None,
     places: torch.LongTensor | None = None,
 ) -> torch.Tensor:
@@ -252,7 +254,7 @@ def answer_logits(
         layout (`Layout`): what the slots are.
         prefix_ids (`torch.LongTensor` of shape `(batch, prefix)`): sink or prompt; padded on the left; may be empty.
         prefix_mask (`torch.Tensor` of shape `(batch, prefix)`, *optional*): 1 for real tokens; all by default.
-        num_own_tokens (`int`): answer tokens that the prefix's last positions predict, as after a prompt.
+        num_autoregressive_tokens (`int`): answer tokens that the prefix's last positions predict, as after a prompt.
         prefix_cache (`Cache`, *optional*): keys and values of the prefix, but for the tokens that it may lack at the
             end, from [`read_prefix`]. In training this saves the prefix's backward pass; without gradients one joined
             pass is faster.
@@ -263,12 +265,12 @@ def answer_logits(
         `torch.Tensor` of shape `(answer_tokens, vocab)`, in the decoder's dtype, ordered text after text; with `places`
         of shape `(batch, places, vocab)`.
     """
-    inputs, predicts = joined_inputs(decoder, slots, layout, prefix_ids, prefix_mask, num_own_tokens)
+    inputs, predicts = joined_inputs(decoder, slots, layout, prefix_ids, prefix_mask, num_autoregressive_tokens)
     if places is not None:
         predicts = places - slots.shape[1]
     # The prefix's last positions are read again where they predict. A boolean mask gathers the answer positions into
     # one contiguous matrix before the language-model head: no logits at other positions, and none of the slowness of a
     # linear layer on a strided bfloat16 slice on CPUs.
-    start = prefix_ids.shape[1] - num_own_tokens
+    start = prefix_ids.shape[1] - num_autoregressive_tokens
     with slots_at_the_end(slots.shape[1]):
         return logits_after(decoder, prefix_cache, start, predicts=predicts, **inputs)

@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 
 from .adaptive_decoding import adaptive_decoding
 from .autoregressive import DecoderState
-from .block_decoding import Answers, Instruction, stops_at
+from .block_decoding import GenerationBuffer, PredictorInputs, stops_at
 from .configuration_protogen import UNCERTAINTY_SCORES
 from .cuda_graphs import OneStepGraphs
 from .one_step_decoding import (
@@ -64,7 +64,8 @@ class ProtoGenGenerationConfig(GenerationConfig):
         candidate_noise (`float`, defaults to 0.5, one_step): standard deviation of the Gaussian noise on candidates'
             `e` and `m`, in units of `config.proto_token_std`.
         num_refinements (`int`, defaults to 1, refine): passes over the draft.
-        confidence_threshold (`float`, defaults to 0.9, refine and adaptive): probability from which on a token is sure.
+        confidence_threshold (`float`, defaults to 0.9, refine and adaptive): least probability of a token to
+            count as confident.
         block_size (`int`, *optional*, adaptive and verified): tokens of a draft at most; by default as many as there
             are proto-tokens for. Drafts are shorter where long ones do not pay.
         max_new_tokens, max_length (`int`, *optional*): tokens of an answer at most, whichever is smaller;
@@ -269,8 +270,8 @@ class ProtoGenGenerationMixin(GenerationMixin):
             generation_config (`GenerationConfig`, *optional*): the model's own `generation_config` by default.
             proto_tokens (one_step and refine): `e` and `m`, shaped as the model's output has them, to write from
                 instead of the predicted ones: retrieved from a bank, or fitted.
-            processor (`ProtoGenProcessor`, *optional*): needed by `stop_strings`; and where it has
-                `encoder_reads_answer`, the encoder reads the answer so far before each draft of adaptive and verified.
+            processor (`ProtoGenProcessor`, *optional*): required with `stop_strings`. If it has
+                `encoder_reads_answer`, the encoder reads the partial answer before each draft of adaptive and verified.
             streamer (`BaseStreamer`, *optional*): gets the prompt, then the tokens as they are written; for one
                 instruction at a time.
             **kwargs: fields of [`ProtoGenGenerationConfig`], where all options are described: `mode`, `length`,
@@ -421,14 +422,14 @@ class ProtoGenGenerationMixin(GenerationMixin):
             raise ValueError(f"block_size must lie in 1..{longest_block} tokens; got {block_size}.")
         tokenizer = processor and processor.decoder_tokenizer
         is_stopped = stops_at(config.eos_token_ids, options.stop_strings or (), tokenizer)
-        answers = Answers(len(prompt[0]), options.longest(config.max_answer_length), is_stopped, streamer)
-        given = Instruction(*self.encode(*instruction), category_ids)
+        answers = GenerationBuffer(len(prompt[0]), options.longest(config.max_answer_length), is_stopped, streamer)
+        given = PredictorInputs(*self.encode(*instruction), category_ids)
 
         def source():
             if self.encoder is None or processor is None or not processor.encoder_reads_answer:
                 return given
             written = [tokens[: len(tokens) - num_before] for tokens in answers.tokens]
-            return Instruction(*self.encode(*processor.add_answers(*instruction, written)), category_ids)
+            return PredictorInputs(*self.encode(*processor.add_answers(*instruction, written)), category_ids)
 
         text = DecoderState(self.decoder, *prompt, config.layers_read)
         BLOCK_MODES[options.mode](self, answers, source, text, block_size, options)

@@ -316,7 +316,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         if self.config.reads_decoder_states:
             prompt = decoder_prompt_ids, decoder_prompt_mask
             cache, decoder_states = self.read_prompt(*prompt, self.config.layers_read)
-            if self.config.num_own_tokens:
+            if self.config.num_autoregressive_tokens:
                 last = decoder_states[:, -1, -1, : self.config.decoder_dim].contiguous()
                 next_logits = logits_of(self.decoder, last)
         prediction = self.proto_predictor(
@@ -411,7 +411,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         prompt = decoder_prompt_ids, decoder_prompt_mask
         if first_tokens is not None:
             prompt = torch.cat([prompt[0], first_tokens[:, None]], dim=1), F.pad(prompt[1], (0, 1), value=1)
-        own = config.num_own_tokens
+        own = config.num_autoregressive_tokens
         return answer_logits(self.decoder, slots, layout, *prompt, own, prediction.prompt_cache, places)
 
     def clamp_lengths(self, lengths: torch.Tensor) -> torch.LongTensor:
@@ -448,7 +448,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             length_labels (`torch.LongTensor` of shape `(batch,)`, *optional*):
                 True lengths in tokens, where `labels` are cut; by default the length of `labels`.
             first_tokens (`torch.LongTensor` of shape `(batch,)`, *optional*):
-                Answers begin with these where `config.num_own_tokens` is 2, not with the decoder's most likely.
+                First token of each answer, by default the decoder's most likely, if `num_autoregressive_tokens` is 2.
             durations (`torch.LongTensor` of shape `(batch, prompt)`, *optional*): with `upsamples_prompt`, the answer's
                 tokens that each of the prompt's accounts for, or -100 in all of a row; the most likely by default.
             return_loss (`bool`): whether to compute the losses when there are labels.

@@ -37,8 +37,8 @@ class ProtoGenProcessor(ProcessorMixin):
             outside, and `key: value` lines in the decoder; what it writes and cannot be read back stays as it is.
         for_encoder (`bool`, defaults to True): False for a model without an encoder: no `input_ids` then, and
             `tokenizer` is the decoder's too.
-        encoder_reads_answer (`bool`, defaults to False): where part of an answer stands already, the encoder reads it
-            too: its last tokens, half a window of them at most, after the instruction, whose end gives way.
+        encoder_reads_answer (`bool`, defaults to False): whether the encoder reads a partial answer, where one is
+            given: its last tokens, half a window of them at most, after the instruction, whose end gives way.
     """
 
     def __init__(

@@ -141,7 +141,7 @@ class Projection(nn.Module):
         return self.output(F.gelu(self.hidden(self.norm(x))))
 
 
-class Gaussian(nn.Module):
+class GaussianHead(nn.Module):
     """Mean (before any link) and variance, whose log stays inside a range, of one number: two of shape `(batch,)`."""
 
     def __init__(self, dim: int, log_variance_range: tuple[float, float]):
@@ -239,8 +239,8 @@ class ProtoTokenPredictor(nn.Module):
         self.m_table = None
         if config.m_scope != "per_example":
             self.m_table = ScaledEmbedding(len(config.categories or [0]), decoder_dim, std)
-        self.length = Gaussian(dim, config.log_length_variance_range)
-        self.error = Gaussian(dim, LOG_ERROR_VARIANCE_RANGE)
+        self.length = GaussianHead(dim, config.log_length_variance_range)
+        self.error = GaussianHead(dim, LOG_ERROR_VARIANCE_RANGE)
 
     def forward(
         self,

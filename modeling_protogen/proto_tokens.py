@@ -95,14 +95,14 @@ def build_layout(
     )
 
 
-def predicting_positions(layout: Layout, num_own_tokens: int) -> torch.BoolTensor:
+def predicting_positions(layout: Layout, num_autoregressive_tokens: int) -> torch.BoolTensor:
     """
-    Whether each of the prefix's last positions, and each slot, predicts an answer token: `(batch, num_own_tokens +
-    slots)`. The first `num_own_tokens` tokens are the prefix's, and no slot's.
+    Whether each of the prefix's last positions, and each slot, predicts an answer token: `(batch,
+    num_autoregressive_tokens + slots)`. The first `num_autoregressive_tokens` tokens are the prefix's, and no slot's.
     """
     number = layout.predicts.cumsum(1)
-    is_own = number[:, -1:] > torch.arange(num_own_tokens, device=number.device)
-    return torch.cat([is_own, layout.predicts & (number > num_own_tokens)], dim=1)
+    is_own = number[:, -1:] > torch.arange(num_autoregressive_tokens, device=number.device)
+    return torch.cat([is_own, layout.predicts & (number > num_autoregressive_tokens)], dim=1)
 
 
 def fill_slots(layout: Layout, e: torch.Tensor, m: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from .autoregressive import DecoderState
-from .block_decoding import Answers, Instruction, read_and_draft
+from .block_decoding import GenerationBuffer, PredictorInputs, read_and_draft
 from .draft_length import DraftLength
 from .sampling import Sampling, log_probability
 
-# A draft and its verification are two passes over some more positions than the two passes without: they have to be
-# worth this many kept tokens.
+# Least mean accepted length at which a draft and its verification pay for their extra positions.
 BREAK_EVEN = 0.4
 # What the first draft is expected to keep.
 EXPECTED = 2.0
@@ -50,8 +49,8 @@ def accept(
 
 def verified_decoding(
     model,
-    answers: Answers,
-    instruction: Callable[[], Instruction],
+    answers: GenerationBuffer,
+    instruction: Callable[[], PredictorInputs],
     text: DecoderState,
     block_size: int,
     options,
@@ -63,7 +62,7 @@ def verified_decoding(
 
     Args:
         model (`ProtoGenForConditionalGeneration`)
-        answers (`Answers`): empty; they are complete when this returns.
+        answers (`GenerationBuffer`): empty; they are complete when this returns.
         text (`DecoderState`): the prompts.
         block_size (`int`): tokens of a draft at most, the certain one included.
         options (`ProtoGenGenerationConfig`)

@@ -20,7 +20,7 @@ from eval_tasks.sentence_encoder import sentence_embeddings
 from eval_tasks.statistics import mean_with_interval
 from eval_tasks.studies import STUDIES, attention, errors, roles, stability
 from eval_tasks.studies.imposing import fit_with_meaning
-from eval_tasks.studies.reading import FittedTexts, Reader
+from eval_tasks.studies.reading import FittedTexts, Reconstructor
 from eval_tasks.studies.stability import bezier, fit_bezier_controls
 from modeling_protogen.modeling_protogen import ProtoGenOutput
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
@@ -73,7 +73,7 @@ def test_intervals_are_those_of_the_bootstrap():
 @pytest.mark.parametrize("sink", ["bos", "none"])
 @pytest.mark.parametrize("arrangement", ["e_mN", "e_m", "halves"])
 def test_reading_side_by_side_is_reading_alone(decoder, arrangement, sink):
-    fitted, reader = random_texts(3, lengths=[4, 2, 3]), Reader(decoder, arrangement, sink)
+    fitted, reader = random_texts(3, lengths=[4, 2, 3]), Reconstructor(decoder, arrangement, sink)
     joined = list(reader.logits(fitted.e, fitted.m, [4, 2, 3]))
     for number, length in enumerate([4, 2, 3]):
         (alone,) = reader.logits(fitted.e[number : number + 1], fitted.m[number : number + 1], [length])
@@ -82,13 +82,13 @@ def test_reading_side_by_side_is_reading_alone(decoder, arrangement, sink):
 
 def test_reading_is_what_was_fitted(fitter, entries, decoder):
     fitted = fitted_texts(entries)
-    assert Reader(decoder, "e_mN", "bos").accuracies(fitted.e, fitted.m, fitted.token_ids) == [
+    assert Reconstructor(decoder, "e_mN", "bos").accuracies(fitted.e, fitted.m, fitted.token_ids) == [
         entry.accuracy for entry in entries
     ]
 
 
 def test_swapping_tells_the_donors_apart():
-    class OnlyE(Reader):
+    class OnlyE(Reconstructor):
         """Says what the e-donor says."""
 
         def __init__(self):
@@ -136,9 +136,9 @@ def test_a_rare_category_is_left_out_of_the_probe(decoder, tmp_path):
     fitted = replace(fitted, categories=["a"] * 6 + ["b"] * 6 + ["rare"] * 2)
     # Tells the common categories apart; a probe that saw the rare one could not be always right about them.
     meaning = np.random.default_rng(0).normal(size=(14, 4)) + 20 * np.array([[1]] * 6 + [[-1]] * 6 + [[1]] * 2)
-    figures = roles.measure(Reader(decoder, "e_mN", "bos"), fitted, meaning, "", tmp_path, seed=0).figures
-    assert figures["probe_category_balanced_accuracy_chance"][0] == 1 / 2
-    assert figures["probe_category_balanced_accuracy_sentence_encoder"][0] == 1
+    metrics = roles.measure(Reconstructor(decoder, "e_mN", "bos"), fitted, meaning, "", tmp_path, seed=0).metrics
+    assert metrics["probe_category_balanced_accuracy_chance"][0] == 1 / 2
+    assert metrics["probe_category_balanced_accuracy_sentence_encoder"][0] == 1
 
 
 def test_similarity_of_structure_sees_structure_only():
@@ -172,7 +172,7 @@ def test_noise_has_the_asked_for_length(decoder):
     vectors = torch.randn(50, 1, 400, generator=torch.Generator().manual_seed(1)) * 3
     noise = stability.with_noise(vectors, 0.2, torch.Generator().manual_seed(0)) - vectors
     torch.testing.assert_close(noise.norm(dim=-1), 0.2 * vectors.norm(dim=-1), rtol=0.15, atol=0)
-    fitted, reader = random_texts(), Reader(decoder, "e_mN", "bos")
+    fitted, reader = random_texts(), Reconstructor(decoder, "e_mN", "bos")
     rows = stability.noise_rows(reader, fitted, [0.0, 5.0], ("m",))
     clean = rows[rows["relative_size"] == 0]["accuracy"].tolist()
     assert clean == reader.accuracies(fitted.e, fitted.m, fitted.token_ids)
@@ -192,7 +192,7 @@ def test_a_learned_curve_is_better_than_the_straight_line(fitter, entries, decod
     found = {entry.id: entry for ended in other.fit(texts) for entry in ended}
     ends = [found[text.id] for text in texts]
     controls = fit_bezier_controls(fitter, entries, ends, steps=80)
-    reader, start, end = Reader(decoder, "e_mN", "bos"), fitted_texts(entries), fitted_texts(ends)
+    reader, start, end = Reconstructor(decoder, "e_mN", "bos"), fitted_texts(entries), fitted_texts(ends)
 
     def loss(control_e, control_m, t):
         e, m = bezier(start.e, control_e, end.e, t), bezier(start.m, control_m, end.m, t)
@@ -210,7 +210,7 @@ def test_a_learned_curve_is_better_than_the_straight_line(fitter, entries, decod
 
 
 def test_attention_to_e_is_the_decoders(decoder):
-    fitted, reader = random_texts(3), Reader(decoder, "e_mN", "bos")
+    fitted, reader = random_texts(3), Reconstructor(decoder, "e_mN", "bos")
     weights = attention.attention_to_e(reader, fitted)
     assert weights.shape == (3, 2, 4, 4)
     embed = decoder.get_input_embeddings()
@@ -224,12 +224,12 @@ def test_attention_to_e_is_the_decoders(decoder):
 
 @pytest.mark.parametrize(("arrangement", "expected"), [("e_mN", [1 / 3, 1 / 4, 1 / 5]), ("e_m", [1 / 2, 1 / 3, 1 / 4])])
 def test_even_attention_is_one_share_of_what_is_seen(decoder, arrangement, expected, tmp_path):
-    reader = Reader(decoder, arrangement, "bos")
-    figures = attention.measure(reader, random_texts(3, lengths=[3] * 3), "", tmp_path).figures
-    thirds = [figures[f"attention_to_e_{name}_third_if_even"] for name in ("first", "middle", "last")]
+    reader = Reconstructor(decoder, arrangement, "bos")
+    metrics = attention.measure(reader, random_texts(3, lengths=[3] * 3), "", tmp_path).metrics
+    thirds = [metrics[f"attention_to_e_{name}_third_if_even"] for name in ("first", "middle", "last")]
     assert thirds == pytest.approx(expected)
-    assert figures["attention_to_e_if_even"] == pytest.approx(sum(expected) / 3)
-    mean, low, high = figures["attention_to_e"]
+    assert metrics["attention_to_e_if_even"] == pytest.approx(sum(expected) / 3)
+    mean, low, high = metrics["attention_to_e"]
     assert 0 < low < mean < high < 1
 
 
@@ -334,7 +334,7 @@ def test_every_recipe_runs(call, tmp_path, path, llama_dir, encoder_dir, monkeyp
     if "decoders" in content:
         arguments += ["--decoders", *(f"{llama_dir}{variant}" for variant in ("", "@first:1", "@untrained"))]
     assert "written to" in call("study", *arguments)
-    assert read_result(tmp_path / "study.json")["figures"]
+    assert read_result(tmp_path / "study.json")["metrics"]
     assert (tmp_path / "study.csv").stat().st_size
     pictures = list(tmp_path.glob("*.png"))
     assert pictures

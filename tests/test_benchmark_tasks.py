@@ -107,9 +107,9 @@ def test_dolly_asks_what_training_holds_out(load, data_dir):
     assert [doc["instruction"] for doc in german.test_docs()] == [text.replace("say", "sag") for text in found]
     assert german.doc_to_text(german.test_docs()[0]) == found[0].replace("say", "sag")
     assert dolly.doc_to_text({"instruction": "say", "context": " it "}) == "say\n\nit"
-    figures = dolly.process_results({"response": "a cat sat"}, [" a cat sat"])
-    assert figures["rouge_l"] == figures["token_f1"] == 1
-    assert figures["degenerate"] == 0
+    metrics = dolly.process_results({"response": "a cat sat"}, [" a cat sat"])
+    assert metrics["rouge_l"] == metrics["token_f1"] == 1
+    assert metrics["degenerate"] == 0
 
 
 def test_snips_answers_are_measured_as_json(load, manager):
@@ -128,11 +128,11 @@ def test_snips_answers_are_measured_as_json(load, manager):
         return Written([answers[prompt] for prompt in prompts], [])
 
     found = lm_eval.simple_evaluate(WriterLM(write, 2), tasks=["protogen_snips"], task_manager=manager)
-    figures = {name.removesuffix(",none"): value for name, value in found["results"]["protogen_snips"].items()}
-    assert figures["exact_match"] == pytest.approx(1 / 3)
-    assert figures["intent_accuracy"] == figures["valid_json"] == pytest.approx(2 / 3)
+    metrics = {name.removesuffix(",none"): value for name, value in found["results"]["protogen_snips"].items()}
+    assert metrics["exact_match"] == pytest.approx(1 / 3)
+    assert metrics["intent_accuracy"] == metrics["valid_json"] == pytest.approx(2 / 3)
     # Of all answers together: three slots of five are right, and of five wanted.
-    assert figures["slot_f1"] == pytest.approx(2 * 3 / (5 + 5))
+    assert metrics["slot_f1"] == pytest.approx(2 * 3 / (5 + 5))
     assert set(calls) == {128}
 
     cell = evaluate_cell(WriterLM(write), "protogen_snips", manager)

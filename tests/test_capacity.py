@@ -10,7 +10,7 @@ from test_scripts import call, recipe  # noqa: F401  (fixtures)
 from eval_tasks.baselines.one_text_fit import fit_one_text
 from eval_tasks.report import read_result
 from eval_tasks.studies import capacity
-from eval_tasks.studies.capacity import LENGTHS, capacity_figures, fixed_m
+from eval_tasks.studies.capacity import LENGTHS, capacity_metrics, fixed_m
 from eval_tasks.text_metrics import information_bits
 from trainers.decoders import load_decoder
 from trainers.fitting import FittingArguments, ProtoTokenFitter
@@ -42,21 +42,21 @@ def test_capacity_is_the_longest_length_that_holds():
     for length, accuracies in {4: (1.0, 1.0), 5: (1.0, 0.96), 8: (1.0, 0.99), 11: (0.5, 0.7)}.items():
         rows += [row(length, accuracy) for accuracy in accuracies]
     rows += [row(4, 0.9, source="random_words", m_scope="shared")] * 2
-    figures = capacity_figures(rows, 0.99)
-    assert figures["natural_own_m_C_tokens"] == 8
-    assert figures["natural_own_m_H_LM_bits"] == [80.0, 80.0, 80.0]
-    assert figures["natural_own_m_11_tokens_accuracy"] == pytest.approx([0.6, 0.5, 0.7])
-    assert figures["natural_own_m_5_tokens_exact_match"] == [0.5, 0.0, 1.0]
-    assert figures["random_words_shared_m_C_tokens"] == 0
-    assert figures["random_words_shared_m_H_LM_bits"] == 0.0
+    metrics = capacity_metrics(rows, 0.99)
+    assert metrics["natural_own_m_C_tokens"] == 8
+    assert metrics["natural_own_m_H_LM_bits"] == [80.0, 80.0, 80.0]
+    assert metrics["natural_own_m_11_tokens_accuracy"] == pytest.approx([0.6, 0.5, 0.7])
+    assert metrics["natural_own_m_5_tokens_exact_match"] == [0.5, 0.0, 1.0]
+    assert metrics["random_words_shared_m_C_tokens"] == 0
+    assert metrics["random_words_shared_m_H_LM_bits"] == 0.0
 
 
 def test_categories_have_figures_where_there_are_some():
     rows = [row(n, 0.5 + n / 100, id=f"{c}{n}", category=c) for c in ("open", "closed") for n in (10, 20)]
-    figures = capacity_figures(rows, 0.99)
-    assert figures["all_open_accuracy"][0] == pytest.approx(0.65)
+    metrics = capacity_metrics(rows, 0.99)
+    assert metrics["all_open_accuracy"][0] == pytest.approx(0.65)
     assert not [
-        name for name in capacity_figures([row(4, 1.0)] * 2, 0.99) if name.endswith("_accuracy") and "4" not in name
+        name for name in capacity_metrics([row(4, 1.0)] * 2, 0.99) if name.endswith("_accuracy") and "4" not in name
     ]
 
 
@@ -97,8 +97,8 @@ def test_the_capacity_study(call, recipe, tmp_path, monkeypatch):  # noqa: F811
     assert "written to" in call("study", *arguments)
     assert cells[:3] == cells[4:7], "the cells in the same order; those that are done fit nothing"
     folder = tmp_path / "run"
-    figures = read_result(folder / "study.json")["figures"]
-    assert {"own_m_sink_C_tokens", "shared_m_no_sink_H_LM_bits", "mean_embedding_m_sink_C_tokens"} <= set(figures)
+    metrics = read_result(folder / "study.json")["metrics"]
+    assert {"own_m_sink_C_tokens", "shared_m_no_sink_H_LM_bits", "mean_embedding_m_sink_C_tokens"} <= set(metrics)
     rows = pd.read_csv(folder / "study.csv", keep_default_na=False)
     assert len(rows[["m_scope", "sink"]].drop_duplicates()) == 6
     for (m_scope, sink, length), part in rows.groupby(["m_scope", "sink", "length"]):

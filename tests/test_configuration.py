@@ -88,10 +88,10 @@ def test_layers_that_are_read(fields, layers):
 @pytest.mark.parametrize(("latent_source", "own"), [("encoder", 1), ("none", 1), ("decoder", 2), ("both", 2)])
 def test_own_tokens_are_the_decoders_where_it_writes_first(latent_source, own):
     seen = {"decoder_sees_prompt": True, "latent_source": latent_source}
-    assert config(**seen).num_own_tokens == 0
-    assert config(**seen, first_tokens="decoder").num_own_tokens == own
+    assert config(**seen).num_autoregressive_tokens == 0
+    assert config(**seen, first_tokens="decoder").num_autoregressive_tokens == own
     if latent_source != "none":
-        assert config(latent_source=latent_source, first_tokens="decoder").num_own_tokens == 0
+        assert config(latent_source=latent_source, first_tokens="decoder").num_autoregressive_tokens == 0
 
 
 def test_without_a_source_nothing_reads_one():

@@ -70,8 +70,8 @@ def test_from_nothing_to_a_figure(call, tmp_path):  # noqa: F811
     assert "model in" in call("train", *arguments, *models)
     result = tmp_path / "result.json"
     assert "written to" in call("bench", "controlled-world", "--run", tmp_path, "--result", result)
-    figures = read_result(result)["figures"]
-    assert {"one_step_exact_match", "autoregressive_exact_match"} <= set(figures)
+    metrics = read_result(result)["metrics"]
+    assert {"one_step_exact_match", "autoregressive_exact_match"} <= set(metrics)
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "decoder").state_dict()
     assert all(weight.equal(after[name]) for name, weight in before.items())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "decoder")

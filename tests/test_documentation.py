@@ -64,7 +64,7 @@ STUDY = """
 import json
 from eval_tasks.command_line import main
 main(["study", "--study", "norms", "--smoke", "--config", RECIPE])
-found = json.load(open("study/study.json"))["figures"]
+found = json.load(open("study/study.json"))["metrics"]
 assert found["e_norm"][0] > 0
 """
 

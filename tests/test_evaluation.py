@@ -12,7 +12,7 @@ from test_scripts import call  # noqa: F401
 from transformers import AutoTokenizer, BertForMaskedLM
 
 from eval_tasks.baselines.masked_diffusion import masked_diffusion
-from eval_tasks.evaluation import WriterLM, quality_figures, sample_of, shaded, uncertainty_figures
+from eval_tasks.evaluation import WriterLM, quality_metrics, sample_of, shaded, uncertainty_metrics
 from eval_tasks.report import read_result
 from eval_tasks.retention import f1_retention
 
@@ -53,13 +53,13 @@ def test_methods_are_compared_question_by_question(call, recipe, tmp_path, monke
     out = call("evaluate", "--config", recipe)
     assert "one step protogen dolly rouge l" in out
     folder = tmp_path / "runs" / "tiny"
-    figures = read_result(folder / "evaluation.json")["figures"]
+    metrics = read_result(folder / "evaluation.json")["metrics"]
     for metric in ("rouge_l", "bleu", "chrf", "token_f1", "degenerate"):
-        assert figures[f"verified_minus_greedy_protogen_dolly_{metric}"] == [0, 0, 0]
-    assert -1 <= figures["greedy_protogen_dolly_embedding_similarity"][0] <= 1
-    assert figures["greedy_protogen_dolly_bits_a_token"][0] > 0
-    assert 0 < figures["f1_auc_one_step_protogen_dolly"] < 1
-    assert 0 <= figures["calibration_error_one_step_protogen_dolly"] <= 1
+        assert metrics[f"verified_minus_greedy_protogen_dolly_{metric}"] == [0, 0, 0]
+    assert -1 <= metrics["greedy_protogen_dolly_embedding_similarity"][0] <= 1
+    assert metrics["greedy_protogen_dolly_bits_a_token"][0] > 0
+    assert 0 < metrics["f1_auc_one_step_protogen_dolly"] < 1
+    assert 0 <= metrics["calibration_error_one_step_protogen_dolly"] <= 1
     cells = {path.stem: json.loads(path.read_text()) for path in (folder / "cells").iterdir()}
     assert set(cells) == {f"{method}--protogen_dolly" for method in ("one_step", "verified", "greedy")}
     answers = [
@@ -88,15 +88,15 @@ def test_uncertainty_is_measured_of_each_task_and_of_as_many_answers_of_all():
     rated["uncertainty"] = 1 - rated["value"] + rng.uniform(-0.1, 0.1, 220)
     unsure = rated.assign(method="unsure", uncertainty=np.nan)
     with pytest.warns(UserWarning, match="not defined"):
-        figures = uncertainty_figures(pd.concat([rated, unsure]), 0.7)
-    assert not any("unsure" in name for name in figures)
-    assert figures["f1_auc_sure_all_tasks"] == figures["f1_auc_optimal_sure_all_tasks"]
+        metrics = uncertainty_metrics(pd.concat([rated, unsure]), 0.7)
+    assert not any("unsure" in name for name in metrics)
+    assert metrics["f1_auc_sure_all_tasks"] == metrics["f1_auc_optimal_sure_all_tasks"]
     halves = f1_retention(np.repeat([0.0, 1.0], 20), np.repeat([0.0, 1.0], 20), 0.7)
-    assert figures["f1_auc_sure_all_tasks"] == pytest.approx(halves.area)
-    assert figures["auroc_wrong_sure_all_tasks"] == 1
-    assert np.isnan(figures["f1_auc_sure_new"])
-    assert figures["calibration_error_sure_known"] < 0.1
-    alone = uncertainty_figures(rated[:20], 0.7)
+    assert metrics["f1_auc_sure_all_tasks"] == pytest.approx(halves.area)
+    assert metrics["auroc_wrong_sure_all_tasks"] == 1
+    assert np.isnan(metrics["f1_auc_sure_new"])
+    assert metrics["calibration_error_sure_known"] < 0.1
+    alone = uncertainty_metrics(rated[:20], 0.7)
     assert {name.removesuffix("_sure_known") for name in alone} > {"f1_auc", "f1_at_95", "spearman_quality"}
     assert not any("all_tasks" in name for name in alone)
 
@@ -109,16 +109,16 @@ def test_parity_is_gathered(call, recipe, tmp_path):  # noqa: F811
     recipe.write_text(yaml.safe_dump(content))
     call("evaluate", "--config", recipe, "--gen_kwargs", "max_gen_toks=7")
     call("bench", "parity", "--run", tmp_path / "runs" / "tiny", "--result", tmp_path / "parity.json")
-    figures = read_result(tmp_path / "parity.json")["figures"]
-    assert (figures["answers_compared"], figures["answers_different"], figures["dolly_difference"]) == (6, 0, 0)
-    assert figures["dolly_accuracy_hf"] != figures["dolly_accuracy_one_step"]
+    metrics = read_result(tmp_path / "parity.json")["metrics"]
+    assert (metrics["answers_compared"], metrics["answers_different"], metrics["dolly_difference"]) == (6, 0, 0)
+    assert metrics["dolly_accuracy_hf"] != metrics["dolly_accuracy_one_step"]
     path = tmp_path / "runs" / "tiny" / "cells" / "protogen--protogen_dolly.json"
     cell = json.loads(path.read_text())
     assert max(len(sample["token_confidences"]) for sample in cell["samples"]) == 7
     cell["samples"][1]["answer"] += " more"
     path.write_text(json.dumps(cell))
     call("bench", "parity", "--run", tmp_path / "runs" / "tiny", "--result", tmp_path / "parity.json")
-    assert read_result(tmp_path / "parity.json")["figures"]["answers_different"] == 1
+    assert read_result(tmp_path / "parity.json")["metrics"]["answers_different"] == 1
 
 
 def test_bad_recipes_are_named(call, recipe):  # noqa: F811
@@ -134,10 +134,10 @@ def test_differences_are_paired():
         for method, column in values.items()
         for doc, value in enumerate(column)
     ]
-    figures = quality_figures(pd.DataFrame(rows), "a")
-    assert figures["b_t_m"][0] == pytest.approx(0.6)
+    metrics = quality_metrics(pd.DataFrame(rows), "a")
+    assert metrics["b_t_m"][0] == pytest.approx(0.6)
     # Each question by 0.1: the interval has no width, whatever the questions' own spread.
-    assert figures["b_minus_a_t_m"] == pytest.approx([0.1, 0.1, 0.1])
+    assert metrics["b_minus_a_t_m"] == pytest.approx([0.1, 0.1, 0.1])
 
 
 def test_other_ways_to_write_are_models_of_the_harness(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from eval_tasks.length_calibration import (
     constant_baseline,
     is_covered,
-    length_figures,
+    length_metrics,
     linear_baseline,
     negative_log_likelihood,
 )
@@ -47,10 +47,10 @@ def test_baselines(texts):
     np.testing.assert_allclose(linear[0], mean[test], atol=0.05)
     assert linear[1][0] == pytest.approx(0.16, rel=0.1)
     predictions = {"": (mean[test], np.full(1000, 0.16)), "constant": constant, "linear": linear}
-    figures = length_figures(predictions, lengths[test])
-    assert figures["mae_tokens"][0] == pytest.approx(np.abs(np.exp(mean[test]) - lengths[test]).mean())
-    assert figures["mae_tokens_linear"][0] < figures["mae_tokens_constant"][0]
-    assert figures["nll"][0] < figures["nll_constant"][0]
+    metrics = length_metrics(predictions, lengths[test])
+    assert metrics["mae_tokens"][0] == pytest.approx(np.abs(np.exp(mean[test]) - lengths[test]).mean())
+    assert metrics["mae_tokens_linear"][0] < metrics["mae_tokens_constant"][0]
+    assert metrics["nll"][0] < metrics["nll_constant"][0]
     assert (
-        figures["coverage_80_constant"][1] <= figures["coverage_80_constant"][0] <= figures["coverage_80_constant"][2]
+        metrics["coverage_80_constant"][1] <= metrics["coverage_80_constant"][0] <= metrics["coverage_80_constant"][2]
     )

@@ -81,7 +81,7 @@ def test_results_are_written_whole_and_read_back(content, tmp_path):
     assert report.read_result(path) == content
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
     assert set(content) == {*report.RESULT_FIELDS, "seconds"}
-    path.write_text(json.dumps({"figures": {}}))
+    path.write_text(json.dumps({"metrics": {}}))
     with pytest.raises(ValueError, match="is not a result file: it lacks command"):
         report.read_result(path)
 
@@ -96,12 +96,12 @@ def test_tables_are_filled_between_their_markers(content):
     assert filled.startswith("before\n")
     assert filled.endswith("\nafter")
     assert report.fill_tables(filled, {"x": content}) == filled
-    content["figures"] = {"slow_accuracy": 0.5, "slow_steps": 7, "fast_accuracy": 1.0, "fast_steps": 3}
+    content["metrics"] = {"slow_accuracy": 0.5, "slow_steps": 7, "fast_accuracy": 1.0, "fast_steps": 3}
     by_setting = report.fill_tables("<!-- result x accuracy steps -->\n<!-- end x -->", {"x": content})
     assert "| setting | accuracy | steps |\n| --- | --- | --- |\n| slow | 0.5 | 7 |\n| fast | 1 | 3 |" in by_setting
-    del content["figures"]["slow_steps"]
+    del content["metrics"]["slow_steps"]
     assert "| slow | 0.5 |  |\n| fast | 1 | 3 |" in report.markdown_table(content, ["accuracy", "steps"])
-    with pytest.raises(ValueError, match="no figure of the result is called SETTING_step"):
+    with pytest.raises(ValueError, match="no metric of the result is called SETTING_step"):
         report.markdown_table(content, ["accuracy", "step"])
     with pytest.raises(ValueError, match=r"no result file y\.json"):
         report.fill_tables("<!-- result y -->", {"x": content})
@@ -110,18 +110,18 @@ def test_tables_are_filled_between_their_markers(content):
 
 
 def test_figures_are_filled_between_their_markers(content):
-    text = "| <!-- figure x accuracy -->old<!-- end --> | <!-- figure x speedup --><!-- end --> |"
-    filled = report.fill_figures(text, {"x": content})
-    assert "<!-- figure x accuracy -->0.9877<!-- end -->" in filled
+    text = "| <!-- metric x accuracy -->old<!-- end --> | <!-- metric x speedup --><!-- end --> |"
+    filled = report.fill_metrics(text, {"x": content})
+    assert "<!-- metric x accuracy -->0.9877<!-- end -->" in filled
     assert "-->20 (19 to 21)<!--" in filled
     assert "old" not in filled
-    with pytest.raises(ValueError, match=r"no figure speed in a result file x\.json"):
-        report.fill_figures("<!-- figure x speed --><!-- end -->", {"x": content})
+    with pytest.raises(ValueError, match=r"no metric speed in a result file x\.json"):
+        report.fill_metrics("<!-- metric x speed --><!-- end -->", {"x": content})
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_readmes_figures_are_those_of_the_result_files(path):
     text = path.read_text()
     results = {path.stem: report.read_result(path) for path in (ROOT / "scripts" / "results").glob("*.json")}
-    filled = report.fill_figures(report.fill_tables(text, results), results)
+    filled = report.fill_metrics(report.fill_tables(text, results), results)
     assert filled == text, "run protogen report"

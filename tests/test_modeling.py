@@ -131,10 +131,10 @@ def test_logits_equal_one_text_at_a_time(build, decoder_dir, fields):
 
 
 @pytest.mark.parametrize("decoder_dir", ["llama", "neox", "mistral"], indirect=True)
-@pytest.mark.parametrize("num_own_tokens", [0, 1, 2])
+@pytest.mark.parametrize("num_autoregressive_tokens", [0, 1, 2])
 @pytest.mark.parametrize("group_tokens", [1024, 8])
 def test_reusing_the_prompts_cache_changes_neither_logits_nor_gradients(
-    build, decoder_dir, group_tokens, num_own_tokens, monkeypatch
+    build, decoder_dir, group_tokens, num_autoregressive_tokens, monkeypatch
 ):
     model, processor = build(decoder_dir)
     batch = processor(INSTRUCTIONS, CONTEXTS)
@@ -148,7 +148,9 @@ def test_reusing_the_prompts_cache_changes_neither_logits_nor_gradients(
         e = torch.linspace(-1, 1, 3 * 24).reshape(3, 1, 1, 24).requires_grad_()
         m = torch.linspace(1, -2, 3 * 24).reshape(3, 1, 24).requires_grad_()
         cache = read_prefix(model.decoder, *prompt, [])[0] if cached else None
-        logits = answer_logits(model.decoder, fill_slots(layout, e, m), layout, *prompt, num_own_tokens, cache)
+        logits = answer_logits(
+            model.decoder, fill_slots(layout, e, m), layout, *prompt, num_autoregressive_tokens, cache
+        )
         logits.square().mean().backward()
         results.append((logits.detach(), e.grad, m.grad))
         assert not cached or cache.get_seq_length() == prompt[0].shape[1]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from eval_tasks.abstention import (
-    abstention_figures,
+    abstention_metrics,
     coverage_curve,
     expected_calibration_error,
-    ranking_figures,
+    ranking_metrics,
     threshold_for_accuracy,
 )
-from eval_tasks.retention import by_growing_uncertainty, error_retention, f1_at_95, f1_retention, retention_figures
+from eval_tasks.retention import by_growing_uncertainty, error_retention, f1_at_95, f1_retention, retention_metrics
 
 ERRORS = [0.2, 1.5, 0.9, 3, 0.1, 1, 2, 0.4, 0.8, 5]
 UNCERTAINTIES = [0.1, 0.8, 0.3, 0.6, 0.2, 0.7, 0.9, 0.4, 0.5, 1]
@@ -67,9 +67,9 @@ def test_error_retention_is_that_of_shifts():
 def test_the_best_order_is_above_and_a_random_one_below():
     rng = np.random.default_rng(1)
     errors = rng.random(200)
-    figures = retention_figures(errors, errors + 0.5 * rng.random(200), 0.5)
-    assert figures["f1_auc_random"] < figures["f1_auc"] < figures["f1_auc_optimal"]
-    assert figures["error_auc_optimal"] < figures["error_auc"] < figures["error_auc_random"]
+    metrics = retention_metrics(errors, errors + 0.5 * rng.random(200), 0.5)
+    assert metrics["f1_auc_random"] < metrics["f1_auc"] < metrics["f1_auc_optimal"]
+    assert metrics["error_auc_optimal"] < metrics["error_auc"] < metrics["error_auc_random"]
 
 
 def test_nothing_acceptable_is_not_a_number():
@@ -94,11 +94,11 @@ def test_abstention():
     coverage, accuracy = coverage_curve(correct, uncertainties)
     assert coverage.tolist() == [0.2, 0.4, 0.6, 0.8, 1]
     assert accuracy[[0, 1, 3, 4]].tolist() == [1, 1, 0.75, 0.6]
-    figures = abstention_figures(correct, uncertainties <= 0.3)
-    assert figures["accuracy"] == pytest.approx(0.6)
-    assert figures["accuracy_given_attempted"] == pytest.approx(0.75)
-    assert figures["f_score"] == pytest.approx(2 * 0.6 * 0.75 / 1.35)
-    assert abstention_figures(correct, np.zeros(5))["f_score"] == 0
+    metrics = abstention_metrics(correct, uncertainties <= 0.3)
+    assert metrics["accuracy"] == pytest.approx(0.6)
+    assert metrics["accuracy_given_attempted"] == pytest.approx(0.75)
+    assert metrics["f_score"] == pytest.approx(2 * 0.6 * 0.75 / 1.35)
+    assert abstention_metrics(correct, np.zeros(5))["f_score"] == 0
     assert threshold_for_accuracy(correct, uncertainties, 0.75) == 0.3
     assert threshold_for_accuracy(correct, uncertainties, 0.9) == 0.2
     assert threshold_for_accuracy(1 - correct, uncertainties, 0.9) is None
@@ -106,10 +106,10 @@ def test_abstention():
 
 def test_ranking_and_calibration():
     quality, uncertainties = np.array([1, 0.8, 0.2, 0.1]), np.array([0.1, 0.3, 0.2, 0.9])
-    figures = ranking_figures(quality, uncertainties)
-    assert figures["auroc_wrong"] == pytest.approx(3 / 4)
-    assert figures["spearman_quality"] == pytest.approx(-0.8)
-    assert np.isnan(ranking_figures(quality, uncertainties, threshold=2)["auroc_wrong"])
+    metrics = ranking_metrics(quality, uncertainties)
+    assert metrics["auroc_wrong"] == pytest.approx(3 / 4)
+    assert metrics["spearman_quality"] == pytest.approx(-0.8)
+    assert np.isnan(ranking_metrics(quality, uncertainties, threshold=2)["auroc_wrong"])
     expected = np.repeat([0.1, 0.4, 0.8], 100)
     errors = (np.tile(np.arange(100), 3) < 100 * expected).astype(float)
     assert expected_calibration_error(errors, expected, bins=3) == pytest.approx(0)
@@ -125,10 +125,10 @@ def test_metrics_load_from_their_folder(name):
             0.63182045, abs=1e-8
         )
     elif name == "abstention":
-        figures = metric.compute(predictions=UNCERTAINTIES, references=right, abstain_above=0.5)
-        assert figures["coverage"] == 0.5
-        assert figures["accuracy_given_attempted"] == 1
-        assert figures["auroc_wrong"] == ranking_figures(right, UNCERTAINTIES)["auroc_wrong"]
+        metrics = metric.compute(predictions=UNCERTAINTIES, references=right, abstain_above=0.5)
+        assert metrics["coverage"] == 0.5
+        assert metrics["accuracy_given_attempted"] == 1
+        assert metrics["auroc_wrong"] == ranking_metrics(right, UNCERTAINTIES)["auroc_wrong"]
     else:
-        figures = metric.compute(predictions=UNCERTAINTIES, references=right, bins=2)
-        assert figures["expected_calibration_error"] == expected_calibration_error(right, UNCERTAINTIES, 2)
+        metrics = metric.compute(predictions=UNCERTAINTIES, references=right, bins=2)
+        assert metrics["expected_calibration_error"] == expected_calibration_error(right, UNCERTAINTIES, 2)

@@ -91,9 +91,9 @@ def test_fit_train_generate_and_measure(call, recipe, tmp_path, llama_dir, monke
     assert "fitting 2 texts; 5" in call("fit", "--config", recipe, "--fit_num_texts", 7)
 
     assert f"model in {tmp_path / 'run' / 'model'}" in call("train", "--config", recipe)
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["before"]["step"] == 0
-    assert 0 <= metrics["after"]["eval_token_accuracy"] <= 1
+    trained = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert trained["before"]["step"] == 0
+    assert 0 <= trained["after"]["eval_token_accuracy"] <= 1
     assert "already trained" in call("train", "--config", recipe)
 
     model = tmp_path / "run" / "model"
@@ -126,9 +126,9 @@ def test_fit_train_generate_and_measure(call, recipe, tmp_path, llama_dir, monke
     result = tmp_path / "run" / "quickstart.json"
     monkeypatch.setattr("eval_tasks.benchmarks.quickstart.version", lambda wheel: "0")
     out = call("bench", "quickstart", "--run", tmp_path / "run", "--tokens", 8, "--rounds", 2)
-    figures = read_result(result)["figures"]
-    assert {"reconstruction_accuracy", "validation_token_accuracy_before", "one_step_speedup_8"} <= set(figures)
-    assert figures["validation_token_accuracy_after"] == metrics["after"]["eval_token_accuracy"]
+    metrics = read_result(result)["metrics"]
+    assert {"reconstruction_accuracy", "validation_token_accuracy_before", "one_step_speedup_8"} <= set(metrics)
+    assert metrics["validation_token_accuracy_after"] == trained["after"]["eval_token_accuracy"]
     assert "one step speedup 8" in out
     (tmp_path / "README.md").write_text("<!-- result quickstart -->\n<!-- end quickstart -->\n")
     (tmp_path / "results").mkdir()
@@ -167,7 +167,7 @@ def test_a_model_without_an_encoder_is_trained_and_calibrated(call, recipe, tmp_
     assert model.config.uncertainty_points is not None
     content = json.loads((tmp_path / "run" / "calibration.json").read_text())
     assert content["uncertainty_score"] == model.config.uncertainty_score
-    assert {"coverage_80", "mae_tokens", "mae_tokens_constant", "mae_tokens_linear"} <= set(content["figures"])
+    assert {"coverage_80", "mae_tokens", "mae_tokens_constant", "mae_tokens_linear"} <= set(content["metrics"])
     out = call("generate", tmp_path / "run" / "model", "--json", stdin="who sat on the mat\n")
     assert 0 <= json.loads(out)["uncertainty"] <= 1
 
@@ -184,7 +184,7 @@ def test_trained_models_are_compared(call, recipe, tmp_path, monkeypatch):
         options = ["--output_dir", runs / loss, "--bank", runs / "bank", "--losses", losses]
         assert "model in" in call("train", "--config", recipe, *options)
     content = json.loads((runs / "siglip" / "calibration.json").read_text())
-    assert -1 <= content["figures"]["rank_correlation_bank_distance"] <= 1
+    assert -1 <= content["metrics"]["rank_correlation_bank_distance"] <= 1
 
     def sweep(gather, *options, **fields):
         content = {"recipe": str(recipe), "runs": {"siglip": {}, "mean_squared_error": {}}, "gather": gather} | fields
@@ -196,25 +196,25 @@ def test_trained_models_are_compared(call, recipe, tmp_path, monkeypatch):
     recipe.write_text(yaml.safe_dump(content))
     result = tmp_path / "runs" / "tiny.json"
     assert "| mean_squared_error |" in sweep("losses", report=["top_1"])
-    figures = read_result(result)["figures"]
-    assert 0 <= figures["siglip_top_1"][0] <= 1
-    assert "siglip_retrieved_rouge_l" in figures
+    metrics = read_result(result)["metrics"]
+    assert 0 <= metrics["siglip_top_1"][0] <= 1
+    assert "siglip_retrieved_rouge_l" in metrics
     sweep("answers", compared_with={"siglip": "mean_squared_error"})
-    figures = read_result(result)["figures"]
-    gain = figures["siglip_agreement"][0] - figures["mean_squared_error_agreement"][0]
-    assert figures["siglip_agreement_gain"][0] == pytest.approx(gain)
-    assert "mean_squared_error_agreement_gain" not in figures
+    metrics = read_result(result)["metrics"]
+    gain = metrics["siglip_agreement"][0] - metrics["mean_squared_error_agreement"][0]
+    assert metrics["siglip_agreement_gain"][0] == pytest.approx(gain)
+    assert "mean_squared_error_agreement_gain" not in metrics
     assert result.with_suffix(".png").is_file()
-    assert "siglip_accepted_length" in figures
+    assert "siglip_accepted_length" in metrics
     after = json.loads((runs / "siglip" / "metrics.json").read_text())["after"]
-    assert figures["siglip_eval_loss_reconstruction"] == after["eval_loss_reconstruction"]
-    metrics = runs / "mean_squared_error" / "metrics.json"
-    content = json.loads(metrics.read_text())
+    assert metrics["siglip_eval_loss_reconstruction"] == after["eval_loss_reconstruction"]
+    trained = runs / "mean_squared_error" / "metrics.json"
+    content = json.loads(trained.read_text())
     content["run"]["seed"] += 1
-    metrics.write_text(json.dumps(content))
+    trained.write_text(json.dumps(content))
     assert "differ in what they were made with" in sweep("answers")
     call("bench", "length", "--run", runs / "siglip", "--result", result)
-    assert {"coverage_80", "mae_tokens_linear"} <= set(read_result(result)["figures"])
+    assert {"coverage_80", "mae_tokens_linear"} <= set(read_result(result)["metrics"])
     assert "run `protogen sweep tiny` first" in sweep("losses", runs={"other": {}})
     assert "names other, which is no run" in sweep("losses", compared_with={"siglip": "other"})
     assert "is not one of answers, fits, losses" in sweep("nothing")
@@ -227,10 +227,10 @@ def test_trained_models_are_compared(call, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("eval_tasks.benchmarks.training_speed.peak_flops", lambda device: 1e15)
     speed = ["--run", runs / "siglip", "--data", tmp_path / "data.jsonl", "--batch-size", 4, "--steps", 2]
     call("bench", "training-speed", *speed, "--result", result)
-    figures = read_result(result)["figures"]
-    assert 0 < figures["share_of_time_outside_the_decoder"] < 1
-    assert figures["answer_tokens_per_second"] > 0
-    assert 0 < figures["model_flops_utilisation"] < 1
+    metrics = read_result(result)["metrics"]
+    assert 0 < metrics["share_of_time_outside_the_decoder"] < 1
+    assert metrics["answer_tokens_per_second"] > 0
+    assert 0 < metrics["model_flops_utilisation"] < 1
 
 
 def test_an_interrupted_fit_keeps_every_text_that_ended(call, recipe, tmp_path, monkeypatch):
@@ -373,19 +373,19 @@ def test_fitting_is_measured_against_the_papers_loop(call, recipe, tmp_path, lla
     measure = ["fit", "--decoder", llama_dir, "--dtype", "float32", "--data", tmp_path / "data.jsonl", "--tokens", 3]
     out = call("bench", *measure, "--texts", 2, "--memory-slots", 2, "--memory-tokens", 4, "--result", result)
     assert "texts per minute ratio" in out
-    figures = read_result(result)["figures"]
-    assert figures["accuracy_paper"] == 1
-    assert figures["steps_ratio_to_paper_recipe"] > 0
-    assert 0 <= figures["peak_memory_gb_2_slots"] < 1
+    metrics = read_result(result)["metrics"]
+    assert metrics["accuracy_paper"] == 1
+    assert metrics["steps_ratio_to_paper_recipe"] > 0
+    assert 0 <= metrics["peak_memory_gb_2_slots"] < 1
 
 
 def test_the_kill_test_counts_what_is_lost(call, recipe, tmp_path):
     arguments = ["fit-kill", "--run", tmp_path / "run", "--recipe", recipe, "--kills", 2, "--longest", 2, "--texts", 3]
     arguments += ["--tokens", 2, "--result", tmp_path / "kill.json"]
     call("bench", *arguments)
-    figures = read_result(tmp_path / "kill.json")["figures"]
-    assert (figures["kills"], figures["texts"]) == (2, 3)
-    assert (figures["lost"], figures["duplicated"], figures["accuracy_mismatches"]) == (0, 0, 0)
+    metrics = read_result(tmp_path / "kill.json")["metrics"]
+    assert (metrics["kills"], metrics["texts"]) == (2, 3)
+    assert (metrics["lost"], metrics["duplicated"], metrics["accuracy_mismatches"]) == (0, 0, 0)
     assert "starts from nothing" in call("bench", *arguments)
 
 
@@ -440,8 +440,8 @@ def test_training_against_a_bank(call, recipe, tmp_path):
     call("train", "--config", recipe, losses)
     log = json.loads((tmp_path / "run" / "metrics.json").read_text())["log"]
     assert not any("loss_siglip" in name for name in log[0]), "validation texts are not banked"
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["after"]["eval_token_accuracy"] >= 0
+    trained = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert trained["after"]["eval_token_accuracy"] >= 0
 
 
 def test_per_category_m(call, recipe, tmp_path):
@@ -578,9 +578,9 @@ def test_decoding_is_timed_and_verified(call, recipe, tmp_path, llama_dir, encod
     measure += ["--lengths", 4, 8, "--batch-sizes", 1, 2, "--batch-tokens", 4, "--rounds", 2, "--soak-calls", 60]
     out = call("bench", *measure, "--result", result)
     assert "one step speedup 8 |" in out
-    figures = read_result(result)["figures"]
-    assert {"one_step_share_of_bare_forward_4", "one_step_tokens_per_second_4_batch_2"} <= set(figures)
-    assert figures["late_over_early_time_60_calls"] > 0
+    metrics = read_result(result)["metrics"]
+    assert {"one_step_share_of_bare_forward_4", "one_step_tokens_per_second_4_batch_2"} <= set(metrics)
+    assert metrics["late_over_early_time_60_calls"] > 0
     assert (tmp_path / "decode_latency.png").is_file()
     assert (tmp_path / "decode_throughput.png").is_file()
 
@@ -589,18 +589,18 @@ def test_decoding_is_timed_and_verified(call, recipe, tmp_path, llama_dir, encod
     quick = ["decode", *measure[1:7], "--data", data, "--lengths", 4, "--batch-sizes", 1, "--batch-tokens", 4]
     quick += ["--rounds", 2, "--soak-calls", 0, "--trained", model, "--quality-prompts", 2]
     call("bench", *quick, "--result", result)
-    figures = read_result(result)["figures"]
-    assert figures["quality_prompts"] == 2
-    assert figures["verified_rouge_l"] == figures["greedy_rouge_l"]
-    assert {"adaptive@0.9_seconds_an_answer", "refine@4_rouge_l"} <= set(figures)
+    metrics = read_result(result)["metrics"]
+    assert metrics["quality_prompts"] == 2
+    assert metrics["verified_rouge_l"] == metrics["greedy_rouge_l"]
+    assert {"adaptive@0.9_seconds_an_answer", "refine@4_rouge_l"} <= set(metrics)
     assert (tmp_path / "decode_quality.png").is_file()
     verify = ["verified", "--model", model, "--assistant", f"{llama_dir}@first:1", "--dolly", data, "--beside", model]
     verify += ["--prompts", 5, "--tokens", 8, "--timed-prompts", 2, "--timed-tokens", 8, "--block-size", 4]
     call("bench", *verify, "--run", tmp_path / "verified")
-    figures = read_result(tmp_path / "verified" / "verified.json")["figures"]
-    assert (figures["prompts"], figures["mismatches"]) == (5, 0)
-    assert figures["speedup_dolly"][0] > 0
-    assert figures["accepted_length_run_dolly"] == figures["accepted_length_dolly"]
+    metrics = read_result(tmp_path / "verified" / "verified.json")["metrics"]
+    assert (metrics["prompts"], metrics["mismatches"]) == (5, 0)
+    assert metrics["speedup_dolly"][0] > 0
+    assert metrics["accepted_length_run_dolly"] == metrics["accepted_length_dolly"]
     # What was compared is not written again.
     compared = (tmp_path / "verified" / "compared.jsonl").read_text()
     assert len(compared.splitlines()) == 5 * (1 + 3 * 3)

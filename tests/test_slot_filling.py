@@ -14,7 +14,7 @@ from eval_tasks.slot_filling import (
     parse,
     slot_counts,
     slot_f1,
-    slot_filling_figures,
+    slot_filling_metrics,
     valid_json,
 )
 
@@ -128,19 +128,19 @@ def test_f1_is_the_slow_definition():
 
 
 def test_bad_references_are_named():
-    for metric in (exact_match, intent_accuracy, slot_f1, slot_filling_figures):
+    for metric in (exact_match, intent_accuracy, slot_f1, slot_filling_metrics):
         with pytest.raises(ValueError, match='a reference must be one flat JSON object of strings.*"year": 1990'):
             metric(["{}"], ['{"year": 1990}'])
         with pytest.raises(ValueError, match="shorter"):
             metric(["{}", "{}"], ["{}"])
     with pytest.raises(ValueError, match="no answers"):
-        slot_filling_figures([], [])
+        slot_filling_metrics([], [])
 
 
 def test_the_metric_loads_from_its_folder():
     metric = evaluate.load(str(Path(__file__).parent.parent / "eval_tasks" / "metrics" / "slot_filling"))
-    figures = metric.compute(predictions=list(ANSWERS.values()), references=[REFERENCE] * len(ANSWERS))
-    assert figures == {
+    metrics = metric.compute(predictions=list(ANSWERS.values()), references=[REFERENCE] * len(ANSWERS))
+    assert metrics == {
         "exact_match": 2 / 8,
         "intent_accuracy": 5 / 8,
         "slot_f1": 2 * 10 / (12 + 16),

@@ -11,7 +11,7 @@ from test_scripts import call  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from eval_tasks.baselines.few_shot import few_shot
-from eval_tasks.benchmarks.snips import one_of_each_kind, uncertainty_figures
+from eval_tasks.benchmarks.snips import one_of_each_kind, uncertainty_metrics
 from eval_tasks.report import read_result
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.data import Example
@@ -86,13 +86,13 @@ def test_two_trainings_a_rival_and_their_result(call, recipe, tmp_path, llama_di
     measure += ["--few-shot-limit", 3, "--show", 2, "--rounds", 2, "--result", tmp_path / "snips.json"]
     out = call("bench", "snips", *measure)
     assert out.count(" ms ") == 6
-    figures = read_result(tmp_path / "snips.json")["figures"]
+    metrics = read_result(tmp_path / "snips.json")["metrics"]
     for name in ("one_step", "finetuned", "few_shot", "token_head"):
-        assert 0 <= figures[f"{name}_valid_json"] <= 1
-    assert (figures["finetuned_commands"], figures["few_shot_commands"]) == (9, 3)
-    assert figures["foreign_questions"] == 2
-    assert figures["trained_parameters_in_slot_adapters"] > 0
-    assert {"held_out_exact_match_after_8_examples", "held_out_exact_match_after_16_examples"} <= figures.keys()
+        assert 0 <= metrics[f"{name}_valid_json"] <= 1
+    assert (metrics["finetuned_commands"], metrics["few_shot_commands"]) == (9, 3)
+    assert metrics["foreign_questions"] == 2
+    assert metrics["trained_parameters_in_slot_adapters"] > 0
+    assert {"held_out_exact_match_after_8_examples", "held_out_exact_match_after_16_examples"} <= metrics.keys()
     assert (tmp_path / "snips.md").read_text().count("\n") == 11
     assert (tmp_path / "snips.png").is_file()
 
@@ -160,11 +160,11 @@ def test_thresholds_come_from_held_out_commands(build, llama_dir, tmp_path):
     records = pd.DataFrame(
         {"answer": [right, wrong, right, wrong], model.config.uncertainty_score: [0.15, 0.3, 0.6, 0.95]}
     )
-    figures = uncertainty_figures(model, processor, tmp_path, records, [right] * 4, [])
-    assert figures["auroc_wrong"] == pytest.approx(3 / 4)
+    metrics = uncertainty_metrics(model, processor, tmp_path, records, [right] * 4, [])
+    assert metrics["auroc_wrong"] == pytest.approx(3 / 4)
     # Up to 0.4 all held-out answers are right: of the test's, one right and one wrong are given.
-    assert figures["kept_right_at_threshold_for_95"] == 0.5
-    assert figures["precision_at_threshold_for_95"] == 0.5
+    assert metrics["kept_right_at_threshold_for_95"] == 0.5
+    assert metrics["precision_at_threshold_for_95"] == 0.5
     # With hindsight only the first may be given.
-    assert figures["kept_right_at_95_precision"] == 0.5
-    assert figures["coverage_at_95_precision"] == 0.25
+    assert metrics["kept_right_at_95_precision"] == 0.5
+    assert metrics["coverage_at_95_precision"] == 0.25

@@ -186,8 +186,8 @@ def test_teacher_targets_from_the_command_line(call, recipe, tmp_path, monkeypat
     assert "no teacher answers in" in call("train", *arguments)
     assert "answers in" in call("teacher", *arguments)
     assert "model in" in call("train", *arguments)
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert 0 <= metrics["after"]["eval_accepted_length"] <= 6
+    trained = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert 0 <= trained["after"]["eval_accepted_length"] <= 6
     synthetic = [*arguments, "--instructions", "both", "--num_synthetic", 3, "--output_dir", tmp_path / "more"]
     (tmp_path / "more" / "teacher").mkdir(parents=True)
     rows = [{"instruction": f"who is the {word}", "batch": 0} for word in ("cat", "dog", "bird")]
@@ -208,7 +208,7 @@ def test_teacher_targets_from_the_command_line(call, recipe, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "alone.yaml").write_text(f"{{recipe: {recipe}, runs: {{base: {{}}}}, gather: answers}}")
     call("sweep", tmp_path / "alone.yaml", "--gather")
-    figures = read_result(tmp_path / "runs" / "alone.json")["figures"]
-    assert figures["base_agreement_later"][0] == pytest.approx(later["agreement"].mean())
-    assert figures["base_agreement"][0] == pytest.approx(answers["agreement"][answers["answer_start"] == 0].mean())
+    metrics = read_result(tmp_path / "runs" / "alone.json")["metrics"]
+    assert metrics["base_agreement_later"][0] == pytest.approx(later["agreement"].mean())
+    assert metrics["base_agreement"][0] == pytest.approx(answers["agreement"][answers["answer_start"] == 0].mean())
     assert "set targets to teacher or both" in call("train", *synthetic, "--targets", "human")

@@ -8,7 +8,7 @@ from conftest import CONTEXTS, INSTRUCTIONS, stir_slot_adapters
 
 from modeling_protogen import ProtoGenForConditionalGeneration
 from modeling_protogen.autoregressive import DecoderState
-from modeling_protogen.block_decoding import Instruction, read_and_draft
+from modeling_protogen.block_decoding import PredictorInputs, read_and_draft
 from modeling_protogen.proto_tokens import position_ids
 
 MORE = [*INSTRUCTIONS, "tell me about paris", "what is the capital of france and who sat under the tree"]
@@ -207,7 +207,7 @@ def test_drafts_are_what_training_on_continuations_sees(build, decoder_dir, sour
         ]
         prompt = [plain[name] for name in ("decoder_prompt_ids", "decoder_prompt_mask")]
         text = DecoderState(model.decoder, *prompt, model.config.layers_read)
-        given = Instruction(*model.encode(batch.get("input_ids"), batch.get("attention_mask")), None)
+        given = PredictorInputs(*model.encode(batch.get("input_ids"), batch.get("attention_mask")), None)
         last = torch.full((2, 1), last)
         drafted = read_and_draft(model, text, last, torch.ones_like(last), len(rest), lambda: given)
     torch.testing.assert_close(drafted, trained, atol=1e-4, rtol=1e-4)
@@ -222,7 +222,7 @@ def test_slots_for_the_first_tokens_are_those_of_training_but_where_the_decoder_
         trained = model(**batch).answer_logits.view(2, 4, -1)
         own = model.decoder(prompt[0], attention_mask=prompt[1], position_ids=position_ids(prompt[1])).logits[:, -1]
         text = DecoderState(model.decoder, *(part[:, :-1] for part in prompt), [])
-        given = Instruction(*model.encode(batch["input_ids"], batch["attention_mask"]), None)
+        given = PredictorInputs(*model.encode(batch["input_ids"], batch["attention_mask"]), None)
         last = [part[:, -1:] for part in prompt]
         drafted = read_and_draft(model, text, *last, 4, lambda: given)
     torch.testing.assert_close(drafted[:, 0], own, atol=1e-4, rtol=1e-4)

@@ -119,7 +119,7 @@ def entries_table(entries: list[BankEntry]) -> pa.Table:
 
 
 def bank_card(bank: ProtoTokenBank, repo_id: str, license: str | None) -> DatasetCard:
-    """The data set card; every figure in it is read from the bank."""
+    """The data set card; every metric in it is read from the bank."""
     rows, info = [bank.row(id) for id in bank.ids], bank.info
     lengths = [len(row["token_ids"]) for row in rows]
     data = DatasetCardData(

@@ -47,7 +47,7 @@ class Example:
     One instruction and its answer.
 
     Args:
-        id (`str`): hash of instruction, context and answer: the same wherever the row stands.
+        id (`str`): hash of instruction, context and answer: the same wherever the row is.
         instruction, context, answer (`str`): `context` may be empty.
         category (`str`, *optional*)
         answer_ids (`list[int]`, *optional*): the answer's tokens as the teacher wrote them, instead of `answer`.

@@ -74,7 +74,7 @@ def shared_m(
 
 class Progress:
     """
-    A progress bar with the share of perfect texts, texts a minute, steps a text and the time left; the same figures to
+    A progress bar with the share of perfect texts, texts a minute, steps a text and the time left; the same metrics to
     the accelerator's trackers. The main process shows its own share.
 
     Args:
@@ -102,16 +102,16 @@ class Progress:
         self.text_steps += sum(entry.steps for entry in ended)
         status = f"step {self.steps}"
         if self.texts:
-            figures = {
+            metrics = {
                 "texts_done": self.texts,
                 "perfect_share": self.perfect / self.texts,
                 "texts_per_minute": 60 * self.texts / (time.monotonic() - self.start),
                 "steps_per_text": self.text_steps / self.texts,
             }
             status += ", perfect {perfect_share:.0%}, {texts_per_minute:.3g} texts/min, {steps_per_text:.0f} steps/text"
-            status = status.format(**figures)
+            status = status.format(**metrics)
             if ended:
-                self.accelerator.log({f"fit/{name}": value for name, value in figures.items()}, step=self.steps)
+                self.accelerator.log({f"fit/{name}": value for name, value in metrics.items()}, step=self.steps)
         self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(len(ended))
 

@@ -461,7 +461,7 @@ class ProtoTokenFitter:
 
 
 def passes(fits: list[TextFit], max_tokens: int) -> Iterator[list[TextFit]]:
-    """Cuts texts into groups of like lengths, the longest first: of a group at most MAX_PADDING is padding, and two
+    """Groups texts by length, the longest first: of a group at most MAX_PADDING is padding, and two
     texts or more have at most `max_tokens`."""
     group, tokens = [], 0
     for fit in sorted(fits, key=lambda fit: -len(fit.text.token_ids)):

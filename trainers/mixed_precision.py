@@ -11,7 +11,7 @@ from torch import nn
 
 
 def keep_logits(model: nn.Module) -> None:
-    """Has a model that accelerate has prepared return its logits as the decoder gives them, all else in float32."""
+    """Keeps logits in the decoder's dtype when accelerate upcasts model outputs to float32."""
     conversion = getattr(model.forward, "__wrapped__", None)
     if not isinstance(conversion, ConvertOutputsToFp32):
         return

@@ -55,7 +55,7 @@ class ProgressLines(ProgressCallback):
 
 
 class LengthGroupedEpochs(LengthGroupedSampler):
-    """Examples of like lengths side by side, in an order that seed and epoch alone decide: resuming finds it again."""
+    """Examples grouped by length, in an order that seed and epoch alone decide: resuming finds it again."""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int):
         super().__init__(batch_size, lengths=lengths)

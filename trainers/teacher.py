@@ -97,7 +97,7 @@ def write_teacher_answers(
         # Nobody writes before all have read what there is.
         accelerator.wait_for_everyone()
         pending = [example for example in examples if example.id not in done]
-        # Prompts of like lengths side by side, the longest first, so that memory that does not suffice shows at once.
+        # Bucket prompts by length, the longest first, so that running out of memory shows at once.
         pending.sort(key=lambda example: -len(example.instruction + example.context))
         mine = pending[rank :: accelerator.num_processes]
         progress = tqdm(total=len(mine), desc="teacher answers", disable=not accelerator.is_main_process)

@@ -49,8 +49,8 @@ class ProtoGenTrainingArguments(TrainingArguments):
     train_sampling_strategy: str = field(
         default="random",
         metadata={
-            "help": "group_by_length puts examples of like lengths into a batch: little is padding, but a batch is of "
-            "one kind, which in the controlled world costs half of the exact match.",
+            "help": "group_by_length puts examples of similar length into a batch: little is padding, but a batch is "
+            "of one kind, which in the controlled world costs half of the exact match.",
             "choices": ["random", "group_by_length", "sequential"],
         },
     )

@@ -58,8 +58,8 @@ def denoise(
             logits = model(input_ids=ids, attention_mask=mask).logits[:, part].contiguous()
             tokens = sampling.pick(logits)
             is_masked = ids[:, part] == mask_token_id
-            sureness = log_probability(logits, tokens).masked_fill(~is_masked, -torch.inf)
-            rank = sureness.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            confidence = log_probability(logits, tokens).masked_fill(~is_masked, -torch.inf)
+            rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             stays = is_masked & (rank < count[:, None])
             ids[:, part] = torch.where(stays, tokens, ids[:, part])
     return ids[:, start:]

@@ -39,19 +39,19 @@ def controlled_world(arguments) -> None:
         for name, answers in (("one_step", model.generate(**inputs)), ("autoregressive", written)):
             texts = processor.batch_decode(answers)
             right[name] += [text.strip() == example.answer for text, example in zip(texts, part, strict=True)]
-    figures = {f"{name}_exact_match": mean_with_interval(values) for name, values in right.items()}
+    metrics = {f"{name}_exact_match": mean_with_interval(values) for name, values in right.items()}
     if any(right["autoregressive"]):
-        figures["share_of_autoregressive"] = sum(right["one_step"]) / sum(right["autoregressive"])
+        metrics["share_of_autoregressive"] = sum(right["one_step"]) / sum(right["autoregressive"])
     for kind in sorted({example.category for example in held_out}):
         for name, values in right.items():
             of_kind = [value for value, example in zip(values, held_out, strict=True) if example.category == kind]
-            figures[f"{kind}_{name}_exact_match"] = float(np.mean(of_kind))
+            metrics[f"{kind}_{name}_exact_match"] = float(np.mean(of_kind))
     content = report.result(
         command=f"protogen world, protogen train, {arguments.command_line}",
         model="a GPTNeoX decoder and a BERT encoder made by the recipe",
         revision=None,
         data=f"{len(held_out)} instructions held out of eval_tasks/studies/controlled_world.py",
         seed=0,
-        figures=figures,
+        metrics=metrics,
     )
     report.write_result(arguments.result, content)

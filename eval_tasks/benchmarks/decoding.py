@@ -18,7 +18,7 @@ from eval_tasks.baselines.autoregressive import autoregressive, prompt_lookup
 from eval_tasks.baselines.one_pass import protogen
 from eval_tasks.baselines.writing import Writer
 from eval_tasks.latency import interleaved_seconds, peak_gigabytes, ratio_with_interval
-from eval_tasks.pictures import curves, lines
+from eval_tasks.plots import curves, lines
 from eval_tasks.statistics import mean_with_interval
 from eval_tasks.text_metrics import rouge_l
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
@@ -65,35 +65,22 @@ def decode(arguments) -> None:
         "bare_forward_with_prompt": bare_forward(model.decoder, processor, reads_prompt=True),
     }
 
-    rows, seconds = [], {}
-    cells = [(1, length) for length in arguments.lengths]
-    cells += [(size, arguments.batch_tokens) for size in arguments.batch_sizes]
-    for batch, length in dict.fromkeys(cells):
-        print(f"{batch} at a time, {length} tokens")
-        seconds[batch, length] = cell_seconds(writers, prompts, batch, length, arguments.rounds)
-        for name, values in seconds[batch, length].items():
-            for value in values:
-                rows.append({"method": name, "batch": batch, "tokens": length, "milliseconds": 1000 * value})
-
-    figures = {}
-    for (batch, length), found in seconds.items():
-        suffix = f"{length}" if batch == 1 else f"{length}_batch_{batch}"
-        figures |= {f"{name}_{suffix}": value for name, value in speed_figures(found, batch * length).items()}
+    rows, metrics = timed_cells(writers, prompts, arguments)
     largest = [prompts[at % len(prompts)] for at in range(max(arguments.batch_sizes))]
     for name in ("one_step", "one_step_with_prompt", "greedy"):
-        figures[f"{name}_peak_memory_gb_{arguments.batch_tokens}_batch_{len(largest)}"] = peak_gigabytes(
+        metrics[f"{name}_peak_memory_gb_{arguments.batch_tokens}_batch_{len(largest)}"] = peak_gigabytes(
             lambda write=writers[name]: write(largest, [None] * len(largest), arguments.batch_tokens, exactly=True)
         )
     if arguments.soak_calls:
         modes = {mode: protogen(sees_prompt, processor, mode) for mode in ("one_step", "adaptive", "verified")}
-        figures |= soak(
+        metrics |= soak(
             modes | {"one_step_without_prompt": one_step}, prompts, min(arguments.lengths), arguments.soak_calls
         )
 
     path = Path(arguments.result)
     model_name = f"{arguments.encoder}, {arguments.decoder}, {arguments.dtype}; heads untrained"
     if trained is not None:
-        figures |= quality_figures(trained, examples, arguments, path.with_name(f"{path.stem}_quality.png"))
+        metrics |= quality_metrics(trained, examples, arguments, path.with_name(f"{path.stem}_quality.png"))
         model_name += f", but for quality: {arguments.trained}"
     content = report.result(
         command=arguments.command_line,
@@ -101,11 +88,27 @@ def decode(arguments) -> None:
         revision=decoder_revision(arguments.decoder),
         data=f"instructions of {arguments.data} without context",
         seed=0,
-        figures=figures,
+        metrics=metrics,
     )
     report.write_csv(path.with_suffix(".csv"), rows)
     pictures(pd.DataFrame(rows), arguments.batch_tokens, path)
     report.write_result(path, content, beside=", .csv and pictures beside it")
+
+
+def timed_cells(writers: dict[str, Writer], prompts: list[str], arguments) -> tuple[list[dict], dict]:
+    """A row for each call of each writer, and speeds, at each length and each batch size."""
+    rows, metrics = [], {}
+    cells = [(1, length) for length in arguments.lengths]
+    cells += [(size, arguments.batch_tokens) for size in arguments.batch_sizes]
+    for batch, length in dict.fromkeys(cells):
+        print(f"{batch} at a time, {length} tokens")
+        seconds = cell_seconds(writers, prompts, batch, length, arguments.rounds)
+        for name, values in seconds.items():
+            for value in values:
+                rows.append({"method": name, "batch": batch, "tokens": length, "milliseconds": 1000 * value})
+        suffix = f"{length}" if batch == 1 else f"{length}_batch_{batch}"
+        metrics |= {f"{name}_{suffix}": value for name, value in speed_metrics(seconds, batch * length).items()}
+    return rows, metrics
 
 
 def untrained(
@@ -148,10 +151,10 @@ def bare_forward(decoder, processor: ProtoGenProcessor, reads_prompt: bool) -> W
     return write
 
 
-def speed_figures(seconds: dict[str, np.ndarray], num_tokens: int) -> dict[str, float | list[float]]:
+def speed_metrics(seconds: dict[str, np.ndarray], num_tokens: int) -> dict[str, float | list[float]]:
     """How methods that write `num_tokens` tokens compare, from their seconds `(rounds,)`."""
     greedy, with_prompt = seconds["greedy"], seconds["one_step_with_prompt"]
-    figures = {
+    metrics = {
         "one_step_speedup": ratio_with_interval(greedy, seconds["one_step"]),
         "one_step_with_prompt_speedup": ratio_with_interval(greedy, with_prompt),
         "one_step_share_of_bare_forward": ratio_with_interval(seconds["bare_forward_with_prompt"], with_prompt),
@@ -159,9 +162,9 @@ def speed_figures(seconds: dict[str, np.ndarray], num_tokens: int) -> dict[str, 
     }
     for name, values in seconds.items():
         for quantile in (50, 90):
-            figures[f"{name}_milliseconds_p{quantile}"] = 1000 * float(np.percentile(values, quantile))
-        figures[f"{name}_tokens_per_second"] = num_tokens / float(np.median(values))
-    return figures
+            metrics[f"{name}_milliseconds_p{quantile}"] = 1000 * float(np.percentile(values, quantile))
+        metrics[f"{name}_tokens_per_second"] = num_tokens / float(np.median(values))
+    return metrics
 
 
 def cell_seconds(
@@ -176,7 +179,7 @@ def cell_seconds(
     return interleaved_seconds({name: partial(call, write) for name, write in writers.items()}, rounds=rounds)
 
 
-def quality_figures(
+def quality_metrics(
     model: ProtoGenForConditionalGeneration, examples: list[Example], arguments, picture: Path
 ) -> dict[str, float | list[float]]:
     """The quality of a trained model's modes on instructions that it has not learned from, which it draws too."""
@@ -185,8 +188,8 @@ def quality_figures(
     held_out = [e for e in unknown if processor.fits(e.instruction)][: arguments.quality_prompts]
     measured = quality(model, processor, held_out, arguments.batch_tokens)
     draw_quality(measured, picture)
-    figures = {f"{name}_{figure}": value for name, found in measured.items() for figure, value in found.items()}
-    return figures | {"quality_prompts": len(held_out)}
+    metrics = {f"{name}_{figure}": value for name, found in measured.items() for figure, value in found.items()}
+    return metrics | {"quality_prompts": len(held_out)}
 
 
 def quality(
@@ -225,9 +228,9 @@ def quality(
 def draw_quality(measured: dict[str, dict[str, list[float]]], path: Path) -> None:
     """A point for each way to write, a line through those that differ in a setting alone."""
     points = defaultdict(list)
-    for name, figures in measured.items():
-        mean, low, high = figures["seconds_an_answer"]
-        points[name.split("@")[0]].append(([1 / mean, 1 / high, 1 / low], figures["rouge_l"]))
+    for name, metrics in measured.items():
+        mean, low, high = metrics["seconds_an_answer"]
+        points[name.split("@")[0]].append(([1 / mean, 1 / high, 1 / low], metrics["rouge_l"]))
     curves(points, ("answers a second", "ROUGE-L"), "Quality against speed, one prompt at a time", path, log_x=True)
 
 

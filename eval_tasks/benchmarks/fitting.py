@@ -89,7 +89,7 @@ def fit(arguments) -> None:
         revision=decoder_revision(arguments.decoder),
         data=f"first {arguments.tokens} tokens of {len(texts)} responses of {arguments.data}",
         seed=arguments.seed,
-        figures={
+        metrics={
             f"texts_per_minute_{device}": slots_rate,
             f"texts_per_minute_paper_{device}": paper_rate,
             f"texts_per_minute_ratio_{device}": slots_rate / paper_rate,
@@ -173,7 +173,7 @@ def fit_kill(arguments) -> None:
         revision=decoder_revision(bank.info.decoder),
         data=f"first {arguments.tokens} tokens of {arguments.texts} responses, recipe {arguments.recipe}",
         seed=arguments.seed,
-        figures={
+        metrics={
             "kills": kills,
             "texts": summary["texts"],
             "texts_fitted_before_the_last_kill": len(seen),

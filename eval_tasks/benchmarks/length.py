@@ -29,6 +29,6 @@ def length(arguments) -> None:
         revision=decoder_revision(made_with["decoder"]),
         data=f"{count // 2} held-out instructions of {made_with['data']}; calibrated on {count - count // 2} others",
         seed=made_with["seed"],
-        figures=json.loads(path.read_text())["figures"],
+        metrics=json.loads(path.read_text())["metrics"],
     )
     report.write_result(arguments.result, content)

@@ -22,7 +22,7 @@ def accuracy(cell: dict) -> float:
 
 def parity(arguments) -> None:
     cells = Path(arguments.run) / "cells"
-    figures, compared, different = {}, 0, 0
+    metrics, compared, different = {}, 0, 0
     for path in sorted(cells.glob("hf--*.json")):
         task = path.stem.removeprefix("hf--")
         hf, protogen, one_step = (
@@ -37,17 +37,17 @@ def parity(arguments) -> None:
         compared += len(pairs)
         different += sum(one["answer"] != other["answer"] for one, other in pairs)
         name = task.removeprefix("protogen_")
-        figures |= {
+        metrics |= {
             f"{name}_difference": accuracy(protogen) - accuracy(hf),
             f"{name}_accuracy_hf": accuracy(hf),
             f"{name}_accuracy_one_step": accuracy(one_step),
             f"{name}_seconds_an_example": protogen["seconds_an_example"],
             f"{name}_seconds_an_example_one_step": one_step["seconds_an_example"],
         }
-    if not figures:
+    if not metrics:
         raise FileNotFoundError(f"there is nothing in {cells}; run protogen evaluate --config evaluation/parity first.")
     evaluation = report.read_result(Path(arguments.run) / "evaluation.json")
     content = evaluation | {
-        "figures": figures | {"answers_compared": compared, "answers_different": different},
+        "metrics": metrics | {"answers_compared": compared, "answers_different": different},
     }
     report.write_result(arguments.result, content)

@@ -1,4 +1,4 @@
-"""A finished quickstart: its figures, and one-step answers against greedy ones in time."""
+"""A finished quickstart: its metrics, and one-step answers against greedy ones in time."""
 
 import json
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def quickstart(arguments) -> None:
         data=f"scripts/data/dolly_sample.jsonl, {parts['fit']['texts']} texts fitted, "
         f"{len(parts['validation'])} instructions held out",
         seed=0,
-        figures={
+        metrics={
             "reconstruction_accuracy": parts["fit"]["reconstruction_accuracy"],
             "validation_token_accuracy_before": before["eval_token_accuracy"],
             "validation_token_accuracy_after": after["eval_token_accuracy"],

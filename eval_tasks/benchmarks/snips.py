@@ -11,15 +11,15 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from eval_tasks import report
-from eval_tasks.abstention import coverage_curve, ranking_figures, threshold_for_accuracy
+from eval_tasks.abstention import coverage_curve, ranking_metrics, threshold_for_accuracy
 from eval_tasks.baselines.autoregressive import autoregressive
 from eval_tasks.baselines.few_shot import few_shot
 from eval_tasks.baselines.one_pass import protogen
 from eval_tasks.baselines.writing import Writer, up_to_eos
 from eval_tasks.latency import interleaved_seconds, ratio_with_interval
-from eval_tasks.pictures import curves, exact_points
-from eval_tasks.retention import retention_figures
-from eval_tasks.slot_filling import exact_match, slot_filling_figures
+from eval_tasks.plots import curves, exact_points
+from eval_tasks.retention import retention_metrics
+from eval_tasks.slot_filling import exact_match, slot_filling_metrics
 from eval_tasks.statistics import mean_with_interval
 from modeling_protogen import ProtoGenProcessor
 from trainers.data import DataArguments, Example, load_examples
@@ -67,48 +67,48 @@ def snips(arguments) -> None:
     show(writers, examples[: arguments.show], longest)
 
     records = records_of(model, processor, examples)
-    figures = slot_filling_figures(list(records["answer"]), references)
-    figures |= named("one_step", figures)
-    figures["one_step_exact_match"] = mean_with_interval(exact_match(list(records["answer"]), references))
-    figures |= uncertainty_figures(model, processor, run, records, references, foreign_questions(arguments, processor))
+    metrics = slot_filling_metrics(list(records["answer"]), references)
+    metrics |= named("one_step", metrics)
+    metrics["one_step_exact_match"] = mean_with_interval(exact_match(list(records["answer"]), references))
+    metrics |= uncertainty_metrics(model, processor, run, records, references, foreign_questions(arguments, processor))
     for name in [name for name in writers if name != "one_step"]:
         asked = examples[: arguments.few_shot_limit] if name == "few_shot" else examples
         answers, wanted = written(writers[name], asked, longest, name), references[: len(asked)]
-        figures |= named(name, slot_filling_figures(answers, wanted))
-        figures[f"{name}_exact_match"] = mean_with_interval(exact_match(answers, wanted))
-        figures[f"{name}_commands"] = len(asked)
+        metrics |= named(name, slot_filling_metrics(answers, wanted))
+        metrics[f"{name}_exact_match"] = mean_with_interval(exact_match(answers, wanted))
+        metrics[f"{name}_commands"] = len(asked)
     if arguments.predictor:
         predictor = load_protogen(Path(arguments.predictor) / "model").to(device)
         answers = token_head_answers(predictor, processor, examples)
-        figures |= named("token_head", slot_filling_figures(answers, references))
-    if figures.get("finetuned_exact_match", [0])[0]:
-        figures["share_of_finetuned"] = figures["one_step_exact_match"][0] / figures["finetuned_exact_match"][0]
+        metrics |= named("token_head", slot_filling_metrics(answers, references))
+    if metrics.get("finetuned_exact_match", [0])[0]:
+        metrics["share_of_finetuned"] = metrics["one_step_exact_match"][0] / metrics["finetuned_exact_match"][0]
 
     if arguments.cuda_graphs:
         model.use_cuda_graphs(input_multiple=processor.max_prompt_length)
         if arguments.finetuned:
             writers["finetuned"] = autoregressive(decoder, processor, cache_implementation="static")
-    figures |= speed_figures(writers, processor, examples, longest, arguments.rounds)
+    metrics |= speed_metrics(writers, processor, examples, longest, arguments.rounds)
     trained = [p for name, p in model.named_parameters() if not name.startswith("decoder.")]
-    figures["trained_parameters"] = sum(p.numel() for p in trained)
+    metrics["trained_parameters"] = sum(p.numel() for p in trained)
     adapters = model.slot_adapters.parameters() if model.slot_adapters is not None else []
-    figures["trained_parameters_in_slot_adapters"] = sum(p.numel() for p in adapters)
-    figures |= learning(run, arguments.result)
+    metrics["trained_parameters_in_slot_adapters"] = sum(p.numel() for p in adapters)
+    metrics |= learning(run, arguments.result)
     write_answers(Path(arguments.result).with_suffix(".md"), examples, records)
-    metrics = json.loads((run / "metrics.json").read_text())["run"]
+    training = json.loads((run / "metrics.json").read_text())["run"]
     content = report.result(
         command=arguments.command_line,
-        model=f"{metrics['decoder']}, {metrics['decoder_dtype']}, frozen; slot adapters of rank "
+        model=f"{training['decoder']}, {training['decoder_dtype']}, frozen; slot adapters of rank "
         f"{model.config.slot_adapter_rank} and the predictor are trained",
         revision=None,
-        data=f"{len(examples)} commands of {arguments.data}; {metrics['train_examples']} others to train on",
-        seed=metrics["seed"],
-        figures=figures,
+        data=f"{len(examples)} commands of {arguments.data}; {training['train_examples']} others to train on",
+        seed=training["seed"],
+        metrics=metrics,
     )
     report.write_result(arguments.result, content, beside=", .png and .md (answers) beside it")
 
 
-def speed_figures(
+def speed_metrics(
     writers: dict[str, Writer], processor: ProtoGenProcessor, examples: list[Example], longest: int, rounds: int
 ) -> dict[str, float | list[float]]:
     """Milliseconds an answer and tokens a second of each, one command at a time, and how much faster one step is."""
@@ -120,13 +120,13 @@ def speed_figures(
         rounds,
     )
     tokens = processor.encode_answers([e.answer for e in examples])["length_labels"].float().mean().item()
-    figures = {}
+    metrics = {}
     for name, values in seconds.items():
-        figures[f"{name}_milliseconds_an_answer"] = 1000 * float(np.median(values))
-        figures[f"{name}_tokens_a_second"] = tokens / float(np.median(values))
+        metrics[f"{name}_milliseconds_an_answer"] = 1000 * float(np.median(values))
+        metrics[f"{name}_tokens_a_second"] = tokens / float(np.median(values))
         if name != "one_step":
-            figures[f"speedup_{name}"] = ratio_with_interval(values, seconds["one_step"])
-    return figures
+            metrics[f"speedup_{name}"] = ratio_with_interval(values, seconds["one_step"])
+    return metrics
 
 
 def show(writers: dict[str, Writer], examples: list[Example], longest: int) -> None:
@@ -142,8 +142,8 @@ def show(writers: dict[str, Writer], examples: list[Example], longest: int) -> N
     print()
 
 
-def named(prefix: str, figures: dict[str, float]) -> dict[str, float]:
-    return {f"{prefix}_{name}": value for name, value in figures.items()}
+def named(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
 
 @torch.no_grad()
@@ -204,14 +204,14 @@ def foreign_questions(arguments, processor: ProtoGenProcessor) -> list[Example]:
     return found
 
 
-def uncertainty_figures(model, processor, run: Path, records: pd.DataFrame, references: list[str], foreign) -> dict:
+def uncertainty_metrics(model, processor, run: Path, records: pd.DataFrame, references: list[str], foreign) -> dict:
     """
     How well uncertainty tells wrong answers from right ones: with a threshold that the held-out commands of training
     ask for, at the best one afterwards, and with foreign questions mixed in, every answer to which is wrong.
     """
     score = model.config.uncertainty_score
     right, uncertainties = exact_match(list(records["answer"]), references), records[score].to_numpy()
-    figures = {"auroc_wrong": ranking_figures(right, uncertainties)["auroc_wrong"]}
+    metrics = {"auroc_wrong": ranking_metrics(right, uncertainties)["auroc_wrong"]}
     held_out = pd.read_csv(run / "answers.csv")
     coverage, precision = coverage_curve(right, uncertainties)
     number_right = max(right.sum(), 1)
@@ -219,30 +219,30 @@ def uncertainty_figures(model, processor, run: Path, records: pd.DataFrame, refe
         percent = round(100 * wanted)
         reached = np.flatnonzero(precision >= wanted)
         last = reached[-1] if len(reached) else None
-        figures[f"coverage_at_{percent}_precision"] = 0.0 if last is None else float(coverage[last])
+        metrics[f"coverage_at_{percent}_precision"] = 0.0 if last is None else float(coverage[last])
         kept = 0.0 if last is None else coverage[last] * precision[last] * len(right)
-        figures[f"kept_right_at_{percent}_precision"] = float(kept / number_right)
+        metrics[f"kept_right_at_{percent}_precision"] = float(kept / number_right)
         threshold = threshold_for_accuracy(held_out["exact_match"], held_out[score], wanted)
         given = uncertainties <= (-np.inf if threshold is None else threshold)
-        figures[f"kept_right_at_threshold_for_{percent}"] = float(right[given].sum() / number_right)
-        figures[f"precision_at_threshold_for_{percent}"] = float(right[given].mean()) if given.any() else 1.0
+        metrics[f"kept_right_at_threshold_for_{percent}"] = float(right[given].sum() / number_right)
+        metrics[f"precision_at_threshold_for_{percent}"] = float(right[given].mean()) if given.any() else 1.0
     if foreign:
         asked = records_of(model, processor, foreign)[score].to_numpy()
         both = np.concatenate([uncertainties, asked])
         if right.any():
             errors = np.concatenate([1 - right, np.ones(len(asked))])
-            figures |= named("with_foreign", retention_figures(errors, both, 0.5))
+            metrics |= named("with_foreign", retention_metrics(errors, both, 0.5))
         is_command = np.repeat([1.0, 0.0], [len(right), len(asked)])
-        figures["auroc_foreign"] = ranking_figures(is_command, both)["auroc_wrong"]
-        figures["foreign_questions"] = len(asked)
-    return figures
+        metrics["auroc_foreign"] = ranking_metrics(is_command, both)["auroc_wrong"]
+        metrics["foreign_questions"] = len(asked)
+    return metrics
 
 
 def learning(run: Path, result: str) -> dict[str, float]:
     """Exact match on held-out commands against the examples seen; draws it beside the result."""
-    metrics = json.loads((run / "metrics.json").read_text())
-    batch = metrics["run"]["examples_a_step"]
-    points = {entry["step"] * batch: entry["eval_exact_match"] for entry in metrics["log"] if "eval_loss" in entry}
+    training = json.loads((run / "metrics.json").read_text())
+    batch = training["run"]["examples_a_step"]
+    points = {entry["step"] * batch: entry["eval_exact_match"] for entry in training["log"] if "eval_loss" in entry}
     curves(
         {"one step": exact_points(points, points.values())},
         ("commands seen through the decoder", "exact match"),

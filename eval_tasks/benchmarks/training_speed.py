@@ -180,18 +180,18 @@ def training_speed(arguments) -> None:
     processor, warm_up = ProtoGenProcessor.from_pretrained(run / "model"), 2
     examples = [e for e in load_examples(DataArguments(data=arguments.data)) if processor.fits(e.instruction)]
     examples = list(islice(cycle(examples), (warm_up + arguments.steps) * arguments.batch_size))
-    figures = timed_steps(run, examples, arguments.batch_size, warm_up, stores_prompts=False)
-    figures["peak_teraflops_per_second"] = peak_flops(best_device()) / 1e12
-    figures["model_flops_utilisation"] = figures["teraflops_per_second"] / figures["peak_teraflops_per_second"]
+    metrics = timed_steps(run, examples, arguments.batch_size, warm_up, stores_prompts=False)
+    metrics["peak_teraflops_per_second"] = peak_flops(best_device()) / 1e12
+    metrics["model_flops_utilisation"] = metrics["teraflops_per_second"] / metrics["peak_teraflops_per_second"]
     if ProtoGenConfig.from_pretrained(run / "model").decoder_sees_prompt:
         stored = timed_steps(run, examples, arguments.batch_size, warm_up, stores_prompts=True)
-        figures["milliseconds_a_step_with_stored_prompts"] = stored["milliseconds_a_step"]
+        metrics["milliseconds_a_step_with_stored_prompts"] = stored["milliseconds_a_step"]
     content = report.result(
         command=arguments.command_line,
         model=f"{made_with['decoder']}, bfloat16; encoder {made_with['encoder']}",
         revision=decoder_revision(made_with["decoder"]),
         data=f"{arguments.steps} batches of {arguments.batch_size} examples of {arguments.data}",
         seed=0,
-        figures=figures,
+        metrics=metrics,
     )
     report.write_result(arguments.result, content)

@@ -58,12 +58,12 @@ def verified(arguments) -> None:
     )
     models = {"random": random.to(device).eval(), "trained": trained}
     processor = ProtoGenProcessor.from_pretrained(arguments.model)
-    figures = compare_with_greedy(arguments, models, processor, sources)
+    metrics = compare_with_greedy(arguments, models, processor, sources)
     drafters = {"trained": (trained, processor)}
     for folder in arguments.beside:
         other = ProtoGenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device)
         drafters[Path(folder).parent.name] = other, ProtoGenProcessor.from_pretrained(folder)
-    figures |= time_verified(arguments, models, drafters, sources)
+    metrics |= time_verified(arguments, models, drafters, sources)
     content = report.result(
         command=arguments.command_line,
         # Its folder would say where it lies on this machine.
@@ -72,7 +72,7 @@ def verified(arguments) -> None:
         revision=trained.config.decoder_revision,
         data=", ".join(filter(None, (arguments.dolly, arguments.gsm8k))),
         seed=0,
-        figures=figures,
+        metrics=metrics,
     )
     report.write_result(run / "verified.json", content)
 
@@ -132,7 +132,7 @@ def time_verified(arguments, models: dict, drafters: dict, sources: dict) -> dic
     """Time of greedy answers over that of verified ones, in bfloat16, one prompt at a time, all methods in turn."""
     for model in [*models.values(), *(model for model, _ in drafters.values())]:
         model.to(torch.bfloat16)
-    (trained, processor), figures = drafters["trained"], {}
+    (trained, processor), metrics = drafters["trained"], {}
     _, assistant = load_decoder(arguments.assistant, None, "bfloat16", trained.device)
     writers = {
         "greedy": autoregressive(trained.decoder, processor),
@@ -152,8 +152,8 @@ def time_verified(arguments, models: dict, drafters: dict, sources: dict) -> dic
         calls = {name: partial(call, write) for name, write in writers.items()}
         seconds = interleaved_seconds(calls, rounds=len(chosen))
         for name in calls.keys() - {"greedy"}:
-            figures[f"speedup_{name}_{source}"] = ratio_with_interval(seconds["greedy"], seconds[name], np.sum)
-        figures[f"speedup_{source}"] = figures.pop(f"speedup_trained_{source}")
+            metrics[f"speedup_{name}_{source}"] = ratio_with_interval(seconds["greedy"], seconds[name], np.sum)
+        metrics[f"speedup_{source}"] = metrics.pop(f"speedup_trained_{source}")
         for name, (model, own_processor) in drafters.items():
             accepted = [
                 model.generate(
@@ -166,7 +166,7 @@ def time_verified(arguments, models: dict, drafters: dict, sources: dict) -> dic
                 ).accepted_lengths.item()
                 for e in chosen
             ]
-            figures[f"accepted_length_{name}_{source}"] = mean_with_interval(accepted)
-        figures[f"accepted_length_{source}"] = figures.pop(f"accepted_length_trained_{source}")
-    figures["speedup_all_wrong"] = figures[f"speedup_{WRONG}_dolly"]
-    return figures
+            metrics[f"accepted_length_{name}_{source}"] = mean_with_interval(accepted)
+        metrics[f"accepted_length_{source}"] = metrics.pop(f"accepted_length_trained_{source}")
+    metrics["speedup_all_wrong"] = metrics[f"speedup_{WRONG}_dolly"]
+    return metrics

@@ -27,9 +27,9 @@ from eval_tasks.evaluation import (
     evaluate_cell,
     main_metric,
     metric_table,
-    quality_figures,
+    quality_metrics,
     side_by_side,
-    uncertainty_figures,
+    uncertainty_metrics,
 )
 from eval_tasks.protogen_lm import ProtoGenLM
 from eval_tasks.recipes import RecipeParser
@@ -116,17 +116,17 @@ def main(argv: list[str]) -> None:
                 write_json(path, cell)
             cells[method, task] = cell
     table = metric_table(cells)
-    figures = quality_figures(table, arguments.baseline)
+    metrics = quality_metrics(table, arguments.baseline)
     rated = main_metric(table, arguments.main_metrics)
-    figures |= uncertainty_figures(rated, arguments.acceptable_error)
-    figures |= {f"seconds_an_example_{m}_{task}": cell["seconds_an_example"] for (m, task), cell in cells.items()}
+    metrics |= uncertainty_metrics(rated, arguments.acceptable_error)
+    metrics |= {f"seconds_an_example_{m}_{task}": cell["seconds_an_example"] for (m, task), cell in cells.items()}
     content = result(
         command=f"protogen evaluate {shlex.join(argv)}",
         model="; ".join(f"{name}: {settings['pretrained']}" for name, settings in arguments.methods.items()),
         revision=None,
         data=f"{', '.join(arguments.tasks)}, {arguments.limit or 'all'} questions of each",
         seed=0,
-        figures=figures,
+        metrics=metrics,
     )
     (output / "examples.html").write_text(side_by_side(cells))
     write_csv(output / "evaluation.csv", table.to_dict("records"))

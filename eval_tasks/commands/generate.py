@@ -51,13 +51,13 @@ def read_prompts(arguments) -> list[dict[str, str]]:
     return prompts
 
 
-def figures_of(output: ProtoGenGenerateOutput, row: int) -> dict[str, float]:
+def measures_of(output: ProtoGenGenerateOutput, row: int) -> dict[str, float]:
     """What `generate` says of one answer, besides its text."""
-    figures = {"tokens": output.lengths, "predicted_length": output.predicted_lengths}
-    figures |= {"length_sigma": output.length_sigmas, "confidence": output.confidences}
-    figures |= {"uncertainty": output.uncertainties, "abstained": output.abstained}
-    figures |= {"accepted_length": output.accepted_lengths}
-    return {name: round(values[row].item(), 4) for name, values in figures.items() if values is not None}
+    metrics = {"tokens": output.lengths, "predicted_length": output.predicted_lengths}
+    metrics |= {"length_sigma": output.length_sigmas, "confidence": output.confidences}
+    metrics |= {"uncertainty": output.uncertainties, "abstained": output.abstained}
+    metrics |= {"accepted_length": output.accepted_lengths}
+    return {name: round(values[row].item(), 4) for name, values in metrics.items() if values is not None}
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
@@ -124,14 +124,14 @@ def main(argv: list[str]) -> None:
         answers = processor.batch_decode(output.sequences)
         milliseconds = 1000 * (time.perf_counter() - began) / len(batch)
         for row, (prompt, answer) in enumerate(zip(batch, answers, strict=True)):
-            figures = figures_of(output, row) | {"milliseconds": round(milliseconds, 1)}
+            metrics = measures_of(output, row) | {"milliseconds": round(milliseconds, 1)}
             if arguments.json:
-                report = {"instruction": prompt["instruction"], "answer": answer, **figures}
+                report = {"instruction": prompt["instruction"], "answer": answer, **metrics}
                 print(json.dumps(report, ensure_ascii=False))
             else:
                 if len(prompts) > 1:
                     print(f"> {prompt['instruction']}")
                 if not arguments.stream:
                     print(answer)
-                words = [f"{name.replace('_', ' ')} {value:g}" for name, value in figures.items()]
+                words = [f"{name.replace('_', ' ')} {value:g}" for name, value in metrics.items()]
                 print(f"[{', '.join(words)}]\n")

@@ -1,5 +1,5 @@
 """
-Fills tables and figures of the pages from the result files, and makes a page of the studies and one of the
+Fills tables and metrics of the pages from the result files, and makes a page of the studies and one of the
 evaluations that have been run.
 
     protogen report
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from eval_tasks.page import Section, html_page
-from eval_tasks.report import fill_figures, fill_tables, read_result
+from eval_tasks.report import fill_metrics, fill_tables, read_result
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     results = {path.stem: read_result(path) for path in sorted(arguments.results.glob("*.json"))}
     for readme in arguments.readmes:
-        readme.write_text(fill_figures(fill_tables(readme.read_text(), results), results))
+        readme.write_text(fill_metrics(fill_tables(readme.read_text(), results), results))
         print(f"filled from {len(results)} results: {readme}")
     pages = {
         arguments.runs: ("Anatomy of proto-tokens", studies(arguments.runs)),

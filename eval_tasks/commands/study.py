@@ -66,7 +66,7 @@ def make(
     fit_args: FittingArguments,
     args: ProtoGenTrainingArguments,
 ) -> None:
-    """Makes a study; leaves its figures in OUTPUT_DIR/study.json, rows in study.csv, plots and banks beside them."""
+    """Makes a study; leaves its metrics in OUTPUT_DIR/study.json, rows in study.csv, plots and banks beside them."""
     accelerator, output = open_accelerator(args), Path(args.output_dir)
     context = StudyContext(model_args, data_args, fit_args, study_args, accelerator, output)
     findings = module.study(context, own)
@@ -79,7 +79,7 @@ def make(
         revision=decoder_revision(model_args.decoder, model_args.decoder_revision),
         data=f"{findings.texts or context.described_texts()} of {data_args.data}",
         seed=fit_args.fit_seed,
-        figures=findings.figures,
+        metrics=findings.metrics,
     )
     write_csv(output / "study.csv", findings.rows.to_dict("records"))
     if findings.html:

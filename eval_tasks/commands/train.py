@@ -1,27 +1,17 @@
 """Trains the encoder that predicts proto-tokens. Run the same command again after an interruption: it goes on."""
 
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, set_seed
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers import set_seed
 
-from eval_tasks.calibration import calibrate_length, calibrate_uncertainty, rank_correlations
-from eval_tasks.length_calibration import constant_baseline, length_figures, linear_baseline
-from eval_tasks.one_step import one_step_records
+from eval_tasks.held_out import calibrate
 from eval_tasks.recipes import SHARED, RecipeParser
-from eval_tasks.report import write_csv, write_json
+from eval_tasks.report import write_json
 from eval_tasks.sentence_encoder import sentence_embeddings
 from eval_tasks.text_metrics import one_step_metrics
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from modeling_protogen.configuration_protogen import FITTED_SIZE, UNCERTAINTY_SCORES
-from modeling_protogen.frozen_decoder import embedding_std
-from modeling_protogen.proto_tokens import flatten_proto_tokens
 from trainers.arguments import (
     BankArguments,
     ModelArguments,
@@ -30,11 +20,11 @@ from trainers.arguments import (
     bank_info,
     load_processor,
 )
+from trainers.building import build_model, start_deepspeed_on_cpus, start_from, whole_model
 from trainers.data import (
     DataArguments,
     Example,
     ProtoGenCollator,
-    category_id,
     load_examples,
     with_continuations,
     with_own_texts,
@@ -44,7 +34,7 @@ from trainers.embedded import resolve
 from trainers.files import locked
 from trainers.lora import add_lora, merge_lora
 from trainers.prompt_store import PromptStore
-from trainers.proto_bank import ProtoTokenBank, stack_entries
+from trainers.proto_bank import ProtoTokenBank
 from trainers.protogen_trainer import ProtoGenTrainer, last_complete_checkpoint, settle_losses
 from trainers.teacher import read_teacher_answers
 from trainers.training_args import ProtoGenTrainingArguments
@@ -84,23 +74,15 @@ def train(
         print(f"already trained: {output_dir / 'model'}; remove {output_dir} to train again")
         return
     settle_losses(model_args, args)
-    bank_folder = Path(bank_args.bank or output_dir / "bank")
-    if "bank" in args.needs:
-        check_bank(bank_folder, model_args)
-    check_continuations(model_args, target_args)
+    bank_folder, bank = Path(bank_args.bank or output_dir / "bank"), None
+    check(model_args, target_args, args, bank_folder)
     if args.deepspeed_plugin and args.use_cpu:
         start_deepspeed_on_cpus()
     set_seed(args.seed)
-    if model_args.first_tokens is None:
-        model_args.first_tokens = "decoder" if target_args.targets == "teacher" else "slots"
-    model = prepared_model(inputs, model_args, data_args)
+    model = prepared_model(inputs, model_args, target_args, data_args)
     categories = model.config.categories
     processor = load_processor(model_args, model.config.max_answer_length)
-    answers_folder = teacher_folder(target_args, args)
-    train_examples, validation_examples = examples_to_learn(
-        model, processor, model_args, target_args, data_args, answers_folder
-    )
-    bank = None
+    train_examples, validation_examples = examples_to_learn(model, processor, model_args, target_args, data_args, args)
     if "bank" in args.needs:
         bank = ProtoTokenBank(bank_folder, bank_info(model_args, model.decoder))
         train_examples = banked(train_examples, bank)
@@ -157,9 +139,11 @@ def made_of(model_args: ModelArguments, data_args: DataArguments, args: ProtoGen
 
 
 def prepared_model(
-    inputs: TrainInputArguments, model_args: ModelArguments, data_args: DataArguments
+    inputs: TrainInputArguments, model_args: ModelArguments, target_args: TargetArguments, data_args: DataArguments
 ) -> ProtoGenForConditionalGeneration:
     """A new model, with the weights of an earlier one, a store of prompts and adapters where they are asked for."""
+    if model_args.first_tokens is None:
+        model_args.first_tokens = "decoder" if target_args.targets == "teacher" else "slots"
     categories = None
     if model_args.m_scope == "per_category":
         categories = sorted({example.category for example in load_examples(data_args)})
@@ -180,9 +164,10 @@ def examples_to_learn(
     model_args: ModelArguments,
     target_args: TargetArguments,
     data_args: DataArguments,
-    folder: Path,
+    args: ProtoGenTrainingArguments,
 ) -> tuple[list[Example], list[Example]]:
-    """Training and validation examples with the answers that `targets` asks for; the teacher's are in the folder."""
+    """Training and validation examples with the answers that `targets` asks for."""
+    folder = teacher_folder(target_args, args)
     train_examples, validation_examples = instructions_to_learn(data_args, target_args, processor, folder)
     if target_args.targets == "self":
         return with_own_texts(train_examples), with_own_texts(validation_examples)
@@ -196,84 +181,6 @@ def examples_to_learn(
     )
 
 
-def start_from(model: ProtoGenForConditionalGeneration, folder: str) -> None:
-    """Takes over the trained weights of another run's model; slot adapters that it lacks stay fresh."""
-    weights = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    lacking = [name for name in missing if not name.startswith(("decoder.", "slot_adapters."))]
-    if lacking or unexpected:
-        raise ValueError(
-            f"{folder} has other weights than this recipe's model, {(lacking + unexpected)[0]} for one: start_from "
-            "needs a model of the same shape."
-        )
-
-
-def start_deepspeed_on_cpus() -> None:
-    """Before a model is built, which ZeRO-3 spreads over the processes at once; by itself it would look for MPI."""
-    import deepspeed
-
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-
-
-def check_continuations(model_args: ModelArguments, target_args: TargetArguments) -> None:
-    goes_on = target_args.continuations or target_args.validation_continuations
-    if goes_on and not model_args.decoder_sees_prompt:
-        raise ValueError("the decoder reads what an answer goes on from: continuations need decoder_sees_prompt: true.")
-    if model_args.encoder_reads_answer and not (target_args.continuations and model_args.has_encoder):
-        raise ValueError("encoder_reads_answer needs an encoder, and continuations for it to read.")
-
-
-def check_bank(folder: Path, model_args: ModelArguments) -> None:
-    if model_args.decoder_sees_prompt:
-        raise ValueError(
-            "banked proto-tokens were fitted without a prompt before them: compare with them under "
-            "decoder_sees_prompt: false, or leave out the losses that need a bank."
-        )
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the losses need a bank and there is none in {folder}; fit it first (protogen fit).")
-
-
-def build_model(model_args: ModelArguments, categories: list[str] | None) -> ProtoGenForConditionalGeneration:
-    fields = asdict(model_args)
-    encoder, decoder = (
-        resolve(fields.pop("encoder")) if model_args.has_encoder else None,
-        resolve(fields.pop("decoder")),
-    )
-    dtype = getattr(torch, fields.pop("decoder_dtype"))
-    of_processor = ("max_input_length", "max_prompt_length", "prompt_template", "answer_format", "encoder_reads_answer")
-    for name in (*of_processor, "encoder_lora_rank"):
-        fields.pop(name)
-    if is_deepspeed_zero3_enabled():
-        fields["proto_token_std"] = FITTED_SIZE * spread_embedding_std(decoder, model_args.decoder_revision)
-    return ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(
-        encoder, decoder, decoder_dtype=dtype, categories=categories, **fields
-    )
-
-
-def spread_embedding_std(decoder: str, revision: str | None) -> float:
-    """Standard deviation of the decoder's input embeddings, which ZeRO-3 spreads over the processes."""
-    import deepspeed
-
-    model = AutoModelForCausalLM.from_pretrained(decoder, revision=revision)
-    with deepspeed.zero.GatheredParameters(model.get_input_embeddings().weight):
-        return embedding_std(model)
-
-
-def whole_model(
-    trainer: ProtoGenTrainer, model_args: ModelArguments, categories: list[str] | None
-) -> ProtoGenForConditionalGeneration | None:
-    """On the main process, all of the weights that DeepSpeed has spread over the processes."""
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    unset_hf_deepspeed_config()
-    if not trainer.is_world_process_zero():
-        return None
-    model = build_model(model_args, categories)
-    if model_args.encoder_lora_rank:
-        add_lora(model, model_args.encoder_lora_rank)
-    model.load_state_dict(weights)
-    return model
-
-
 def answer_embeddings(examples: list[Example], processor: ProtoGenProcessor, teacher: str) -> dict[str, torch.Tensor]:
     """What the answers mean, by example id."""
     texts = [e.answer if e.answer_ids is None else processor.decode(e.answer_ids) for e in examples]
@@ -281,55 +188,25 @@ def answer_embeddings(examples: list[Example], processor: ProtoGenProcessor, tea
     return {example.id: vector for example, vector in zip(examples, vectors, strict=True)}
 
 
-def calibrate(
-    model: ProtoGenForConditionalGeneration,
-    processor: ProtoGenProcessor,
-    train_examples: list[Example],
-    validation_examples: list[Example],
-    bank: ProtoTokenBank | None,
-    folder: Path,
+def check(
+    model_args: ModelArguments, target_args: TargetArguments, args: ProtoGenTrainingArguments, bank: Path
 ) -> None:
     """
-    Calibrates the model on every other validation example and measures it on the rest, and on those that go on from
-    the middle of an answer; too few are left alone. With a bank, the distance to its nearest text is measured as an
-    uncertainty too; a checkpoint alone cannot have it.
+    Raises:
+        ValueError: if the arguments contradict each other.
+        FileNotFoundError: if the losses need a bank and there is none.
     """
-    beginnings = [example for example in validation_examples if not example.answer_start]
-    later = [example for example in validation_examples if example.answer_start]
-    calibration, test = beginnings[::2], beginnings[1::2]
-    if len(test) < 2:
-        print("too few validation examples to calibrate lengths and uncertainty on")
+    goes_on = target_args.continuations or target_args.validation_continuations
+    if goes_on and not model_args.decoder_sees_prompt:
+        raise ValueError("the decoder reads what an answer goes on from: continuations need decoder_sees_prompt: true.")
+    if model_args.encoder_reads_answer and not (target_args.continuations and model_args.has_encoder):
+        raise ValueError("encoder_reads_answer needs an encoder, and continuations for it to read.")
+    if "bank" not in args.needs:
         return
-
-    banked = None
-    if bank is not None:
-        banked = flatten_proto_tokens(*stack_entries([bank[example.id] for example in train_examples])).numpy()
-
-    def records(examples):
-        categories = model.config.categories
-        category_ids = categories and torch.tensor([category_id(e.category, categories) for e in examples])
-        starts = [e.answer_start for e in examples]
-        texts = [e.instruction for e in examples], [e.context for e in examples], [e.target for e in examples]
-        rows = one_step_records(model, processor, *texts, starts, category_ids, banked)
-        return rows.assign(id=[e.id for e in examples], answer_start=list(map(len, starts)))
-
-    calibrate_length(model.config, records(calibration))
-    seen, found, goes_on = records(calibration), records(test), records(later)
-    calibrate_uncertainty(model.config, seen)
-
-    def prompt_lengths(examples):
-        return np.array([processor.decoder_prompt_length(e.instruction, e.context) for e in examples])
-
-    train_lengths = processor.encode_answers([e.target for e in train_examples])["length_labels"].numpy()
-    own = found["log_length_mean"].to_numpy(), found["log_length_variance"].to_numpy()
-    predictions = {
-        "": own,
-        "constant": constant_baseline(train_lengths, len(test)),
-        "linear": linear_baseline(prompt_lengths(train_examples), train_lengths, prompt_lengths(test)),
-    }
-    figures = length_figures(predictions, found["length"].to_numpy())
-    scores = UNCERTAINTY_SCORES if bank is None else (*UNCERTAINTY_SCORES, "bank_distance")
-    figures |= {f"rank_correlation_{name}": value for name, value in rank_correlations(found, scores).items()}
-    write_json(folder / "calibration.json", {"uncertainty_score": model.config.uncertainty_score, "figures": figures})
-    rows = [row for part in (seen, found, goes_on) for row in part.to_dict("records")]
-    write_csv(folder / "answers.csv", rows)
+    if model_args.decoder_sees_prompt:
+        raise ValueError(
+            "banked proto-tokens were fitted without a prompt before them: compare with them under "
+            "decoder_sees_prompt: false, or leave out the losses that need a bank."
+        )
+    if not bank.is_dir():
+        raise FileNotFoundError(f"the losses need a bank and there is none in {bank}; fit it first (protogen fit).")

@@ -13,6 +13,6 @@ def prompt(doc: dict) -> str:
 
 def process_results(doc: dict, results: list[str]) -> dict[str, float]:
     answers, references = [results[0].strip()], [doc["response"].strip()]
-    metrics = {"rouge_l": rouge_l, "bleu": bleu, "chrf": chrf, "token_f1": token_f1}
-    figures = {name: metric(answers, references)[0] for name, metric in metrics.items()}
-    return figures | {"degenerate": float(is_degenerate(answers)[0])}
+    functions = {"rouge_l": rouge_l, "bleu": bleu, "chrf": chrf, "token_f1": token_f1}
+    metrics = {name: function(answers, references)[0] for name, function in functions.items()}
+    return metrics | {"degenerate": float(is_degenerate(answers)[0])}

@@ -7,19 +7,19 @@ import numpy as np
 import pandas as pd
 import torch
 
-from eval_tasks.pictures import heatmaps
+from eval_tasks.plots import heatmaps
 from eval_tasks.statistics import mean_with_interval
 
-from .reading import BATCH_TOKENS, FittedTexts, Reader
-from .study import Findings, StudyContext
+from .reading import BATCH_TOKENS, FittedTexts, Reconstructor
+from .study import StudyContext, StudyResult
 
 
-def attention_to_e(reader: Reader, fitted: FittedTexts) -> torch.Tensor:
+def attention_to_e(reader: Reconstructor, fitted: FittedTexts) -> torch.Tensor:
     """
     Attention that each predicting position pays to the e-tokens (their weights summed).
 
     Args:
-        reader (`Reader`): its decoder is switched to eager attention, the only one that gives its weights.
+        reader (`Reconstructor`): its decoder is switched to eager attention, the only one that gives its weights.
         fitted (`FittedTexts`): texts of one length, laid out as `e_mN` or `e_m`.
 
     Returns:
@@ -45,29 +45,29 @@ def attention_to_e(reader: Reader, fitted: FittedTexts) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def measure(reader: Reader, fitted: FittedTexts, title: str, folder: Path) -> Findings:
+def measure(reader: Reconstructor, fitted: FittedTexts, title: str, folder: Path) -> StudyResult:
     """Attention to `e` by layer and head, and by layer and position; and what it were if all places got the same."""
     by_text = attention_to_e(reader, fitted).numpy()
     weights = by_text.mean(0)
     layer, head = np.unravel_index(weights.mean(-1).argmax(), weights.shape[:2])
     first = int(reader.sink != "none") + fitted.e.shape[1] + (reader.arrangement == "e_mN")
     evenly = fitted.e.shape[1] / np.arange(first, first + weights.shape[-1])
-    figures = {
+    metrics = {
         "attention_to_e": mean_with_interval(by_text.mean((1, 2, 3))),
         "attention_to_e_if_even": float(evenly.mean()),
         "attention_to_e_strongest_head": mean_with_interval(by_text[:, layer, head].mean(-1)),
     }
     thirds = np.array_split(np.arange(weights.shape[-1]), 3)
     for name, places in zip(("first", "middle", "last"), thirds, strict=True):
-        figures[f"attention_to_e_{name}_third"] = mean_with_interval(by_text[..., places].mean((1, 2, 3)))
-        figures[f"attention_to_e_{name}_third_if_even"] = float(evenly[places].mean())
+        metrics[f"attention_to_e_{name}_third"] = mean_with_interval(by_text[..., places].mean((1, 2, 3)))
+        metrics[f"attention_to_e_{name}_third_if_even"] = float(evenly[places].mean())
     for layer in range(len(weights)):
-        figures[f"attention_to_e_layer_{layer}"] = mean_with_interval(by_text[:, layer].mean((1, 2)))
+        metrics[f"attention_to_e_layer_{layer}"] = mean_with_interval(by_text[:, layer].mean((1, 2)))
     maps = {"mean over positions": weights.mean(2)}, {"mean over heads": weights.mean(1)}
     for values, label in zip(maps, ("head", "position"), strict=True):
         heatmaps(values, ("layer", label), title, folder / f"attention_{label}.png")
     index = pd.MultiIndex.from_product(map(range, weights.shape), names=["layer", "head", "position"])
-    return Findings(figures, pd.DataFrame({"attention": weights.ravel()}, index=index).reset_index())
+    return StudyResult(metrics, pd.DataFrame({"attention": weights.ravel()}, index=index).reset_index())
 
 
 @dataclass
@@ -75,6 +75,6 @@ class Arguments:
     """None of its own."""
 
 
-def study(context: StudyContext, _: Arguments) -> Findings:
+def study(context: StudyContext, _: Arguments) -> StudyResult:
     """Attention to `e` while texts of one length are read."""
     return measure(context.reader, context.fitted(context.source), context.title, context.folder)

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval_tasks.pictures import lines
+from eval_tasks.plots import lines
 from eval_tasks.statistics import mean_with_interval
 from eval_tasks.text_metrics import information_bits
 from trainers.arguments import bank_info
@@ -19,7 +19,7 @@ from trainers.fit_bank import fit_bank
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
 from trainers.proto_bank import BankInfo, ProtoTokenBank
 
-from .study import Findings, StudyContext
+from .study import StudyContext, StudyResult
 from .text_sources import load_sources, source_texts
 
 AXES = ["decoder", "source", "arrangement", "m_scope", "sink"]
@@ -142,29 +142,29 @@ def named_cells(rows: pd.DataFrame, axes: list[str]) -> list[tuple[str, pd.DataF
     return [("_".join(NAMES.get(v, v) for v in key), cell) for key, cell in rows.groupby(axes, sort=False)]
 
 
-def capacity_figures(rows: list[dict], threshold: float) -> dict[str, float | list[float]]:
+def capacity_metrics(rows: list[dict], threshold: float) -> dict[str, float | list[float]]:
     """
     For each setting: `C_tokens`, the longest length whose mean accuracy reaches the threshold; `H_LM_bits`, the
     information of those texts with its interval; accuracy and exact match at each length, and accuracy in each category
     where texts have one, with intervals.
     """
-    rows, figures = pd.DataFrame(rows), {}
+    rows, metrics = pd.DataFrame(rows), {}
     for name, cell in named_cells(rows, varying_axes(rows)):
         accuracy = cell.groupby("length")["accuracy"].mean()
         held = accuracy[accuracy >= threshold]
-        figures[f"{name}_C_tokens"] = int(held.index.max()) if len(held) else 0
-        longest = cell[cell["length"] == figures[f"{name}_C_tokens"]]
-        figures[f"{name}_H_LM_bits"] = mean_with_interval(longest["bits"]) if len(held) else 0.0
+        metrics[f"{name}_C_tokens"] = int(held.index.max()) if len(held) else 0
+        longest = cell[cell["length"] == metrics[f"{name}_C_tokens"]]
+        metrics[f"{name}_H_LM_bits"] = mean_with_interval(longest["bits"]) if len(held) else 0.0
         for length, part in cell.groupby("length"):
-            figures[f"{name}_{length}_tokens_accuracy"] = mean_with_interval(part["accuracy"])
-            figures[f"{name}_{length}_tokens_exact_match"] = mean_with_interval(part["accuracy"] == 1)
+            metrics[f"{name}_{length}_tokens_accuracy"] = mean_with_interval(part["accuracy"])
+            metrics[f"{name}_{length}_tokens_exact_match"] = mean_with_interval(part["accuracy"] == 1)
         if cell["category"].nunique() > 1:
             for category, part in cell.groupby("category"):
                 # A text's accuracies at several lengths are no more than one observation.
                 by_text = part.groupby("id")["accuracy"].mean()
                 if len(by_text) > 1:
-                    figures[f"{name}_{category}_accuracy"] = mean_with_interval(by_text)
-    return figures
+                    metrics[f"{name}_{category}_accuracy"] = mean_with_interval(by_text)
+    return metrics
 
 
 def capacity_picture(rows: list[dict], threshold: float, title: str, path: str | Path) -> None:
@@ -173,7 +173,7 @@ def capacity_picture(rows: list[dict], threshold: float, title: str, path: str |
     setting of these, dots without a sink.
 
     Args:
-        rows (`list[dict]`): as in [`capacity_figures`].
+        rows (`list[dict]`): as in [`capacity_metrics`].
         threshold (`float`): drawn as a line.
         title (`str`), path (`str` or `Path`)
     """
@@ -198,7 +198,7 @@ def capacity_picture(rows: list[dict], threshold: float, title: str, path: str |
     )
 
 
-def study(context: StudyContext, args: Arguments) -> Findings:
+def study(context: StudyContext, args: Arguments) -> StudyResult:
     """Capacity of one decoder or of several, as `accuracy` against length; several processes may share the fits."""
     sources, rows = load_sources(args.capacity_sources, context.data_args), []
     names = args.decoders or [context.model_args.decoder]
@@ -215,6 +215,6 @@ def study(context: StudyContext, args: Arguments) -> Findings:
         shown = names[0] if len(names) == 1 else f"{len(names)} decoders"
         title = f"{shown}, {context.model_args.decoder_dtype}: {args.capacity_texts} texts of each length"
         capacity_picture(rows, args.capacity_threshold, title, context.folder / "capacity.png")
-    figures = capacity_figures(rows, args.capacity_threshold)
+    metrics = capacity_metrics(rows, args.capacity_threshold)
     texts, columns = f"{args.capacity_texts} texts of each length", ["C_tokens", "H_LM_bits"]
-    return Findings(figures, pd.DataFrame(rows), columns=columns, model=", ".join(names), texts=texts)
+    return StudyResult(metrics, pd.DataFrame(rows), columns=columns, model=", ".join(names), texts=texts)

@@ -12,12 +12,12 @@ import pandas as pd
 from textblob.en.taggers import PatternTagger
 from transformers import PreTrainedTokenizerBase
 
-from eval_tasks.pictures import bars, lines
+from eval_tasks.plots import bars, lines
 from eval_tasks.statistics import mean_with_interval
 from eval_tasks.text_metrics import information_bits
 
-from .reading import FittedTexts, Reader, share_equal
-from .study import Findings, StudyContext
+from .reading import FittedTexts, Reconstructor, share_equal
+from .study import StudyContext, StudyResult
 
 # The closed classes of English: determiners, pronouns, prepositions, conjunctions, auxiliaries, particles (after Quirk
 # et al., 1985, A Comprehensive Grammar of the English Language, 2.39 to 2.45).
@@ -125,13 +125,13 @@ def profile(texts: list[str]) -> dict[str, np.ndarray]:
 
 
 def measure(
-    reader: Reader,
+    reader: Reconstructor,
     tokenizer: PreTrainedTokenizerBase,
     fitted: dict[str, FittedTexts],
     corpora: dict[str, Counter],
     title: str,
     folder: Path,
-) -> Findings:
+) -> StudyResult:
     """
     Right words by kind, place and frequency, and the bits a token of texts and reconstructions under the decoder.
 
@@ -139,21 +139,21 @@ def measure(
         fitted (`dict[str, FittedTexts]`), corpora (`dict[str, Counter]`): by source; the latter count token ids.
         title (`str`): of the pictures; folder (`Path`): theirs.
     """
-    figures, rows, examples = {}, [], []
+    metrics, rows, examples = {}, [], []
     for source, texts in fitted.items():
         read = reader.read(texts.e, texts.m, [len(ids) for ids in texts.token_ids])
         pairs = list(zip(texts.token_ids, read, strict=True))
         found = word_rows(tokenizer, texts.token_ids, read, corpora[source]).assign(source=source)
         rows.append(found)
-        figures[f"{source}_token_accuracy"] = mean_with_interval([share_equal(*pair) for pair in pairs])
-        figures[f"{source}_word_accuracy"] = mean_with_interval(found.groupby("text")["correct"].mean())
+        metrics[f"{source}_token_accuracy"] = mean_with_interval([share_equal(*pair) for pair in pairs])
+        metrics[f"{source}_word_accuracy"] = mean_with_interval(found.groupby("text")["correct"].mean())
         for kind, part in found.groupby("kind"):
             by_text = part.groupby("text")["correct"].mean()
             if len(by_text) > 1:
-                figures[f"{source}_{kind}_word_accuracy"] = mean_with_interval(by_text)
+                metrics[f"{source}_{kind}_word_accuracy"] = mean_with_interval(by_text)
         for name, ids in (("text", texts.token_ids), ("reconstruction", read)):
             bits = [information_bits(reader.decoder, text) / len(text) for text in ids]
-            figures[f"{source}_{name}_bits_a_token"] = mean_with_interval(bits)
+            metrics[f"{source}_{name}_bits_a_token"] = mean_with_interval(bits)
         examples += [f"<h4>{source}</h4>", *(f"<p>{coloured(tokenizer, *pair)}</p>" for pair in pairs[:6])]
     rows = pd.concat(rows)
     rows["tenth"] = (rows["relative_position"] * 10).astype(int) / 10
@@ -165,14 +165,14 @@ def measure(
         lines(by_text, x, "correct", title, folder / f"errors_{x}.png", line="source", labels=labels)
     panels = {
         source: {
-            kind: figures[name]
+            kind: metrics[name]
             for kind in ("function", "content", "other")
-            if (name := f"{source}_{kind}_word_accuracy") in figures
+            if (name := f"{source}_{kind}_word_accuracy") in metrics
         }
         for source in fitted
     }
     bars({source: found for source, found in panels.items() if found}, title, folder / "errors.png")
-    return Findings(figures, rows, "\n".join(examples))
+    return StudyResult(metrics, rows, "\n".join(examples))
 
 
 @dataclass
@@ -180,7 +180,7 @@ class Arguments:
     """None of its own."""
 
 
-def study(context: StudyContext, _: Arguments) -> Findings:
+def study(context: StudyContext, _: Arguments) -> StudyResult:
     """Which words go wrong, in the texts of one source or of several."""
     tokenizer = context.tokenizer
     corpora = {

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from eval_tasks.pictures import curves
+from eval_tasks.plots import curves
 from eval_tasks.sentence_encoder import sentence_embeddings
 from eval_tasks.statistics import mean_with_interval
 from modeling_protogen.modeling_protogen import ProtoGenOutput
@@ -20,7 +20,7 @@ from trainers.losses.relational_distillation import RelationalDistillationLoss
 from trainers.proto_bank import BankEntry, ProtoTokenBank
 
 from .roles import similarity_of_structure
-from .study import Findings, StudyContext
+from .study import StudyContext, StudyResult
 
 
 def fit_with_meaning(
@@ -65,7 +65,7 @@ def fit_with_meaning(
 
 def measure(
     fits: dict[str, dict[float, tuple[np.ndarray, list[float]]]], meaning: np.ndarray, title: str, folder: Path
-) -> Findings:
+) -> StudyResult:
     """
     Reconstruction accuracy against similarity of structure to what the texts mean.
 
@@ -73,18 +73,18 @@ def measure(
         fits (`dict`): from a loss to its weight to `e` `(texts, dim)` and the accuracies `(texts,)` under it.
         meaning (`np.ndarray` of shape `(texts, dim)`): embeddings of a sentence encoder.
     """
-    figures, rows, points = {}, [], {}
+    metrics, rows, points = {}, [], {}
     for loss, by_weight in fits.items():
         points[loss] = []
         for weight, (e, accuracies) in by_weight.items():
             accuracy, similarity = mean_with_interval(accuracies), similarity_of_structure(e, meaning)
-            figures[f"{loss}_{weight:g}_accuracy"] = accuracy
-            figures[f"{loss}_{weight:g}_similarity_to_meaning"] = similarity
+            metrics[f"{loss}_{weight:g}_accuracy"] = accuracy
+            metrics[f"{loss}_{weight:g}_similarity_to_meaning"] = similarity
             points[loss].append((similarity, accuracy))
             rows += [{"loss": loss, "weight": weight, "text": n, "accuracy": a} for n, a in enumerate(accuracies)]
     labels = ("similarity of e to meaning", "reconstruction accuracy")
     curves(points, labels, title, folder / "imposing.png")
-    return Findings(figures, pd.DataFrame(rows))
+    return StudyResult(metrics, pd.DataFrame(rows))
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Arguments:
     )
 
 
-def study(context: StudyContext, args: Arguments) -> Findings:
+def study(context: StudyContext, args: Arguments) -> StudyResult:
     """Fits the texts of one source under each loss and weight."""
     texts, steps = context.texts(context.source), context.fit_args.fit_max_steps
     meaning = sentence_embeddings(resolve(args.teacher), [context.tokenizer.decode(text.token_ids) for text in texts])

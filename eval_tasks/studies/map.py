@@ -8,24 +8,24 @@ import pandas as pd
 from sklearn.decomposition import PCA
 from sklearn.metrics import silhouette_samples
 
-from eval_tasks.pictures import scatter
+from eval_tasks.plots import scatter
 from eval_tasks.statistics import mean_with_interval
 
 from .reading import FittedTexts
-from .study import Findings, StudyContext
+from .study import StudyContext, StudyResult
 
 
-def measure(fitted: FittedTexts, title: str, folder: Path, seed: int) -> Findings:
+def measure(fitted: FittedTexts, title: str, folder: Path, seed: int) -> StudyResult:
     """`e` and `m` by PCA, and by UMAP where umap-learn is installed, coloured by category."""
-    figures, maps = {}, {}
+    metrics, maps = {}, {}
     for name in ("e", "m"):
         vectors = getattr(fitted, name).flatten(1).numpy()
         pca = PCA(2, random_state=seed)
         maps[f"{name}, PCA"] = pca.fit_transform(vectors)
-        figures[f"{name}_variance_in_two_components"] = float(pca.explained_variance_ratio_.sum())
+        metrics[f"{name}_variance_in_two_components"] = float(pca.explained_variance_ratio_.sum())
         if 1 < len(set(fitted.categories)) < len(fitted):
             silhouettes = silhouette_samples(vectors, fitted.categories, metric="cosine")
-            figures[f"{name}_silhouette_of_categories"] = mean_with_interval(silhouettes)
+            metrics[f"{name}_silhouette_of_categories"] = mean_with_interval(silhouettes)
         if find_spec("umap"):
             from umap import UMAP
 
@@ -34,7 +34,7 @@ def measure(fitted: FittedTexts, title: str, folder: Path, seed: int) -> Finding
     rows = pd.DataFrame({"category": fitted.categories, "text": fitted.texts})
     for name, points in maps.items():
         rows[f"{name} x"], rows[f"{name} y"] = points.T
-    return Findings(figures, rows)
+    return StudyResult(metrics, rows)
 
 
 @dataclass
@@ -42,6 +42,6 @@ class Arguments:
     """None of its own."""
 
 
-def study(context: StudyContext, _: Arguments) -> Findings:
+def study(context: StudyContext, _: Arguments) -> StudyResult:
     """A map of the texts' proto-tokens."""
     return measure(context.fitted(context.source), context.title, context.folder, context.seed)

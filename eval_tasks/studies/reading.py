@@ -34,7 +34,7 @@ class FittedTexts:
         return len(self.token_ids)
 
 
-class Reader:
+class Reconstructor:
     """
     Reads texts from proto-tokens.
 

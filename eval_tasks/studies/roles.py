@@ -16,14 +16,14 @@ from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from eval_tasks.pictures import bars
+from eval_tasks.plots import bars
 from eval_tasks.sentence_encoder import sentence_embeddings
 from eval_tasks.statistics import mean_with_interval
 from trainers.embedded import resolve
 
 from .errors import profile
-from .reading import FittedTexts, Reader, share_equal
-from .study import Findings, StudyContext
+from .reading import FittedTexts, Reconstructor, share_equal
+from .study import StudyContext, StudyResult
 
 
 def shared_words(a: list[int], b: list[int]) -> float:
@@ -32,7 +32,7 @@ def shared_words(a: list[int], b: list[int]) -> float:
     return 2 * common / (len(a) + len(b))
 
 
-def swap_rows(reader: Reader, fitted: FittedTexts, seed: int = 0) -> pd.DataFrame:
+def swap_rows(reader: Reconstructor, fitted: FittedTexts, seed: int = 0) -> pd.DataFrame:
     """
     Reads `e` of one text with `m` of another: every text gives its `e` once and its `m` once.
 
@@ -69,7 +69,7 @@ def probe_categories(vectors: np.ndarray, categories: list[str], seed: int = 0) 
     return weight * (predicted == labels)
 
 
-def category_figures(vectors: dict[str, np.ndarray], categories: list[str], seed: int) -> dict[str, list[float]]:
+def category_metrics(vectors: dict[str, np.ndarray], categories: list[str], seed: int) -> dict[str, list[float]]:
     """The balanced accuracy of `probe_categories` from each of the vectors, and by chance."""
     # Each of the five folds needs one of each category, so rarer ones are left out.
     sizes = Counter(categories)
@@ -134,7 +134,7 @@ def bags_of_tokens(token_ids: list[list[int]]) -> np.ndarray:
     return TfidfVectorizer(analyzer=list).fit_transform(token_ids).toarray()
 
 
-# Title of a panel, and what the names of its figures begin with.
+# Title of a panel, and what the names of its metrics begin with.
 PANELS = {
     "donor's tokens, same place": "swap_same_place_",
     "donor's tokens, any place": "swap_same_words_",
@@ -144,36 +144,38 @@ PANELS = {
 }
 
 
-def measure(reader: Reader, fitted: FittedTexts, meaning: np.ndarray, title: str, folder: Path, seed: int) -> Findings:
+def measure(
+    reader: Reconstructor, fitted: FittedTexts, meaning: np.ndarray, title: str, folder: Path, seed: int
+) -> StudyResult:
     """
     Swaps, probes and similarities of structure of `e`, `m` and both.
 
     Args:
         meaning (`np.ndarray` of shape `(texts, dim)`): embeddings of a sentence encoder, probed beside them.
     """
-    swapped, figures = swap_rows(reader, fitted, seed), {}
+    swapped, metrics = swap_rows(reader, fitted, seed), {}
     for measure in ("same_place", "same_words"):
         for donor, part in swapped.groupby("donor", sort=False):
-            figures[f"swap_{measure}_{donor}"] = mean_with_interval(part[measure])
+            metrics[f"swap_{measure}_{donor}"] = mean_with_interval(part[measure])
     vectors = {"e": flat(fitted.e), "m": flat(fitted.m)}
     vectors["both"] = np.concatenate([vectors["e"], vectors["m"]], axis=1)
     numbers = {"length": np.array([len(ids) for ids in fitted.token_ids], dtype=float)} | profile(fitted.texts)
     numbers = {name: values for name, values in numbers.items() if values.std() > 0}
     probed = {**vectors, "sentence_encoder": meaning}
-    figures |= category_figures(probed, fitted.categories, seed)
+    metrics |= category_metrics(probed, fitted.categories, seed)
     for name, vector in probed.items():
         for number, values in numbers.items():
-            figures[f"probe_{number}_r2_{name}"] = probe_number(vector, values, seed)
+            metrics[f"probe_{number}_r2_{name}"] = probe_number(vector, values, seed)
     tokens = bags_of_tokens(fitted.token_ids)
     for name, vector in vectors.items():
-        figures[f"similarity_to_meaning_{name}"] = similarity_of_structure(vector, meaning)
-        figures[f"similarity_to_tokens_{name}"] = similarity_of_structure(vector, tokens)
+        metrics[f"similarity_to_meaning_{name}"] = similarity_of_structure(vector, meaning)
+        metrics[f"similarity_to_tokens_{name}"] = similarity_of_structure(vector, tokens)
     panels = {
-        panel: {name.removeprefix(prefix): value for name, value in figures.items() if name.startswith(prefix)}
+        panel: {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
         for panel, prefix in PANELS.items()
     }
     bars({panel: found for panel, found in panels.items() if found}, title, folder / "roles.png")
-    return Findings(figures, swapped)
+    return StudyResult(metrics, swapped)
 
 
 @dataclass
@@ -185,7 +187,7 @@ class Arguments:
     )
 
 
-def study(context: StudyContext, args: Arguments) -> Findings:
+def study(context: StudyContext, args: Arguments) -> StudyResult:
     """What of a text is in `e`, and what in `m`."""
     fitted = context.fitted(context.source)
     meaning = sentence_embeddings(resolve(args.teacher), fitted.texts)

@@ -11,13 +11,13 @@ from scipy.spatial.distance import cdist
 from torch import nn
 from tqdm import tqdm
 
-from eval_tasks.pictures import lines
+from eval_tasks.plots import lines
 from eval_tasks.statistics import mean_with_interval
 from trainers.fitting import ProtoTokenFitter, Text, TextFit
 from trainers.proto_bank import BankEntry
 
-from .reading import FittedTexts, Reader
-from .study import Findings, StudyContext
+from .reading import FittedTexts, Reconstructor
+from .study import StudyContext, StudyResult
 
 
 def seed_distances(solutions: list[np.ndarray]) -> pd.DataFrame:
@@ -43,7 +43,7 @@ def seed_distances(solutions: list[np.ndarray]) -> pd.DataFrame:
 
 
 def noise_rows(
-    reader: Reader, fitted: FittedTexts, relative_sizes: list[float], which: tuple[str, ...], seed: int = 0
+    reader: Reconstructor, fitted: FittedTexts, relative_sizes: list[float], which: tuple[str, ...], seed: int = 0
 ) -> pd.DataFrame:
     """
     Accuracy under Gaussian noise whose expected length is a share of the vector's own.
@@ -71,7 +71,7 @@ def with_noise(vectors: torch.Tensor, relative_size: float, generator: torch.Gen
 
 
 def path_rows(
-    reader: Reader,
+    reader: Reconstructor,
     fitted: FittedTexts,
     path: Callable[[float], tuple[torch.Tensor, torch.Tensor]],
     name: str,
@@ -135,13 +135,13 @@ def fit_bezier_controls(
 
 
 def measure(
-    reader: Reader,
+    reader: Reconstructor,
     solutions: list[FittedTexts],
     curve: Callable[[float], tuple[torch.Tensor, torch.Tensor]],
     noise: list[float],
     title: str,
     folder: Path,
-) -> Findings:
+) -> StudyResult:
     """
     Distances between seeds, noise on the first solution, and the straight and the learned path from the first to the
     second.
@@ -152,29 +152,29 @@ def measure(
         noise (`list[float]`): relative sizes.
     """
     first, second = solutions[:2]
-    figures = {}
+    metrics = {}
     for number, fitted in enumerate(solutions):
-        figures[f"accuracy_seed_{number}"] = mean_with_interval(reader.accuracies(fitted.e, fitted.m, fitted.token_ids))
+        metrics[f"accuracy_seed_{number}"] = mean_with_interval(reader.accuracies(fitted.e, fitted.m, fitted.token_ids))
     for name in ("e", "m"):
         distances = seed_distances([getattr(fitted, name).flatten(1).numpy() for fitted in solutions])
         for kind in ("within", "between"):
             by_text = distances.groupby("text")[kind].mean()
-            figures[f"{name}_cosine_distance_{kind}_texts"] = mean_with_interval(by_text)
+            metrics[f"{name}_cosine_distance_{kind}_texts"] = mean_with_interval(by_text)
     noisy = pd.concat([noise_rows(reader, first, noise, which) for which in (("e",), ("m",), ("e", "m"))])
     for (vectors, size), part in noisy.groupby(["vectors", "relative_size"]):
-        figures[f"noise_{size:g}_on_{vectors.replace(' ', '_')}_accuracy"] = mean_with_interval(part["accuracy"])
+        metrics[f"noise_{size:g}_on_{vectors.replace(' ', '_')}_accuracy"] = mean_with_interval(part["accuracy"])
 
     def straight(t: float) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.lerp(first.e, second.e, t), torch.lerp(first.m, second.m, t)
 
     paths = pd.concat([path_rows(reader, first, straight, "linear"), path_rows(reader, first, curve, "bezier")])
     for name, part in paths.groupby("path"):
-        figures[f"{name}_path_lowest_accuracy"] = mean_with_interval(part.groupby("text")["accuracy"].min())
+        metrics[f"{name}_path_lowest_accuracy"] = mean_with_interval(part.groupby("text")["accuracy"].min())
     accuracy = "reconstruction accuracy"
     labels = ("noise, share of the vector's length", accuracy)
     lines(noisy, "relative_size", "accuracy", title, folder / "stability_noise.png", line="vectors", labels=labels)
     lines(paths, "t", "accuracy", title, folder / "stability_paths.png", line="path", labels=("t", accuracy))
-    return Findings(figures, pd.concat([noisy, paths]))
+    return StudyResult(metrics, pd.concat([noisy, paths]))
 
 
 @dataclass
@@ -193,7 +193,7 @@ class Arguments:
             raise ValueError(f"study_seeds must be at least 2, got {self.study_seeds}.")
 
 
-def study(context: StudyContext, args: Arguments) -> Findings:
+def study(context: StudyContext, args: Arguments) -> StudyResult:
     """How firm the solutions of the texts of one source are."""
     source, seed = context.source, context.seed
     solutions = [context.fit(source, seed + number) for number in range(args.study_seeds)]

@@ -17,7 +17,7 @@ from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
 from trainers.proto_bank import BankEntry, BankInfo, ProtoTokenBank
 
 from . import STUDIES
-from .reading import FittedTexts, Reader
+from .reading import FittedTexts, Reconstructor
 from .text_sources import load_sources, source_texts
 
 
@@ -40,19 +40,19 @@ class StudyArguments:
 
 
 @dataclass
-class Findings:
+class StudyResult:
     """
     What a study found; its plots are in its folder.
 
     Args:
-        figures (`dict`): from a name to a number, or to `[value, low, high]`.
-        rows (`pd.DataFrame`): what the figures are made of, for a CSV file.
+        metrics (`dict`): from a name to a number, or to `[value, low, high]`.
+        rows (`pd.DataFrame`): what the metrics are made of, for a CSV file.
         html (`str`): examples, for the page.
-        columns (`list[str]`): ends of the figures' names that make a table's columns, where it has several.
+        columns (`list[str]`): ends of the metrics' names that make a table's columns, where it has several.
         model, texts (`str`): what was studied, where the context's arguments do not say it.
     """
 
-    figures: dict[str, float | list[float]]
+    metrics: dict[str, float | list[float]]
     rows: pd.DataFrame
     html: str = ""
     columns: list[str] = field(default_factory=list)
@@ -107,8 +107,8 @@ class StudyContext:
         return replace(bank_info(self.model_args, self.decoder), chunk_size=self.args.study_length)
 
     @cached_property
-    def reader(self) -> Reader:
-        return Reader(self.decoder, self.info.arrangement, self.info.sink)
+    def reader(self) -> Reconstructor:
+        return Reconstructor(self.decoder, self.info.arrangement, self.info.sink)
 
     @cached_property
     def sources(self) -> dict[str, list[Example]]:

@@ -21,7 +21,7 @@ class InfoNCELoss(nn.Module):
 
         L = -1/B sum_i log( exp(t x_i . y_i) / sum_j exp(t x_i . y_j) )
 
-    Only predictions look for banked vectors, not the reverse: that is what retrieval asks.
+    One-directional, from prediction to bank, as in retrieval.
 
     References:
         van den Oord et al., 2018, "Representation Learning with Contrastive Predictive Coding",

@@ -3,7 +3,7 @@
 import evaluate
 import numpy as np
 
-from eval_tasks.abstention import abstention_figures, ranking_figures
+from eval_tasks.abstention import abstention_metrics, ranking_metrics
 from eval_tasks.metric_info import metric_info
 
 DESCRIPTION = """Coverage, accuracy over all questions and over those attempted, their harmonic mean (the F score of
@@ -24,4 +24,4 @@ class Abstention(evaluate.Metric):
 
     def _compute(self, predictions, references, abstain_above=float("inf")):
         is_given = np.asarray(predictions) <= abstain_above
-        return abstention_figures(references, is_given) | ranking_figures(references, predictions)
+        return abstention_metrics(references, is_given) | ranking_metrics(references, predictions)

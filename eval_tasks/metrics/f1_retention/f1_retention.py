@@ -3,7 +3,7 @@
 import evaluate
 
 from eval_tasks.metric_info import metric_info
-from eval_tasks.retention import retention_figures
+from eval_tasks.retention import retention_metrics
 
 DESCRIPTION = """Quality of what is kept while the most uncertain answers are dropped, as the Shifts benchmark defines
 it: areas under the F1-retention and error-retention curves, and F1 with 95 % of the answers kept, beside those of a
@@ -23,4 +23,4 @@ class F1Retention(evaluate.Metric):
         return metric_info(DESCRIPTION, CITATION, INPUTS)
 
     def _compute(self, predictions, references, threshold=0.5):
-        return retention_figures(references, predictions, threshold)
+        return retention_metrics(references, predictions, threshold)

@@ -3,7 +3,7 @@
 import evaluate
 
 from eval_tasks.metric_info import metric_info
-from eval_tasks.slot_filling import slot_filling_figures
+from eval_tasks.slot_filling import slot_filling_metrics
 
 DESCRIPTION = """Quality of answers that are flat JSON objects of strings, an intent and its slots: the share that has
 exactly the reference's fields in any order, the share with its intent, micro F1 of slots with their values, and the
@@ -23,4 +23,4 @@ class SlotFilling(evaluate.Metric):
         return metric_info(DESCRIPTION, CITATION, INPUTS, dtype="string")
 
     def _compute(self, predictions, references):
-        return slot_filling_figures(predictions, references)
+        return slot_filling_metrics(predictions, references)

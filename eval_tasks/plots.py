@@ -1,4 +1,4 @@
-"""Pictures of rows and figures, with intervals over texts."""
+"""Plots of rows and metrics, with intervals over texts."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -83,12 +83,12 @@ def bars(panels: dict[str, dict[str, list[float]]], title: str, path: str | Path
     figure, axes = plt.subplots(rows, columns, figsize=(4.5 * columns, 4 * rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    for axis, (name, figures) in zip(axes.flat, panels.items(), strict=False):
-        value, low, high = np.array(list(figures.values())).T
+    for axis, (name, metrics) in zip(axes.flat, panels.items(), strict=False):
+        value, low, high = np.array(list(metrics.values())).T
         axis.bar(range(len(value)), value, color=[f"C{number % 10}" for number in range(len(value))], alpha=0.8)
         errors = arms(value, low, high)
         axis.errorbar(range(len(value)), value, errors, fmt="none", color="black", capsize=3)
-        axis.set_xticks(range(len(value)), list(figures), rotation=30, ha="right")
+        axis.set_xticks(range(len(value)), list(metrics), rotation=30, ha="right")
         axis.grid(alpha=0.3, axis="y")
         axis.set_title(name)
     save(figure, title, path)
