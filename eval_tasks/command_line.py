@@ -38,18 +38,20 @@ def main(argv: list[str] | None = None) -> None:
         argv (`list[str]`, *optional*): command and arguments; those of the process by default.
     """
     argv = sys.argv[1:] if argv is None else argv
-    arguments = [argument for argument in argv if argument != "--debug"]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return
-    command = arguments.pop(0)
-    if command not in COMMANDS:
+    command, *arguments = [argument for argument in argv if argument != "--debug"] or ["--help"]
+    if command not in (*COMMANDS, "-h", "--help"):
         sys.exit(f"error: there is no command {command!r}.\n\n{usage()}")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
-        run(command, arguments)
+        if command in COMMANDS:
+            run(command, arguments)
+        else:
+            print(usage())
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on")
+    except BrokenPipeError:  # Who reads has seen enough, as `head` has.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
         if "--debug" in argv:
             raise

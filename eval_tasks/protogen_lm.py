@@ -109,8 +109,8 @@ class ProtoGenLM(HFLM):
         if accelerator.num_processes > 1:
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
-        # What was said in a chat, by the text that its template made of it: the encoder knows no template.
-        self.spoken: dict[str, str] = {}
+        # The messages of a chat by its rendered text: the encoder knows no template.
+        self.chat_texts: dict[str, str] = {}
         self.num_cut_contexts = 0
 
     @property
@@ -126,7 +126,7 @@ class ProtoGenLM(HFLM):
             text = super().apply_chat_template(chat_history, add_generation_prompt)
         else:
             text = self.processor.apply_chat_template(chat_history)
-        self.spoken[text] = chat_text(chat_history)
+        self.chat_texts[text] = chat_text(chat_history)
         return text
 
     def _detect_batch_size(self, requests=None, pos: int = 0) -> int:
@@ -144,7 +144,7 @@ class ProtoGenLM(HFLM):
             tokenizer, window = self.processor.tokenizer, self.processor.max_input_length
             rows = []
             for context in contexts:
-                ids, dropped = last_blocks(tokenizer, self.spoken.get(context, context), window)
+                ids, dropped = last_blocks(tokenizer, self.chat_texts.get(context, context), window)
                 self.num_cut_contexts += bool(dropped)
                 rows.append(ids)
             batch |= tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")

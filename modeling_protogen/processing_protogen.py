@@ -109,8 +109,8 @@ class ProtoGenProcessor(ProcessorMixin):
             context (`str` or `list[str | None]`, *optional*): text that the instruction speaks of.
             answer (`str` or `list[str | list[int]]`, *optional*): becomes `labels` and `length_labels`; a list of ids
                 is taken as it is.
-            answer_start (`list[list[int]]`, *optional*): tokens of each answer that stand already: the decoder's prompt
-                ends with them, and is longer by them than `max_prompt_length` may say.
+            answer_start (`list[list[int]]`, *optional*): token ids of partial answers. They are appended to the
+                decoder's prompt and do not count towards `max_prompt_length`.
             return_tensors (`str`, defaults to `"pt"`): nothing else.
 
         Returns:
@@ -154,8 +154,8 @@ class ProtoGenProcessor(ProcessorMixin):
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, answers: list[list[int]]
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
         """
-        The encoder's inputs `(batch, source)` of instructions, and of what of their answers stands already, in the
-        decoder's vocabulary, as `encoder_reads_answer`; ids and mask, `(batch, longer source)`.
+        Appends partial answers, in the decoder's vocabulary, to the encoder's inputs `(batch, source)`, as
+        `encoder_reads_answer` does; returns ids and mask `(batch, longer source)`.
         """
         rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
         batch = self._pad_right(list(map(self._with_answer, rows, answers)))
@@ -281,10 +281,13 @@ class ProtoGenProcessor(ProcessorMixin):
             add_generation_prompt (`bool`, defaults to True): ends the text where the answer begins.
 
         Raises:
-            ValueError: if the model has no chat template, and the chat more than one user message.
+            ValueError: if the model has no chat template, and the chat more than one user message; or if inputs are to
+                be without the generation prompt.
             jinja2.TemplateError: if the chat template does not take these messages.
         """
         if tokenize:
+            if not add_generation_prompt:
+                raise ValueError("inputs end where the answer begins: tokenize needs add_generation_prompt.")
             return self(conversation, return_tensors=return_tensors)
         if conversation and not isinstance(conversation[0], dict):
             return [

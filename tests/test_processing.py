@@ -103,6 +103,8 @@ def test_a_chat_of_one_user_message_is_an_instruction(processor):
     (alone,) = processor(chats[0])["decoder_prompt_ids"]
     assert alone.tolist() == processor(texts[0])["decoder_prompt_ids"][0].tolist()
     rendered = processor.apply_chat_template(chats)
+    with pytest.raises(ValueError, match="tokenize needs add_generation_prompt"):
+        processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=False)
     assert prompts(processor, batch) == [
         processor.decoder_tokenizer.decode(processor.decoder_tokenizer(text).input_ids) for text in rendered
     ]

@@ -137,6 +137,25 @@ def test_fit_train_generate_and_measure(call, recipe, tmp_path, llama_dir, monke
     assert "one step speedup 8" in (tmp_path / "README.md").read_text()
 
 
+def test_generating_needs_torch_and_transformers_only(build, llama_dir, tmp_path):
+    model, processor = build(llama_dir)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    extras = "accelerate datasets evaluate gguf lm_eval matplotlib pandas peft psutil pyarrow rouge_score sacrebleu"
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys({extras!r}.split() + ["scipy", "sklearn", "textblob"])
+from eval_tasks.command_line import main
+main(["generate", {str(tmp_path / "model")!r}, "who sat on the mat", "--dtype", "float32"])
+main(["fit"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "predicted length" in done.stdout, done.stderr
+    assert done.returncode == 1
+    assert "`protogen fit` needs more: pip install 'protogen[train,eval]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_training_options_make_plain_checkpoints(call, recipe, tmp_path, encoder_dir):
     """Low-rank adapters, both sources of latents, meaning imposed; the checkpoint needs none of what made it."""
     losses = '{"reconstruction": 1, "length_nll": 0.1, "error_nll": 0.1, "anchor": 0.5, "relational_distillation": 0.5}'

@@ -78,7 +78,7 @@ def test_nothing_is_answered_twice(decoder, processor, tmp_path, monkeypatch):
 
 
 def test_answers_of_another_teacher_are_refused(decoder, processor, tmp_path):
-    with pytest.raises(FileNotFoundError, match="--stage teacher"):
+    with pytest.raises(FileNotFoundError, match="protogen teacher"):
         read_teacher_answers(tmp_path, INFO)
     write(decoder, processor, tmp_path, EXAMPLES[:1])
     other = TeacherInfo("elsewhere/tiny", "main", "abc", "PROMPT", 64, 6)
