@@ -4,9 +4,16 @@ words are the very tokens that they are in a question, where JSON's quotes would
 
     {"intent": "PlayMusic", "artist": "Kent James"}        intent: PlayMusic
                                                            artist: Kent James
+
+A key that comes again is numbered in JSON, whose keys are unique, and not in the lines:
+
+    {"city": "Rome", "city_2": "Oslo"}                     city: Rome
+                                                           city: Oslo
 """
 
 import json
+import re
+from collections import Counter
 
 SEPARATOR = ": "
 
@@ -26,16 +33,27 @@ def to_lines(answer: str) -> str:
         raise ValueError(f"an answer must be one JSON object whose values are strings: {answer[:60]!r}")
     if not fields:
         raise ValueError("an answer must not be an empty JSON object.")
-    lines = "\n".join(f"{key}{SEPARATOR}{value}" for key, value in fields.items())
+    lines, seen = [], Counter()
+    for key, value in fields.items():
+        numbered = re.fullmatch(r"(.+)_(\d+)", key, re.DOTALL)
+        if numbered and seen[numbered[1]] == int(numbered[2]) - 1 > 0:
+            key = numbered[1]
+        seen[key] += 1
+        lines.append(f"{key}{SEPARATOR}{value}")
+    lines = "\n".join(lines)
     if from_lines(lines) != json.dumps(fields, ensure_ascii=False):
         raise ValueError(f"a key with {SEPARATOR!r}, or a line break, cannot be written as lines: {answer[:60]!r}")
     return lines
 
 
 def from_lines(text: str) -> str:
-    """Lines as JSON; a text that has other lines, or a key twice, stays as it is."""
-    pairs = [line.partition(SEPARATOR) for line in text.split("\n")]
-    fields = {key: value for key, _, value in pairs}
-    if not all(separator for _, separator, _ in pairs) or len(fields) < len(pairs):
-        return text
+    """Lines as JSON; a text that has other lines, or keys that numbering makes equal, stays as it is."""
+    fields, seen = {}, Counter()
+    for line in text.split("\n"):
+        key, separator, value = line.partition(SEPARATOR)
+        seen[key] += 1
+        key = key if seen[key] == 1 else f"{key}_{seen[key]}"
+        if not separator or key in fields:
+            return text
+        fields[key] = value
     return json.dumps(fields, ensure_ascii=False)

@@ -19,6 +19,8 @@ from .proto_tokens import position_ids
 LOG_ERROR_VARIANCE_RANGE = (-8.0, 0.0)
 # Answer tokens that one of the prompt accounts for at most.
 MAX_DURATION = 32
+# Width of the memory of the durations chosen so far.
+MEMORY_DIM = 128
 
 
 @dataclass
@@ -35,8 +37,8 @@ class Prediction(ModelOutput):
             will be wrong.
         duration_logits (`torch.Tensor` of shape `(batch, prompt, MAX_DURATION + 1)`, *optional*): of the number of
             answer tokens that each of the prompt's accounts for, with `upsamples_prompt`.
-        log_duration_confidence (`torch.FloatTensor` of shape `(batch,)`): log-probability of the most likely of these
-            numbers, all together; 0 without them.
+        log_duration_confidence (`torch.FloatTensor` of shape `(batch,)`): log-probability of the chosen numbers, all
+            together; 0 without them.
         prompt_cache (`Cache`, *optional*): the decoder's keys and values of the prompt, where they were needed.
         next_logits (`torch.Tensor` of shape `(batch, vocab)`, *optional*): the decoder's, after the prompt, where an
             answer begins with its own token and the prompt has been read.
@@ -82,12 +84,21 @@ class Upsampling(nn.Module):
     Spreads the prompt's states over the answer in their order: each is repeated over as many tokens as it accounts for,
     its duration (the fertility of Gu et al., 2018, https://arxiv.org/abs/1711.02281; the length regulator of Ren et
     al., 2019, https://arxiv.org/abs/1905.09263).
+
+    Durations are chosen from left to right, each given those before it, which a gated recurrent unit remembers (the
+    aligned decoder of Liu & Lane, 2016, https://arxiv.org/abs/1609.01454). Chosen independently, two neighbours may
+    both claim a part of the answer, or neither.
     """
 
     def __init__(self, dim: int):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.duration = nn.Linear(dim, MAX_DURATION + 1)
+        self.duration_from_memory = nn.Linear(MEMORY_DIM, MAX_DURATION + 1)
+        # The unit's three gates (Cho et al., 2014, https://arxiv.org/abs/1406.1078).
+        self.gates_from_state = nn.Linear(dim, 3 * MEMORY_DIM)
+        self.gates_from_previous = nn.Embedding(MAX_DURATION + 1, 3 * MEMORY_DIM)
+        self.gates_from_memory = nn.Linear(MEMORY_DIM, 3 * MEMORY_DIM)
         # Where in a stretch a token is, counted from its beginning and from its end.
         self.from_start = ScaledEmbedding(MAX_DURATION + 1, dim, init_std=1.0)
         self.from_end = ScaledEmbedding(MAX_DURATION + 1, dim, init_std=1.0)
@@ -98,24 +109,20 @@ class Upsampling(nn.Module):
         mask: torch.BoolTensor,
         positions: torch.LongTensor,
         durations: torch.LongTensor | None = None,
-    ) -> tuple[torch.Tensor, torch.LongTensor, torch.Tensor, torch.LongTensor]:
+    ) -> tuple[torch.Tensor, torch.LongTensor, dict[str, torch.Tensor]]:
         """
         Args:
             states (`torch.Tensor` of shape `(batch, source, dim)`), mask (`torch.BoolTensor` of shape `(batch,
                 source)`)
             positions (`torch.LongTensor` of shape `(queries,)`): of the answer's tokens.
             durations (`torch.LongTensor` of shape `(batch, source)`, *optional*): the true ones, in tokens; by default
-                the most likely. A row that begins with -100 has none.
+                each is the most likely given those before it. A row that begins with -100 has none.
 
         Returns:
-            States `(batch, queries, dim)` and which they are `(batch, queries)`, the logits of the durations `(batch,
-            source, MAX_DURATION + 1)`, and the answers' lengths in tokens `(batch,)`.
+            States `(batch, queries, dim)`, which they are `(batch, queries)`, and of the durations `duration_logits`
+            and `log_duration_confidence` as in [`Prediction`], and their sum `length` `(batch,)`.
         """
-        logits = self.duration(self.norm(states))
-        most_likely = logits.argmax(-1) * mask
-        if durations is None:
-            durations = most_likely
-        durations = torch.where(durations[:, :1] >= 0, durations, most_likely)
+        logits, durations = self._durations(states, mask, durations)
         ends = durations.cumsum(1)
         positions = positions.expand(len(states), -1).contiguous()
         source = torch.searchsorted(ends, positions, right=True).clamp_max(states.shape[1] - 1)
@@ -124,7 +131,30 @@ class Upsampling(nn.Module):
         spread = states.gather(1, source[..., None].expand(-1, -1, states.shape[-1]))
         spread = spread + self.from_start((positions - start).clamp(0, MAX_DURATION))
         spread = spread + self.from_end((end - positions).clamp(0, MAX_DURATION))
-        return spread, source, logits, most_likely.sum(1)
+        chosen = logits.float().log_softmax(-1).gather(-1, durations[..., None])[..., 0]
+        of_durations = {"duration_logits": logits, "log_duration_confidence": (chosen * mask).sum(1)}
+        return spread, source, of_durations | {"length": durations.sum(1)}
+
+    def _durations(
+        self, states: torch.Tensor, mask: torch.BoolTensor, given: torch.LongTensor | None
+    ) -> tuple[torch.Tensor, torch.LongTensor]:
+        """Logits `(batch, source, MAX_DURATION + 1)` and durations `(batch, source)`, given or chosen."""
+        states = self.norm(states)
+        logits, gates = self.duration(states).unbind(1), self.gates_from_state(states).unbind(1)
+        memory = states.new_zeros(len(states), MEMORY_DIM)
+        previous = torch.zeros_like(mask[:, 0], dtype=torch.long)
+        conditioned, durations = [], []
+        for place, is_token in enumerate(mask.unbind(1)):
+            reset, update, new = (gates[place] + self.gates_from_previous(previous)).chunk(3, -1)
+            own_reset, own_update, own_new = self.gates_from_memory(memory).chunk(3, -1)
+            candidate = (new + (reset + own_reset).sigmoid() * own_new).tanh()
+            memory = torch.lerp(candidate, memory, (update + own_update).sigmoid()) * is_token[:, None]
+            conditioned.append(logits[place] + self.duration_from_memory(memory))
+            previous = conditioned[-1].argmax(-1) * is_token
+            if given is not None:
+                previous = torch.where(given[:, 0] >= 0, given[:, place], previous)
+            durations.append(previous)
+        return torch.stack(conditioned, 1), torch.stack(durations, 1)
 
 
 class Projection(nn.Module):
@@ -269,12 +299,12 @@ class ProtoTokenPredictor(nn.Module):
         batch = len(decoder_mask if encoder_mask is None else encoder_mask)
         queries = self.queries[: 2 + num_chunks * self.queries_per_chunk].expand(batch, -1, -1)
         source, mask = self._source(encoder_states, encoder_mask, decoder_states, decoder_mask)
-        duration_logits = copied = length = None
+        copied, of_durations = None, {}
         if self.upsampling is not None:
             prompt = source[:, : decoder_mask.shape[1]], decoder_mask.bool()
             # The token in the middle of each chunk.
             positions = torch.arange(num_chunks, device=source.device) * config.chunk_size + config.chunk_size // 2
-            spread, places, duration_logits, length = self.upsampling(*prompt, positions, durations)
+            spread, places, of_durations = self.upsampling(*prompt, positions, durations)
             queries = queries + F.pad(spread.repeat_interleave(self.queries_per_chunk, dim=1), (0, 0, 2, 0))
             embeddings = decoder_states[:, :, 0].to(queries.dtype)
             copied = embeddings.gather(1, places[..., None].expand(-1, -1, embeddings.shape[-1]))[:, :, None]
@@ -287,11 +317,10 @@ class ProtoTokenPredictor(nn.Module):
         error_logit, error_variance = self.error(others[:, 1])
         # The bias starts at zero; predictions start at half the longest answer.
         length_mean = length_mean + math.log(max(config.max_answer_length / 2, 1))
-        log_duration_confidence = torch.zeros_like(length_mean)
-        if length is not None:
-            length_mean = length.clamp_min(1).float().log()
-            duration_confidence = duration_logits.float().log_softmax(-1).max(-1).values
-            log_duration_confidence = (duration_confidence * prompt[1]).sum(1)
+        if of_durations:
+            length_mean = of_durations.pop("length").clamp_min(1).float().log()
+        else:
+            of_durations["log_duration_confidence"] = torch.zeros_like(length_mean)
         return Prediction(
             e=e,
             m=m,
@@ -299,8 +328,7 @@ class ProtoTokenPredictor(nn.Module):
             log_length_variance=length_variance * config.log_length_scale**2,
             error_mean=error_logit.sigmoid(),
             error_variance=error_variance,
-            log_duration_confidence=log_duration_confidence,
-            duration_logits=duration_logits,
+            **of_durations,
         )
 
     def _proto_tokens(

@@ -15,6 +15,9 @@ PAIRS = [
     ('{"a": "", "b": "c"}', "a: \nb: c"),
     ('{"stadt": "Zürich ☃"}', "stadt: Zürich ☃"),
     ('{"a b": " c "}', "a b:  c "),
+    ('{"a": "1", "b": "2", "a_2": "3", "a_3": "4"}', "a: 1\nb: 2\na: 3\na: 4"),
+    # Numbers that say something else are a key's own.
+    ('{"a_2": "1", "a": "2", "a_4": "3", "b_1": "4"}', "a_2: 1\na: 2\na_4: 3\nb_1: 4"),
 ]
 
 
@@ -49,7 +52,7 @@ def test_what_would_not_come_back_is_refused(answer, message):
         to_lines(answer)
 
 
-@pytest.mark.parametrize("text", ["", "no pair", "a: b\nno pair", "a: b\n", "\na: b", "a: b\na: c", "a:b"])
+@pytest.mark.parametrize("text", ["", "no pair", "a: b\nno pair", "a: b\n", "\na: b", "a_2: b\na: c\na: d", "a:b"])
 def test_other_texts_stay_as_they_are(text):
     assert from_lines(text) == text
 

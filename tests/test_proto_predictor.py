@@ -61,18 +61,36 @@ def test_layers_drop_in_training_only(batch):
     assert torch.equal(layer(queries, states), layer(queries, states))
 
 
+def gru_logits(upsampling: Upsampling, states: torch.Tensor, given: list[int] | None = None):
+    """Logits and durations of one prompt without padding, with torch's own unit on states and one-hot durations."""
+    classes, size = upsampling.gates_from_previous.weight.shape[0], upsampling.gates_from_memory.in_features
+    unit = torch.nn.GRUCell(states.shape[-1] + classes, size)
+    by_state, by_memory = upsampling.gates_from_state, upsampling.gates_from_memory
+    unit.weight_ih.copy_(torch.cat([by_state.weight, upsampling.gates_from_previous.weight.T], dim=1))
+    unit.bias_ih.copy_(by_state.bias)
+    unit.weight_hh.copy_(by_memory.weight)
+    unit.bias_hh.copy_(by_memory.bias)
+    memory, previous, logits, durations = torch.zeros(size), 0, [], []
+    for place, state in enumerate(upsampling.norm(states)):
+        memory = unit(torch.cat([state, torch.eye(classes)[previous]]), memory)
+        logits.append(upsampling.duration(state) + upsampling.duration_from_memory(memory))
+        previous = logits[-1].argmax().item() if given is None else given[place]
+        durations.append(previous)
+    return torch.stack(logits), durations
+
+
+@torch.no_grad()
 def test_the_states_are_spread_as_in_a_loop():
     torch.manual_seed(0)
     upsampling = Upsampling(8)
     states, positions = torch.randn(3, 5, 8), torch.tensor([0, 1, 2, 5, 6, 40])
     mask = torch.tensor([[False, False, True, True, True], [True] * 5, [True] * 5])
     durations = torch.tensor([[0, 0, 2, 0, 4], [1, 1, 1, 1, 1], [-100] * 5])
-    spread, source, logits, lengths = upsampling(states, mask, positions, durations)
-    torch.testing.assert_close(logits, upsampling.duration(upsampling.norm(states)))
-    most_likely = (logits.argmax(-1) * mask).tolist()
-    assert lengths.tolist() == [sum(row) for row in most_likely]
+    spread, source, of_durations = upsampling(states, mask, positions, durations)
+    chosen = gru_logits(upsampling, states[2])[1]
+    assert of_durations["length"].tolist() == [6, 5, sum(chosen)]
 
-    for row, counts in enumerate([*durations[:2].tolist(), most_likely[2]]):
+    for row, counts in enumerate([*durations[:2].tolist(), chosen]):
         stretches = []  # For each token of the answer: whose it is, and its place there from both ends.
         for place, count in enumerate(counts):
             stretches += [(place, step, count - step) for step in range(count)]
@@ -87,16 +105,22 @@ def test_the_states_are_spread_as_in_a_loop():
             torch.testing.assert_close(spread[row, query], expected)
 
 
-def test_by_default_durations_are_the_most_likely():
+@torch.no_grad()
+def test_each_duration_is_chosen_given_those_before_it():
     torch.manual_seed(0)
     upsampling = Upsampling(8)
+    upsampling.gates_from_previous.weight.mul_(3)
     states, mask = torch.randn(2, 4, 8), torch.tensor([[False, True, True, True], [True] * 4])
-    positions = torch.arange(20)
-    logits = upsampling.duration(upsampling.norm(states))
-    found = upsampling(states, mask, positions)
-    for given in (logits.argmax(-1) * mask, torch.full((2, 4), -100)):
-        for one, other in zip(found, upsampling(states, mask, positions, given), strict=True):
-            assert torch.equal(one, other)
+    given = torch.tensor([[0, 3, 0, 5], [2, 0, 0, 1]])
+    for durations in (None, torch.full((2, 4), -100), given):
+        found = upsampling(states, mask, torch.arange(20), durations)[2]
+        for row, start in enumerate((1, 0)):
+            own = given[row, start:].tolist() if durations is given else None
+            logits, counts = gru_logits(upsampling, states[row, start:], own)
+            torch.testing.assert_close(found["duration_logits"][row, start:], logits)
+            log_p = [logits[place].log_softmax(-1)[count] for place, count in enumerate(counts)]
+            torch.testing.assert_close(found["log_duration_confidence"][row], sum(log_p))
+            assert found["length"][row] == sum(counts)
 
 
 @pytest.mark.parametrize("fields", [TOKEN_BY_TOKEN, {"chunk_size": 3, "max_chunks": 3}], ids=str)
@@ -132,14 +156,15 @@ def test_the_length_is_the_sum_of_the_durations(build, llama_dir):
     predictor = model.proto_predictor
     predictor.upsampling.duration.weight.zero_()
     predictor.upsampling.duration.bias[2] = 3.0
+    predictor.upsampling.duration_from_memory.weight.zero_()
+    predictor.upsampling.duration_from_memory.bias.zero_()
     prediction = model.predict(**inputs)
     expected = 2.0 * inputs["decoder_prompt_mask"].sum(1)
     torch.testing.assert_close(prediction.log_length_mean.exp(), expected)
     each = predictor.upsampling.duration.bias.log_softmax(0)[2]
     torch.testing.assert_close(prediction.log_duration_confidence, each * inputs["decoder_prompt_mask"].sum(1))
-    # Those that are given are for training: what is predicted of the length is the model's own.
     given = model.predict(**inputs, durations=inputs["decoder_prompt_mask"])
-    torch.testing.assert_close(given.log_length_mean, prediction.log_length_mean)
+    torch.testing.assert_close(given.log_length_mean.exp(), expected / 2)
     assert not torch.allclose(given.e, prediction.e)
     # An answer of nothing has one token.
     predictor.upsampling.duration.bias[0] = 9.0

@@ -50,6 +50,7 @@ def recipe(llama_dir, tmp_path):
         "slot_adapter_rank": 2,
         "prompt_template": "the {message} is ",
         "answer_format": "key_value_lines",
+        "exchanged_copies": 1,
         "losses": {"reconstruction": 1.0, "duration": 1.0, "length_nll": 0.1, "error_nll": 0.1},
         "max_steps": 4,
         "per_device_train_batch_size": 4,

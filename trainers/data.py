@@ -39,6 +39,13 @@ class DataArguments:
         default=None, metadata={"help": "Training examples used of the data; all by default."}
     )
     max_validation_examples: int | None = field(default=None, metadata={"help": "Validation examples used."})
+    exchanged_copies: int = field(
+        default=0,
+        metadata={
+            "help": "Copies of each training example with other examples' values under the same keys, in instruction "
+            "and answer: for answers that are flat JSON of the instruction's words."
+        },
+    )
 
 
 @dataclass

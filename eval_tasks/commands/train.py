@@ -26,11 +26,13 @@ from trainers.data import (
     Example,
     ProtoGenCollator,
     load_examples,
+    split_by_instruction,
     with_continuations,
     with_own_texts,
     with_teacher_answers,
 )
 from trainers.embedded import resolve
+from trainers.exchanged_values import with_exchanged_values
 from trainers.files import locked
 from trainers.lora import add_lora, merge_lora
 from trainers.prompt_store import PromptStore
@@ -172,7 +174,10 @@ def examples_to_learn(
     if target_args.targets == "self":
         return with_own_texts(train_examples), with_own_texts(validation_examples)
     if target_args.targets == "human":
-        return train_examples, validation_examples
+        more = with_exchanged_values(train_examples, data_args.exchanged_copies)
+        # A copy may have become one of the held-out instructions.
+        train_examples, _ = split_by_instruction(more, data_args.validation_share)
+        return [e for e in train_examples if processor.fits(e.instruction)], validation_examples
     info = teacher_info(model_args, target_args, model.decoder, processor)
     answers = read_teacher_answers(folder, info)
     return (
