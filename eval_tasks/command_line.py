@@ -24,10 +24,14 @@ COMMANDS = {
 }
 
 
+def table(helps: dict[str, str]) -> str:
+    """A line for each name and what it does."""
+    width = max(map(len, helps))
+    return "\n".join(f"  {name:<{width}}  {help}" for name, help in helps.items())
+
+
 def usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {help}" for name, help in COMMANDS.items()]
-    return "\n".join(["usage: protogen COMMAND [options]    (--help after a command shows its options)", "", *lines])
+    return f"usage: protogen COMMAND [options]    (--help after a command shows its options)\n\n{table(COMMANDS)}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,24 +3,11 @@ Quality of structured answers: flat JSON objects of strings, an intent and its s
 `{"intent": "PlayMusic", "artist": "Kent James"}`.
 """
 
-import json
-
 import numpy as np
 
+from trainers.flat_json import parse
+
 INTENT = "intent"
-
-
-def parse(answer: str) -> dict[str, str] | None:
-    """An answer's fields; None where it is not one flat JSON object of strings, or has a key twice."""
-    try:
-        # Objects become tuples of pairs, which tells them from arrays and keeps keys that come twice.
-        pairs = json.loads(answer, object_pairs_hook=tuple)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(pairs, tuple) or not all(isinstance(value, str) for _, value in pairs):
-        return None
-    fields = dict(pairs)
-    return fields if len(fields) == len(pairs) else None
 
 
 def parse_reference(reference: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from accelerate import Accelerator
 
@@ -29,6 +30,9 @@ class BankArguments:
 
     bank: str | None = field(default=None, metadata={"help": "Folder of the bank; OUTPUT_DIR/bank by default."})
 
+    def folder(self, output_dir: str | Path) -> Path:
+        return Path(self.bank or Path(output_dir) / "bank")
+
 
 @dataclass
 class FitInputArguments:
@@ -51,7 +55,16 @@ class FitInputArguments:
 
 
 @dataclass
-class TrainInputArguments:
+class MeaningArguments:
+    """What meaning is measured by."""
+
+    teacher: str = field(
+        default="sentence-transformers/all-MiniLM-L6-v2", metadata={"help": "Sentence encoder for what texts mean."}
+    )
+
+
+@dataclass
+class TrainInputArguments(MeaningArguments):
     """What training starts from."""
 
     start_from: str | None = field(
@@ -63,9 +76,6 @@ class TrainInputArguments:
             "help": "Folder in which training keeps what the decoder has read of prompts, for later epochs and other "
             "runs, at 24 KB a token of prompt for SmolLM2-135M; none by default."
         },
-    )
-    teacher: str = field(
-        default="sentence-transformers/all-MiniLM-L6-v2", metadata={"help": "Sentence encoder for what texts mean."}
     )
 
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 from .data import Example, stable_hash
+from .flat_json import parse
 
 
 def with_exchanged_values(examples: list[Example], copies: int, seed: int = 0) -> list[Example]:
@@ -22,43 +23,41 @@ def with_exchanged_values(examples: list[Example], copies: int, seed: int = 0) -
     """
     if not copies:
         return examples
-    fields = {example.id: _fields(example.answer) for example in examples}
+    fields = {example.id: parse(example.answer) or {} for example in examples}
+    # The key of each value that can be exchanged.
+    keys = {
+        example.id: {
+            value: _kind(key)
+            for key, value in fields[example.id].items()
+            if len(re.findall(_whole_words(value), example.instruction)) == 1
+        }
+        for example in examples
+    }
     values = defaultdict(list)
     for example in examples:
-        for key, value in fields[example.id].items():
-            if _occurs_once(value, example.instruction):
-                values[_kind(key)].append(value)
+        for value, kind in keys[example.id].items():
+            values[kind].append(value)
     rng = random.Random(seed)
     more = []
     for copy in range(copies):
         for example in examples:
-            answer = fields[example.id]
-            found = {value: key for key, value in answer.items() if _occurs_once(value, example.instruction)}
-            if not found:
+            if not keys[example.id]:
                 continue
-            new = {value: rng.choice(values[_kind(key)]) for value, key in found.items()}
+            new = {value: rng.choice(values[kind]) for value, kind in keys[example.id].items()}
             longest_first = sorted(new, key=len, reverse=True)
-            pattern = re.compile("|".join(rf"(?<!\w){re.escape(value)}(?!\w)" for value in longest_first))
+            pattern = re.compile("|".join(map(_whole_words, longest_first)))
             instruction = pattern.sub(lambda match, new=new: new[match[0]], example.instruction)
-            answer = json.dumps({key: new.get(value, value) for key, value in answer.items()}, ensure_ascii=False)
+            answer = {key: new.get(value, value) for key, value in fields[example.id].items()}
             id = stable_hash(f"{example.id} {copy} {seed}")[:16]
-            more.append(replace(example, id=id, instruction=instruction, answer=answer))
+            text = json.dumps(answer, ensure_ascii=False)
+            more.append(replace(example, id=id, instruction=instruction, answer=text))
     return examples + more
-
-
-def _fields(answer: str) -> dict[str, str]:
-    try:
-        fields = json.loads(answer)
-    except ValueError:
-        return {}
-    if not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
-        return {}
-    return fields
 
 
 def _kind(key: str) -> str:
     return re.sub(r"_\d+$", "", key)
 
 
-def _occurs_once(value: str, instruction: str) -> bool:
-    return len(re.findall(rf"(?<!\w){re.escape(value)}(?!\w)", instruction)) == 1
+def _whole_words(value: str) -> str:
+    """A pattern for the value where no word goes on at its ends."""
+    return rf"(?<!\w){re.escape(value)}(?!\w)"

@@ -1,16 +1,16 @@
 """Measurements of speed and quality, each with both sides in one run and a result file."""
 
-# The command and the module that adds it to a parser.
+# The command, the module that adds it to a parser, and what it measures.
 BENCHMARKS = {
-    "quickstart": "quickstart",
-    "snips": "snips",
-    "decode": "decoding",
-    "verified": "verified",
-    "fit": "fitting",
-    "fit-memory": "fitting",
-    "fit-kill": "fitting",
-    "training-speed": "training_speed",
-    "length": "length",
-    "controlled-world": "controlled_world",
-    "parity": "parity",
+    "quickstart": ("quickstart", "gather a finished quickstart"),
+    "snips": ("snips", "commands to JSON, beside the same decoder token by token"),
+    "decode": ("decoding", "latency and throughput of one pass, against token by token"),
+    "verified": ("verified", "verified answers against greedy ones: equal tokens, and time"),
+    "fit": ("fitting", "fitting against the paper's loop, and its memory"),
+    "fit-memory": ("fitting", "the memory of one number of slots"),
+    "fit-kill": ("fitting", "kill a fit at random moments and look what is lost"),
+    "training-speed": ("training_speed", "tokens a second of a training step, and where its time goes"),
+    "length": ("length", "how well a trained model predicts lengths"),
+    "controlled-world": ("controlled_world", "one-step against the decoder's own answers"),
+    "parity": ("parity", "lm-eval's own model of the decoder against verified ProtoGen"),
 }

@@ -12,7 +12,7 @@ from trainers.data import DataArguments, load_examples, split_by_instruction
 
 
 def add_commands(commands) -> None:
-    command = commands.add_parser("controlled-world", help="one-step against the decoder's own answers")
+    command = commands.add_parser("controlled-world")
     command.add_argument("--run", default="runs/controlled_world")
     command.add_argument("--validation-share", type=float, default=0.1)
     command.add_argument("--result", default="runs/controlled_world.json")

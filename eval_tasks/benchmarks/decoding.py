@@ -28,7 +28,7 @@ from trainers.embedded import decoder_revision, resolve
 
 
 def add_commands(commands) -> None:
-    command = commands.add_parser("decode", help="latency and throughput of one pass, against token by token")
+    command = commands.add_parser("decode")
     command.add_argument("--encoder", default="embedded:minilm-l6")
     command.add_argument("--decoder", default="embedded:smollm2-135m")
     command.add_argument("--dtype", default="bfloat16")

@@ -10,7 +10,7 @@ from trainers.embedded import decoder_revision
 
 
 def add_commands(commands) -> None:
-    command = commands.add_parser("length", help="how well a trained model predicts lengths")
+    command = commands.add_parser("length")
     command.add_argument("--run", default="runs/length")
     command.add_argument("--result", default="runs/length_calibration.json")
     command.set_defaults(run_command=length)

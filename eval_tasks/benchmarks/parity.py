@@ -9,7 +9,7 @@ from eval_tasks import report
 
 
 def add_commands(commands) -> None:
-    command = commands.add_parser("parity", help="lm-eval's own model of the decoder against verified ProtoGen")
+    command = commands.add_parser("parity")
     command.add_argument("--run", default="runs/evaluation/parity")
     command.add_argument("--result", default="runs/lm_eval_parity.json")
     command.set_defaults(run_command=parity)

@@ -15,7 +15,7 @@ from trainers.devices import fastest_dtype
 
 
 def add_commands(commands) -> None:
-    command = commands.add_parser("quickstart", help="gather a finished quickstart")
+    command = commands.add_parser("quickstart")
     command.add_argument("--run", required=True, help="output_dir of the recipe")
     command.add_argument("--examples", type=int, default=5, help="answers to print")
     command.add_argument("--tokens", type=int, default=64, help="tokens written by both sides")

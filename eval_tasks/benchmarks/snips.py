@@ -32,7 +32,7 @@ BATCH_SIZE = 32
 
 
 def add_commands(commands) -> None:
-    command = commands.add_parser("snips", help="commands to JSON, beside the same decoder token by token")
+    command = commands.add_parser("snips")
     command.add_argument("--run", default="runs/snips", help="output_dir of the recipe snips")
     command.add_argument("--finetuned", help="model of protogen finetune; left out by default")
     command.add_argument("--predictor", help="output_dir of the run with the token head alone; left out by default")

@@ -27,7 +27,7 @@ DATA_SHEET_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 
 def add_commands(commands) -> None:
-    command = commands.add_parser("training-speed", help="tokens a second of a training step, and where its time goes")
+    command = commands.add_parser("training-speed")
     command.add_argument("--run", required=True, help="output_dir of a trained model, for its shape")
     command.add_argument("--data", default="scripts/data/dolly_sample.jsonl")
     command.add_argument("--batch-size", type=int, default=24)

@@ -27,7 +27,7 @@ WRONG = "always_wrong"
 
 
 def add_commands(commands) -> None:
-    command = commands.add_parser("verified", help="verified answers against greedy ones: equal tokens, and time")
+    command = commands.add_parser("verified")
     command.add_argument("--model", required=True, help="folder or Hub id of a trained model")
     command.add_argument("--beside", nargs="*", default=[], help="other trained models, their drafts timed too")
     command.add_argument("--assistant", default="embedded:smollm2-135m@first:10", help="of assisted decoding")

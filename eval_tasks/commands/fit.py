@@ -42,7 +42,7 @@ def fit(
     args: ProtoGenTrainingArguments,
 ) -> None:
     """Fits the training split's answers into the bank, but for those that are there; sums up in OUTPUT_DIR/fit.json."""
-    folder, accelerator = Path(bank_args.bank or Path(args.output_dir) / "bank"), open_accelerator(args)
+    folder, accelerator = bank_args.folder(args.output_dir), open_accelerator(args)
     if inputs.refit_damaged and accelerator.is_main_process:
         for path in remove_damaged_shards(folder):
             print(f"removed damaged shard {path.stem}; its texts are fitted again")

@@ -76,7 +76,7 @@ def train(
         print(f"already trained: {output_dir / 'model'}; remove {output_dir} to train again")
         return
     settle_losses(model_args, args)
-    bank_folder, bank = Path(bank_args.bank or output_dir / "bank"), None
+    bank_folder, bank = bank_args.folder(output_dir), None
     check(model_args, target_args, args, bank_folder)
     if args.deepspeed_plugin and args.use_cpu:
         start_deepspeed_on_cpus()
@@ -174,10 +174,10 @@ def examples_to_learn(
     if target_args.targets == "self":
         return with_own_texts(train_examples), with_own_texts(validation_examples)
     if target_args.targets == "human":
-        more = with_exchanged_values(train_examples, data_args.exchanged_copies)
-        # A copy may have become one of the held-out instructions.
-        train_examples, _ = split_by_instruction(more, data_args.validation_share)
-        return [e for e in train_examples if processor.fits(e.instruction)], validation_examples
+        copies = with_exchanged_values(train_examples, data_args.exchanged_copies)[len(train_examples) :]
+        # A copy may have become one of the held-out instructions, or too long.
+        copies, _ = split_by_instruction(copies, data_args.validation_share)
+        return train_examples + [e for e in copies if processor.fits(e.instruction)], validation_examples
     info = teacher_info(model_args, target_args, model.decoder, processor)
     answers = read_teacher_answers(folder, info)
     return (

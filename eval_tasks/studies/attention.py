@@ -1,6 +1,5 @@
 """How much the answer's positions attend to `e` while they are read."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from eval_tasks.plots import heatmaps
 from eval_tasks.statistics import mean_with_interval
 
 from .reading import BATCH_TOKENS, FittedTexts, Reconstructor
-from .study import StudyContext, StudyResult
+from .study import NoArguments, StudyContext, StudyResult
 
 
 def attention_to_e(reader: Reconstructor, fitted: FittedTexts) -> torch.Tensor:
@@ -70,11 +69,9 @@ def measure(reader: Reconstructor, fitted: FittedTexts, title: str, folder: Path
     return StudyResult(metrics, pd.DataFrame({"attention": weights.ravel()}, index=index).reset_index())
 
 
-@dataclass
-class Arguments:
-    """None of its own."""
+Arguments = NoArguments
 
 
-def study(context: StudyContext, _: Arguments) -> StudyResult:
+def study(context: StudyContext, _: NoArguments) -> StudyResult:
     """Attention to `e` while texts of one length are read."""
     return measure(context.reader, context.fitted(context.source), context.title, context.folder)

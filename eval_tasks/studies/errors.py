@@ -3,7 +3,6 @@
 import html
 import string
 from collections import Counter
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from eval_tasks.statistics import mean_with_interval
 from eval_tasks.text_metrics import information_bits
 
 from .reading import FittedTexts, Reconstructor, share_equal
-from .study import StudyContext, StudyResult
+from .study import NoArguments, StudyContext, StudyResult
 
 # The closed classes of English: determiners, pronouns, prepositions, conjunctions, auxiliaries, particles (after Quirk
 # et al., 1985, A Comprehensive Grammar of the English Language, 2.39 to 2.45).
@@ -175,12 +174,10 @@ def measure(
     return StudyResult(metrics, rows, "\n".join(examples))
 
 
-@dataclass
-class Arguments:
-    """None of its own."""
+Arguments = NoArguments
 
 
-def study(context: StudyContext, _: Arguments) -> StudyResult:
+def study(context: StudyContext, _: NoArguments) -> StudyResult:
     """Which words go wrong, in the texts of one source or of several."""
     tokenizer = context.tokenizer
     corpora = {

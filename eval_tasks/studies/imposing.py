@@ -13,6 +13,7 @@ from eval_tasks.plots import curves
 from eval_tasks.sentence_encoder import sentence_embeddings
 from eval_tasks.statistics import mean_with_interval
 from modeling_protogen.modeling_protogen import ProtoGenOutput
+from trainers.arguments import MeaningArguments
 from trainers.embedded import resolve
 from trainers.fitting import ProtoTokenFitter, Text, TextFit
 from trainers.losses.anchor import AnchorLoss
@@ -88,14 +89,11 @@ def measure(
 
 
 @dataclass
-class Arguments:
+class Arguments(MeaningArguments):
     """Which meaning, and how strongly it is imposed."""
 
     study_weights: list[float] = field(
         default_factory=lambda: [0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0], metadata={"help": "Weights of the loss."}
-    )
-    teacher: str = field(
-        default="sentence-transformers/all-MiniLM-L6-v2", metadata={"help": "Sentence encoder for what texts mean."}
     )
 
 

@@ -1,6 +1,5 @@
 """The bank in two dimensions."""
 
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from eval_tasks.plots import scatter
 from eval_tasks.statistics import mean_with_interval
 
 from .reading import FittedTexts
-from .study import StudyContext, StudyResult
+from .study import NoArguments, StudyContext, StudyResult
 
 
 def measure(fitted: FittedTexts, title: str, folder: Path, seed: int) -> StudyResult:
@@ -37,11 +36,9 @@ def measure(fitted: FittedTexts, title: str, folder: Path, seed: int) -> StudyRe
     return StudyResult(metrics, rows)
 
 
-@dataclass
-class Arguments:
-    """None of its own."""
+Arguments = NoArguments
 
 
-def study(context: StudyContext, _: Arguments) -> StudyResult:
+def study(context: StudyContext, _: NoArguments) -> StudyResult:
     """A map of the texts' proto-tokens."""
     return measure(context.fitted(context.source), context.title, context.folder, context.seed)

@@ -1,7 +1,6 @@
 """Who holds what: `e` and `m` swapped between texts, probed, and compared with what the texts mean."""
 
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from eval_tasks.plots import bars
 from eval_tasks.sentence_encoder import sentence_embeddings
 from eval_tasks.statistics import mean_with_interval
+from trainers.arguments import MeaningArguments
 from trainers.embedded import resolve
 
 from .errors import profile
@@ -178,13 +178,7 @@ def measure(
     return StudyResult(metrics, swapped)
 
 
-@dataclass
-class Arguments:
-    """What meaning is measured by."""
-
-    teacher: str = field(
-        default="sentence-transformers/all-MiniLM-L6-v2", metadata={"help": "Sentence encoder for what texts mean."}
-    )
+Arguments = MeaningArguments
 
 
 def study(context: StudyContext, args: Arguments) -> StudyResult:

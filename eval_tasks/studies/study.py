@@ -40,6 +40,11 @@ class StudyArguments:
 
 
 @dataclass
+class NoArguments:
+    """Of a study that needs no arguments but the shared ones."""
+
+
+@dataclass
 class StudyResult:
     """
     What a study found; its plots are in its folder.
