@@ -9,6 +9,8 @@ A key that comes again is numbered in JSON, whose keys are unique, and not in th
 
     {"city": "Rome", "city_2": "Oslo"}                     city: Rome
                                                            city: Oslo
+
+A value neither begins nor ends with spaces: two spaces of a question may be one token, of which a value would take both.
 """
 
 import json
@@ -42,7 +44,9 @@ def to_lines(answer: str) -> str:
         lines.append(f"{key}{SEPARATOR}{value}")
     lines = "\n".join(lines)
     if from_lines(lines) != json.dumps(fields, ensure_ascii=False):
-        raise ValueError(f"a key with {SEPARATOR!r}, or a line break, cannot be written as lines: {answer[:60]!r}")
+        raise ValueError(
+            f"a key with {SEPARATOR!r}, a line break, or spaces around a value cannot be written as lines: {answer[:60]!r}"
+        )
     return lines
 
 
@@ -55,5 +59,5 @@ def from_lines(text: str) -> str:
         key = key if seen[key] == 1 else f"{key}_{seen[key]}"
         if not separator or key in fields:
             return text
-        fields[key] = value
+        fields[key] = value.strip(" ")
     return json.dumps(fields, ensure_ascii=False)

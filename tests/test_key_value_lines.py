@@ -14,7 +14,7 @@ PAIRS = [
     ('{"quote": "\\"so\\" it \\\\ is"}', 'quote: "so" it \\ is'),
     ('{"a": "", "b": "c"}', "a: \nb: c"),
     ('{"stadt": "Zürich ☃"}', "stadt: Zürich ☃"),
-    ('{"a b": " c "}', "a b:  c "),
+    ('{"a b": "c  d"}', "a b: c  d"),
     ('{"a": "1", "b": "2", "a_2": "3", "a_3": "4"}', "a: 1\nb: 2\na: 3\na: 4"),
     # Numbers that say something else are a key's own.
     ('{"a_2": "1", "a": "2", "a_4": "3", "b_1": "4"}', "a_2: 1\na: 2\na_4: 3\nb_1: 4"),
@@ -44,6 +44,7 @@ def test_there_and_back(answer, lines):
         ('{"a": "b\\nc: d"}', "cannot be written as lines"),
         ('{"a": "b\\nc"}', "cannot be written as lines"),
         ('{"a\\nb": "c"}', "cannot be written as lines"),
+        ('{"a": "b "}', "cannot be written as lines"),
         ("{}", "must not be an empty JSON object"),
     ],
 )
@@ -55,6 +56,11 @@ def test_what_would_not_come_back_is_refused(answer, message):
 @pytest.mark.parametrize("text", ["", "no pair", "a: b\nno pair", "a: b\n", "\na: b", "a_2: b\na: c\na: d", "a:b"])
 def test_other_texts_stay_as_they_are(text):
     assert from_lines(text) == text
+
+
+def test_values_lose_the_spaces_around_them():
+    """As tokens of two spaces bring them along."""
+    assert from_lines("a:  b\nc: d e  ") == '{"a": "b", "c": "d e"}'
 
 
 def test_long_answers_are_quoted_by_their_beginning():
