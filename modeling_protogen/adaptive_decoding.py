@@ -57,6 +57,9 @@ def adaptive_decoding(
         for row in drafted:
             draft_lengths[row].note(num_kept[row].item() - 1)
         answers.extend(tokens, log_p, num_kept)
+        text.forget(torch.zeros_like(num_kept), answers.is_done)
+        # What follows the end of an answer is of no use and need not be read in step.
+        num_kept[answers.is_done] = num_kept.max()
         source = places - size + num_kept[:, None]
         tokens = tokens.gather(1, source.clamp_min(0))[:, -num_kept.max() :]
         mask = (source >= 0).long()[:, -num_kept.max() :]

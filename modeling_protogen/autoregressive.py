@@ -1,9 +1,10 @@
 """Ordinary autoregressive use of the frozen decoder: teacher-forced scoring, and decoding with a KV cache."""
 
 import torch
-from transformers import Cache, PreTrainedModel
+import torch.nn.functional as F
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from .frozen_decoder import crop_cache, logits_after, new_cache, states_of
+from .frozen_decoder import crop_cache, logits_after, move_cache, moved_right, states_of
 from .proto_tokens import position_ids
 from .slot_adapters import slots_at_the_end
 
@@ -45,59 +46,108 @@ def teacher_forced_logits(
 
 class DecoderState:
     """
-    A batch of texts that the decoder has read: its keys and values, its hidden states of the layers that are wanted
-    `(batch, read, layers, dim)`, and which of the positions count `(batch, read)`. What was read and turned out wrong
-    is masked, so texts of a batch may grow at different paces.
+    A batch of texts that the decoder has read. Their keys and values all end at the cache's last position, with nothing
+    between them but the texts' own: then decoders that count positions (`position_ids`), and those that count places in
+    the cache (ALiBi in MPT, windows), agree, at whatever paces the texts grow.
 
-    Raises:
-        ValueError: for a batch and a decoder with a sliding window, of which masked positions would take a part.
+    Args:
+        decoder (`PreTrainedModel`)
+        ids, mask (`torch.Tensor` of shape `(batch, length)`): the texts at the start, padded on the left.
+        layers (`list[int]`): whose hidden states are kept.
+
+    Attributes:
+        next_logits (`torch.Tensor` of shape `(batch, 1, vocab)`): of the token after each text at the start.
+        states (`torch.Tensor` of shape `(batch, read, layers, dim)`, *optional*): hidden states of all that was read.
+        mask (`torch.LongTensor` of shape `(batch, read)`): which of them are of the texts.
     """
 
     def __init__(self, decoder: PreTrainedModel, ids: torch.LongTensor, mask: torch.Tensor, layers: list[int]):
         self.decoder = decoder
         self.layers = layers
         self.num_passes = 0
-        self.cache = new_cache(decoder)
-        if len(ids) > 1 and any(self.cache.is_sliding):
-            raise ValueError(
-                "this decoder attends to a sliding window; texts that grow in blocks have to be decoded one by one."
-            )
+        self.cache = DynamicCache()
+        # The tokens at the places of the cache; padded on the left.
+        self.ids = ids[:, :0]
         self.mask = mask[:, :0].long()
         self.states = None
-        embeds = decoder.get_input_embeddings()(ids)
         last = torch.zeros_like(mask, dtype=torch.bool)
         last[:, -1] = True
-        # Of the next token, `(batch, 1, vocab)`.
-        self.next_logits = self.read(embeds, mask.long(), last)[:, None]
+        self.next_logits = self.read(ids, mask.long(), last)[:, None]
 
     def read(
-        self, embeds: torch.Tensor, mask: torch.LongTensor, predicts: torch.BoolTensor, num_slots: int = 0
+        self,
+        ids: torch.LongTensor,
+        mask: torch.LongTensor,
+        predicts: torch.BoolTensor,
+        slots: torch.Tensor | None = None,
+        slot_mask: torch.BoolTensor | None = None,
     ) -> torch.Tensor:
         """
-        Reads on, `(batch, new, dim)`, of which the last `num_slots` are slots; returns logits `(positions, vocab)`
-        where `predicts` `(batch, new)`.
+        Reads on, and slots after that, which are forgotten again.
+
+        Args:
+            ids, mask (`torch.LongTensor` of shape `(batch, new)`): padded on the left.
+            predicts (`torch.BoolTensor` of shape `(batch, new + slots)`): where logits are wanted.
+            slots (`torch.Tensor` of shape `(batch, slots, dim)`), slot_mask (`torch.BoolTensor` of shape `(batch,
+                slots)`): padded on the right.
+
+        Returns:
+            Logits `(positions, vocab)`.
         """
-        whole = torch.cat([self.mask, mask], dim=1)
+        missing, start = (mask == 0).sum(1), self.ids.shape[1]
+        ids = torch.cat([self.ids, ids], dim=1)
+        if start and missing.any():
+            # Padding between a text and what is new would count as distance: its last tokens are read again there.
+            places = torch.arange(ids.shape[1], device=ids.device)
+            ids = ids.gather(1, (places - missing[:, None] * (places < start + missing[:, None])).clamp_min(0))
+            start = max((self.mask.sum(1) - missing).max().item(), 0)
+            ids = ids[:, -(start + mask.shape[1]) :]
+            move_cache(self.cache, missing, start)
+        num_tokens = self.mask.sum(1) + mask.sum(1)
+        whole = (torch.arange(ids.shape[1], 0, -1, device=ids.device) <= num_tokens[:, None]).long()
+        self.ids, self.mask = ids, torch.cat([self.mask, mask], dim=1)
+        embeds, num_slots = self.decoder.get_input_embeddings()(ids[:, start:]), 0
+        if slots is not None:
+            num_slots = slots.shape[1]
+            embeds = torch.cat([embeds, slots.to(embeds.dtype)], dim=1)
+            whole = torch.cat([whole, slot_mask.long()], dim=1)
         with slots_at_the_end(num_slots):
             output = self.decoder(
                 inputs_embeds=embeds,
                 attention_mask=whole,
-                position_ids=position_ids(whole)[:, self.mask.shape[1] :],
+                position_ids=position_ids(whole)[:, start:],
                 past_key_values=self.cache,
                 use_cache=True,
                 output_hidden_states=bool(self.layers),
                 logits_to_keep=predicts,
             )
         self.num_passes += 1
-        self.mask = whole
+        crop_cache(self.cache, ids.shape[1])
         if self.layers:
-            new = states_of(output, self.layers)
+            new = states_of(output, self.layers)[:, : mask.shape[1]]
             self.states = new if self.states is None else torch.cat([self.states, new], dim=1)
         return output.logits
 
-    def keep(self, length: int) -> None:
-        """Forgets all that was read after the first `length` positions."""
-        crop_cache(self.cache, length)
-        self.mask = self.mask[:, :length]
+    def forget(self, surplus: torch.LongTensor, is_done: list[bool]) -> None:
+        """
+        Takes back each text's last tokens, of those that the last pass read.
+
+        Args:
+            surplus (`torch.LongTensor` of shape `(batch,)`): how many.
+            is_done (`list[bool]`): texts that are not read on, of which one token stays.
+        """
+        if all(is_done):
+            return
+        done = torch.tensor(is_done, device=surplus.device)
+        fewest = surplus[~done].min().item()
+        # What is of no use need not move.
+        surplus = (surplus - fewest).masked_fill(done, 0)
+        length = self.mask.shape[1] - fewest
+        self.mask = self.mask[:, :length] * (torch.arange(length, 0, -1, device=done.device) > surplus[:, None])
+        self.mask[done] = F.one_hot(torch.tensor(length - 1), length).to(done.device)
         if self.states is not None:
             self.states = self.states[:, :length]
+        longest = self.mask.sum(1).max().item()
+        self.ids = moved_right(self.ids[:, : self.ids.shape[1] - fewest], surplus, longest)
+        crop_cache(self.cache, self.cache.get_seq_length() - fewest)
+        move_cache(self.cache, surplus, longest)

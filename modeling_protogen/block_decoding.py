@@ -135,9 +135,7 @@ def read_and_draft(
     Returns:
         Logits `(batch, size, vocab)` of the tokens that follow.
     """
-    embeds = model.decoder.get_input_embeddings()(new_tokens)
-    mask, length = new_mask, text.mask.shape[1] + new_tokens.shape[1]
-    predicting, num_slots = torch.ones_like(new_mask[:, :1], dtype=torch.bool), 0
+    predicting, slots, slot_mask = torch.ones_like(new_mask[:, :1], dtype=torch.bool), None, None
     if size > 1:
         given = instruction()
         prediction = model.proto_predictor(
@@ -147,11 +145,7 @@ def read_and_draft(
         known = int(model.config.reads_decoder_states)
         lengths = torch.full((len(new_tokens),), known + size, device=new_tokens.device)
         layout = model.layout(lengths, prediction.e.shape[1])
-        slots = fill_slots(layout, prediction.e, prediction.m)
-        num_slots = slots.shape[1]
-        embeds = torch.cat([embeds, slots.to(embeds.dtype)], dim=1)
-        mask = torch.cat([mask, layout.mask.long()], dim=1)
+        slots, slot_mask = fill_slots(layout, prediction.e, prediction.m), layout.mask
         predicting = predicting_positions(layout, known + 1)[:, known:]
-    logits = text.read(embeds, mask, F.pad(predicting, (new_tokens.shape[1] - 1, 0)), num_slots)
-    text.keep(length)
-    return logits.view(len(new_tokens), size, -1)
+    predicts = F.pad(predicting, (new_tokens.shape[1] - 1, 0))
+    return text.read(new_tokens, new_mask, predicts, slots, slot_mask).view(len(new_tokens), size, -1)

@@ -2,6 +2,9 @@
 All that we assume of a frozen decoder: what its forward takes, how logits follow from its states, how it reads a prefix
 and remembers it, and where proto-tokens come after that. On a CPU prefixes of similar lengths are read together, as
 reading padding takes as long there as reading text.
+
+A cache is a `DynamicCache()`, in which layers with a sliding window keep all their keys and values too and mask those
+outside of it: what a text takes back may move others into it.
 """
 
 import inspect
@@ -9,7 +12,7 @@ import inspect
 import torch
 import torch.nn.functional as F
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
@@ -60,11 +63,15 @@ def check_decoder(decoder: PreTrainedModel) -> None:
             f"{name} cannot be the frozen decoder: its forward takes no {', '.join(missing)}; choose a causal language "
             "model with attention in all of its layers."
         )
-    if any(not isinstance(layer, DynamicLayer) for layer in new_cache(decoder).layers):
+    kinds = {type(layer) for layer in DynamicCache(config=decoder.config).layers}
+    if other := kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
         raise ValueError(
-            f"{name} cannot be the frozen decoder: some of its layers keep a recurrent state, which cannot be cut back "
+            f"{name} cannot be the frozen decoder: some of its layers keep more than keys and values of each token "
+            f"({', '.join(sorted(kind.__name__ for kind in other))}), as a recurrent state, which cannot be cut back "
             "to a prefix; choose a causal language model with attention in all of its layers."
         )
+    if decoder.base_model is decoder:
+        raise ValueError(f"{name} cannot be the frozen decoder: it has no base model, whose last states can be read.")
     if is_deepspeed_zero3_enabled():  # Spread over processes, it cannot run yet.
         return
     ids = torch.arange(4, device=decoder.device)[None]
@@ -77,18 +84,6 @@ def check_decoder(decoder: PreTrainedModel) -> None:
         )
 
 
-def new_cache(decoder: PreTrainedModel) -> DynamicCache:
-    """An empty cache that [`crop_cache`] can cut, also where a layer attends to a sliding window."""
-    cache = DynamicCache(config=decoder.config)
-    cache.activate_past_recording()
-    return cache
-
-
-def is_full_attention(cache: Cache) -> bool:
-    """Whether no layer keeps a part of what it read only, as those do that attend to a sliding window."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
-
-
 def padded_left(part: torch.Tensor, length: int) -> torch.Tensor:
     """Keys, values or states `(..., positions, dim)` with zeros before them, `(..., length, dim)`."""
     return F.pad(part, (0, 0, length - part.shape[-2], 0))
@@ -96,9 +91,26 @@ def padded_left(part: torch.Tensor, length: int) -> torch.Tensor:
 
 def crop_cache(cache: Cache, length: int) -> None:
     """Forgets what was read after the first `length` positions."""
-    # Counted from its end: 0 would be nothing left.
     if cache.get_seq_length() > length:
         cache.crop(length - cache.get_seq_length())
+
+
+def moved_right(part: torch.Tensor, shifts: torch.LongTensor, length: int) -> torch.Tensor:
+    """The last `length` places of `(batch, places, ...)` after each row moved to the right by `shifts` `(batch,)`."""
+    rows, places = torch.arange(len(part), device=part.device), torch.arange(part.shape[1], device=part.device)
+    return part[rows[:, None], (places[part.shape[1] - length :] - shifts[:, None]).clamp_min(0)]
+
+
+def move_cache(cache: Cache, shifts: torch.LongTensor, length: int) -> None:
+    """Moves each row's keys and values to the right by `shifts` `(batch,)`; the last `length` positions stay."""
+    moves = bool(shifts.any())
+    for layer in cache.layers:
+        if moves:
+            parts = (moved_right(part.transpose(1, 2), shifts, length) for part in (layer.keys, layer.values))
+            layer.keys, layer.values = (part.transpose(1, 2) for part in parts)
+        else:
+            start = layer.keys.shape[-2] - length
+            layer.keys, layer.values = layer.keys[..., start:, :], layer.values[..., start:, :]
 
 
 def logits_after(
@@ -170,7 +182,7 @@ def read_prefix(
 
     def read(rows, length):
         ids, mask = prefix_ids[rows, -length:], prefix_mask[rows, -length:]
-        cache = new_cache(decoder)
+        cache = DynamicCache()
         output = decoder.base_model(
             input_ids=ids,
             attention_mask=mask,
@@ -184,9 +196,6 @@ def read_prefix(
     longest, groups = prefix_ids.shape[1], bucket_by_length(prefix_mask)
     if len(groups) == 1:
         return read(slice(None), longest)
-    cache = new_cache(decoder)
-    if not is_full_attention(cache):
-        return read(slice(None), longest)
 
     # Back in the order of the batch.
     places = torch.cat([rows for rows, _ in groups]).argsort()
@@ -195,6 +204,7 @@ def read_prefix(
         return torch.cat([padded_left(part, longest) for part in parts])[places]
 
     caches, states = zip(*(read(*group) for group in groups), strict=True)
+    cache = DynamicCache()
     for number, parts in enumerate(zip(*(part.layers for part in caches), strict=True)):
         cache.update(joined([layer.keys for layer in parts]), joined([layer.values for layer in parts]), number)
     if not layers:

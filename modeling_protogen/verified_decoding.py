@@ -74,26 +74,22 @@ def verified_decoding(
     answers.extend(last, log_probability(text.next_logits, last), one[:, 0])
     while answers.unfinished:
         size = min(block_size, answers.room - 1, 1 + draft_length.next())
-        start = text.mask.shape[1]
         logits = read_and_draft(model, text, last, one, max(size, 1), instruction)
         block = sampling.pick(logits)
         next_log_p = log_probability(logits[:, :1], block[:, :1])
         if size < 2:
             last = block
             answers.extend(last, next_log_p, one[:, 0])
+            text.forget(torch.zeros_like(last[:, 0]), answers.is_done)
             continue
 
         whole = one.expand(-1, size)
-        own = text.read(model.decoder.get_input_embeddings()(block), whole, whole.bool()).view(logits.shape)
+        own = text.read(block, whole, whole.bool()).view(logits.shape)
         kept, last = accept(block[:, 1:], logits[:, 1:], own, sampling)
-        is_kept = torch.arange(size - 1, device=kept.device) < kept[:, None]
         written = torch.cat([block, last[:, None]], dim=1).scatter(1, 1 + kept[:, None], last[:, None])
         log_p = log_probability(own, written[:, 1:])
         draft_length.note(kept[answers.unfinished].float().mean().item())
         answers.note_draft(kept, answers.unfinished)
         answers.extend(written, torch.cat([next_log_p, log_p], dim=1), kept + 2)
-        # Past the last token, one of the block is for certain.
-        longest = kept.max().item()
-        text.keep(start + 2 + longest)
-        text.mask[:, start + 2 :] = is_kept[:, :longest]
+        text.forget(size - 1 - kept, answers.is_done)
         last = last[:, None]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from modeling_protogen import ProtoGenConfig, ProtoGenForConditionalGeneration
-from modeling_protogen.autoregressive import teacher_forced_logits
+from modeling_protogen.autoregressive import DecoderState, teacher_forced_logits
 from modeling_protogen.frozen_decoder import check_decoder, logits_of
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text, TextFit
 from trainers.proto_bank import BankInfo, decoder_fingerprint
@@ -31,8 +31,14 @@ FAMILIES = {
     "qwen3": LLAMA | {"head_dim": 8},
     "mistral": LLAMA | {"sliding_window": 4},
     "phi": LLAMA,
+    "phi3": LLAMA | {"sliding_window": 4},
+    "falcon alibi": {"num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True},
+    "codegen": GPT | {"rotary_dim": 4},
+    # These count distances by places in the cache.
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "window_size": 4, "attention_types": [[["global", "local"], 1]]},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4},
 }
-LENGTHS, TOKENS = [3, 7, 5], 8
+LENGTHS, TOKENS = [3, 7, 1], 12
 
 
 def tiny(family, fields):
@@ -101,18 +107,60 @@ def test_the_first_tokens_are_the_decoders_own(model, prompts):
     torch.testing.assert_close(prediction.next_logits, own, atol=1e-4, rtol=1e-3)
 
 
-def test_verified_decoding_is_greedy(model, prompts):
-    has_window = model.config.decoder_text_config.to_dict().get("sliding_window") is not None
+def plan_drafts(monkeypatch, rows, draft):
+    """Drafts for these prompts: `draft(row, place in the answer)` gives a token, and whether it is sure."""
+    read = DecoderState.read
+
+    def planned(self, ids, mask, predicts, slots=None, slot_mask=None):
+        logits = read(self, ids, mask, predicts, slots, slot_mask)
+        if slots is not None:
+            table = logits.view(len(rows), -1, logits.shape[-1])
+            for drafts, row, length in zip(table, rows, self.mask.sum(1).tolist(), strict=True):
+                for place in range(1, len(drafts)):
+                    token, is_sure = draft(row, length - LENGTHS[row] + place)
+                    drafts[place] = 0.0
+                    drafts[place, token] = 20.0 if is_sure else 0.1
+        return logits
+
+    monkeypatch.setattr(DecoderState, "read", planned)
+
+
+def test_verified_decoding_is_greedy(model, prompts, monkeypatch):
     expected = []
     for row in range(3):
         inputs = alone(prompts, row)
         ids, mask = inputs["decoder_prompt_ids"], inputs["decoder_prompt_mask"]
         options = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
-        expected.append(model.decoder.generate(input_ids=ids, attention_mask=mask, **options)[0, ids.shape[1] :])
+        expected.append(
+            model.decoder.generate(input_ids=ids, attention_mask=mask, **options)[0, ids.shape[1] :].tolist()
+        )
         found = model.generate(**inputs, mode="verified", max_new_tokens=TOKENS)
-        assert torch.equal(found[0], expected[row])
-    if not has_window:  # Of masked positions a window would take a part.
-        assert torch.equal(model.generate(**prompts, mode="verified", max_new_tokens=TOKENS), torch.stack(expected))
+        assert found[0].tolist() == expected[row]
+
+    def draft(row, at):
+        right = expected[row][min(at, TOKENS - 1)]
+        return (right if (at * at + row) % 3 else (right + 1) % 64), True
+
+    plan_drafts(monkeypatch, range(3), draft)
+    found = model.generate(**prompts, mode="verified", max_new_tokens=TOKENS, return_dict_in_generate=True)
+    assert found.sequences.tolist() == expected
+    assert found.accepted_lengths.unique().numel() > 1
+
+
+def test_adaptive_answers_do_not_depend_on_the_batch(model, prompts, monkeypatch):
+    def draft(row, at):
+        return (5 * at + row) % 61 + 3, (at * at + row) % 3 != 0
+
+    options = {"mode": "adaptive", "max_new_tokens": TOKENS, "return_dict_in_generate": True}
+    expected = []
+    for row in range(3):
+        with monkeypatch.context() as context:
+            plan_drafts(context, [row], draft)
+            expected.append(model.generate(**alone(prompts, row), **options).sequences[0].tolist())
+    plan_drafts(monkeypatch, range(3), draft)
+    found = model.generate(**prompts, **options)
+    assert found.sequences.tolist() == expected
+    assert found.accepted_lengths.unique().numel() > 1
 
 
 def test_fitting_has_the_gradient_of_the_decoders_own_loss(decoder):
@@ -134,17 +182,31 @@ def test_fitting_has_the_gradient_of_the_decoders_own_loss(decoder):
     assert least == pytest.approx(logits.softmax(-1)[range(3), target].min().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("family", "fields", "message"),
-    [
-        ("mamba", {"num_hidden_layers": 2, "state_size": 4}, "its forward takes no past_key_values"),
-        ("recurrent_gemma", LLAMA | {"lru_width": 32, "num_hidden_layers": 3}, "RecurrentGemmaForCausalLM cannot be"),
-        ("qwen3_next", LLAMA | {"head_dim": 8, "num_experts": 2}, "some of its layers keep a recurrent state"),
-    ],
-)
-def test_what_cannot_serve_is_refused(family, fields, message):
+HYBRID = LLAMA | {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+REFUSED = {
+    "mamba": {"num_hidden_layers": 2, "state_size": 4},
+    "rwkv": {"num_hidden_layers": 2, "attention_hidden_size": 32},
+    "recurrent_gemma": LLAMA | {"lru_width": 32, "num_hidden_layers": 3},
+    "qwen3_next": LLAMA | {"head_dim": 8, "num_experts": 2},
+    "qwen3_5_text": LLAMA | {"head_dim": 8},
+    "granitemoehybrid": HYBRID | {"layer_types": ["mamba", "attention"]},
+    # Has attention and a recurrent state in each layer.
+    "falcon_h1": HYBRID | {"mamba_d_ssm": 64},
+    "lfm2": LLAMA | {"layer_types": ["conv", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_be_cut_back_to_a_prefix_is_refused(family):
+    message = "cannot be the frozen decoder: (its forward takes no past_key_values|.* as a recurrent state)"
     with pytest.raises(ValueError, match=message):
-        check_decoder(tiny(family, fields))
+        check_decoder(tiny(family, REFUSED[family]))
+
+
+def test_a_model_without_a_base_model_is_refused():
+    fields = LLAMA | {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48}
+    with pytest.raises(ValueError, match="it has no base model"):
+        check_decoder(tiny("llama4_text", fields))
 
 
 def test_a_head_that_is_not_known_is_refused(decoder, tmp_path, monkeypatch):

@@ -8,10 +8,10 @@ from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS, set_dropout, stir_slot_ada
 from safetensors import safe_open
 from test_verified_decoding import MORE, MORE_CONTEXTS, greedy, verified, without_eos
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from modeling_protogen import ProtoGenForConditionalGeneration
-from modeling_protogen.frozen_decoder import joined_inputs, new_cache
+from modeling_protogen.frozen_decoder import joined_inputs
 from modeling_protogen.proto_tokens import fill_slots
 from modeling_protogen.slot_adapters import LowRank, SlotAdapters, slots_at_the_end
 from trainers.data import Example, ProtoGenCollator
@@ -28,7 +28,7 @@ def one_pass(model, inputs, lengths):
     slots = fill_slots(layout, prediction.e, prediction.m)
     prompt = inputs["decoder_prompt_ids"], inputs["decoder_prompt_mask"]
     joined, _ = joined_inputs(model.decoder, slots, layout, *prompt)
-    cache = new_cache(model.decoder)
+    cache = DynamicCache()
     with slots_at_the_end(slots.shape[1]):
         logits = model.decoder(**joined, past_key_values=cache, use_cache=True).logits
     parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]

@@ -77,16 +77,6 @@ def test_the_answer_is_the_greedy_one(build, decoder_dir, fields, ends):
         assert ends or all((output.num_drafts > 0).all() for output in outputs)
 
 
-@pytest.mark.parametrize("decoder_dir", ["mistral"], indirect=True)
-def test_a_decoder_with_a_sliding_window_reads_one_text_at_a_time(build, decoder_dir):
-    model, processor = build(decoder_dir, decoder_sees_prompt=True, latent_source="decoder")
-    without_eos(model)
-    expected = [greedy(model, processor, *pair) for pair in zip(MORE, MORE_CONTEXTS, strict=True)]
-    assert verified(model, processor, 1)[0] == expected
-    with pytest.raises(ValueError, match="sliding window"):
-        verified(model, processor, 2)
-
-
 def test_right_drafts_are_kept_and_save_passes(build, llama_dir, monkeypatch):
     """A decoder that says the same token whatever it reads is drafted without error."""
     model, processor = build(llama_dir, decoder_sees_prompt=True)
@@ -117,11 +107,10 @@ def plan_drafts(monkeypatch, expected, prompt_lengths, num_right):
     """Drafts that are right in the first `num_right(size)` places after the certain token, and wrong after that."""
     read = DecoderState.read
 
-    def planned(self, embeds, mask, predicts, num_slots=0):
-        is_draft = self.cache is not None and not predicts.all()
+    def planned(self, ids, mask, predicts, slots=None, slot_mask=None):
         done = self.mask.sum(1) - prompt_lengths
-        logits = read(self, embeds, mask, predicts, num_slots)
-        if is_draft:
+        logits = read(self, ids, mask, predicts, slots, slot_mask)
+        if slots is not None:
             table = logits.view(len(expected), -1, logits.shape[-1])
             for row, answer in enumerate(expected):
                 right = num_right(table.shape[1] - 1)

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from modeling_protogen.frozen_decoder import is_full_attention, new_cache, padded_left, read_prefix
+from modeling_protogen.frozen_decoder import padded_left, read_prefix
 
 from .files import write_atomically
 from .proto_bank import decoder_fingerprint
@@ -27,18 +27,15 @@ class PromptStore:
 
     Args:
         folder (`str` or `Path`): an existing store, or a place for a new one.
-        decoder (`PreTrainedModel`): its layers are of one shape and attend to all positions.
+        decoder (`PreTrainedModel`): its layers are of one shape.
         layers (`list[int]`): whose hidden states are kept; may be empty.
 
     Raises:
-        ValueError: if the folder is another decoder's, or has other layers' states, or a layer attends to a part of the
-            positions only.
+        ValueError: if the folder is another decoder's, or has other layers' states.
     """
 
     def __init__(self, folder: str | Path, decoder: PreTrainedModel, layers: list[int]):
         self.folder, self.layers = Path(folder), layers
-        if not is_full_attention(new_cache(decoder)):
-            raise ValueError("a prompt store needs a decoder whose layers attend to all positions; leave it out.")
         info = {"decoder": decoder_fingerprint(decoder), "dtype": str(decoder.dtype), "layers": layers}
         path = self.folder / INFO_NAME
         if not path.is_file():
@@ -90,7 +87,7 @@ class PromptStore:
             parts = [self._files[name].get_tensor(f"{name}.{kind}") for name in names]
             return torch.stack([padded_left(part, prefix_ids.shape[1]) for part in parts]).to(prefix_ids.device)
 
-        cache = new_cache(decoder)
+        cache = DynamicCache()
         for number, layer in enumerate(stacked(KEYS_AND_VALUES).unflatten(1, (-1, 2)).unbind(1)):
             cache.update(*layer.unbind(1), number)
         if not layers:
