@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from .frozen_decoder import crop_cache, logits_after, move_cache, moved_right, states_of
+from .frozen_decoder import crop_cache, logits_after, move_right, states_of
 from .proto_tokens import position_ids
 from .slot_adapters import slots_at_the_end
 
@@ -94,19 +94,18 @@ class DecoderState:
         Returns:
             Logits `(positions, vocab)`.
         """
-        missing, start = (mask == 0).sum(1), self.ids.shape[1]
-        ids = torch.cat([self.ids, ids], dim=1)
-        if start and missing.any():
+        missing = (mask == 0).sum(1)
+        if len(self.cache.layers) and missing.any():
             # Padding between a text and what is new would count as distance: its last tokens are read again there.
-            places = torch.arange(ids.shape[1], device=ids.device)
-            ids = ids.gather(1, (places - missing[:, None] * (places < start + missing[:, None])).clamp_min(0))
-            start = max((self.mask.sum(1) - missing).max().item(), 0)
-            ids = ids[:, -(start + mask.shape[1]) :]
-            move_cache(self.cache, missing, start)
+            known, places = self.ids.shape[1], torch.arange(self.ids.shape[1] + ids.shape[1], device=ids.device)
+            back = missing[:, None] * (places < known + missing[:, None])
+            ids = torch.cat([self.ids, ids], dim=1).gather(1, (places - back).clamp_min(0))[:, known:]
+            longest = (self.mask.sum(1) - missing).max().clamp_min(0).item()
+            self.ids = move_right(self.cache, self.ids, missing, longest)
         num_tokens = self.mask.sum(1) + mask.sum(1)
-        whole = (torch.arange(ids.shape[1], 0, -1, device=ids.device) <= num_tokens[:, None]).long()
-        self.ids, self.mask = ids, torch.cat([self.mask, mask], dim=1)
-        embeds, num_slots = self.decoder.get_input_embeddings()(ids[:, start:]), 0
+        start, embeds, num_slots = self.ids.shape[1], self.decoder.get_input_embeddings()(ids), 0
+        self.ids, self.mask = torch.cat([self.ids, ids], dim=1), torch.cat([self.mask, mask], dim=1)
+        whole = (torch.arange(self.ids.shape[1], 0, -1, device=ids.device) <= num_tokens[:, None]).long()
         if slots is not None:
             num_slots = slots.shape[1]
             embeds = torch.cat([embeds, slots.to(embeds.dtype)], dim=1)
@@ -122,7 +121,7 @@ class DecoderState:
                 logits_to_keep=predicts,
             )
         self.num_passes += 1
-        crop_cache(self.cache, ids.shape[1])
+        crop_cache(self.cache, self.ids.shape[1])
         if self.layers:
             new = states_of(output, self.layers)[:, : mask.shape[1]]
             self.states = new if self.states is None else torch.cat([self.states, new], dim=1)
@@ -147,7 +146,6 @@ class DecoderState:
         self.mask[done] = F.one_hot(torch.tensor(length - 1), length).to(done.device)
         if self.states is not None:
             self.states = self.states[:, :length]
-        longest = self.mask.sum(1).max().item()
-        self.ids = moved_right(self.ids[:, : self.ids.shape[1] - fewest], surplus, longest)
-        crop_cache(self.cache, self.cache.get_seq_length() - fewest)
-        move_cache(self.cache, surplus, longest)
+        self.ids = self.ids[:, : self.ids.shape[1] - fewest]
+        crop_cache(self.cache, self.ids.shape[1])
+        self.ids = move_right(self.cache, self.ids, surplus, self.mask.sum(1).max().item())

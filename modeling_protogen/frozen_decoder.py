@@ -95,22 +95,22 @@ def crop_cache(cache: Cache, length: int) -> None:
         cache.crop(length - cache.get_seq_length())
 
 
-def moved_right(part: torch.Tensor, shifts: torch.LongTensor, length: int) -> torch.Tensor:
-    """The last `length` places of `(batch, places, ...)` after each row moved to the right by `shifts` `(batch,)`."""
-    rows, places = torch.arange(len(part), device=part.device), torch.arange(part.shape[1], device=part.device)
-    return part[rows[:, None], (places[part.shape[1] - length :] - shifts[:, None]).clamp_min(0)]
-
-
-def move_cache(cache: Cache, shifts: torch.LongTensor, length: int) -> None:
-    """Moves each row's keys and values to the right by `shifts` `(batch,)`; the last `length` positions stay."""
-    moves = bool(shifts.any())
-    for layer in cache.layers:
-        if moves:
-            parts = (moved_right(part.transpose(1, 2), shifts, length) for part in (layer.keys, layer.values))
-            layer.keys, layer.values = (part.transpose(1, 2) for part in parts)
-        else:
-            start = layer.keys.shape[-2] - length
+def move_right(cache: Cache, ids: torch.LongTensor, shifts: torch.LongTensor, length: int) -> torch.LongTensor:
+    """
+    Moves each row of the cache, and of the tokens in it `(batch, positions)`, to the right by `shifts` `(batch,)`; the
+    last `length` positions stay. Returns the tokens.
+    """
+    start = ids.shape[1] - length
+    if not shifts.any():
+        for layer in cache.layers:
             layer.keys, layer.values = layer.keys[..., start:, :], layer.values[..., start:, :]
+        return ids[:, start:]
+    places = (torch.arange(start, ids.shape[1], device=ids.device) - shifts[:, None]).clamp_min(0)
+    for layer in cache.layers:
+        rows, heads = (torch.arange(number, device=layer.keys.device) for number in layer.keys.shape[:2])
+        index = rows[:, None, None], heads[:, None], places[:, None].to(rows.device)
+        layer.keys, layer.values = layer.keys[index], layer.values[index]
+    return ids.gather(1, places)
 
 
 def logits_after(
