@@ -44,6 +44,13 @@ def teacher_forced_logits(
     )
 
 
+def up_to_eos(sequences: torch.LongTensor, eos_token_ids: list[int]) -> list[list[int]]:
+    """Answers `(batch, length)`, each up to and including its first EOS."""
+    rows = sequences.tolist()
+    ends = [next((n for n, token in enumerate(row, 1) if token in eos_token_ids), None) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
+
+
 class DecoderState:
     """
     A batch of texts that the decoder has read. Their keys and values all end at the cache's last position, with nothing

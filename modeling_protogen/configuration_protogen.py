@@ -26,6 +26,11 @@ def category_id(category: str | None, categories: list[str]) -> int:
     return categories.index(category)
 
 
+def as_list(token_ids: int | list[int] | None) -> list[int]:
+    """Token ids as transformers' configurations have them: one, several or none."""
+    return [] if token_ids is None else [token_ids] if isinstance(token_ids, int) else list(token_ids)
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(f"ProtoGenConfig: {message}")
@@ -274,8 +279,7 @@ class ProtoGenConfig(PreTrainedConfig):
     @property
     def eos_token_ids(self) -> list[int]:
         """The decoder's end-of-sequence ids; the top-level ones belong to whichever tokenizer wrote them last."""
-        eos = self.decoder_text_config.eos_token_id
-        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        return as_list(self.decoder_text_config.eos_token_id)
 
     @property
     def answer_pad_token_id(self) -> int:

@@ -11,7 +11,7 @@ import inspect
 
 import torch
 import torch.nn.functional as F
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
@@ -48,6 +48,19 @@ def logits_of(decoder: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
         logits = cap * torch.tanh(logits / cap)
     return logits
+
+
+def keep_special_tokens(decoder: PreTrainedModel) -> None:
+    """
+    Leaves special tokens alone in the decoder's generation configuration: its own `generate` then writes what its
+    logits say, without penalties or suppressed tokens, until any of its EOS. These go to its configuration as well,
+    which may name one of them and is what a checkpoint keeps.
+    """
+    own, config = decoder.generation_config, decoder.config.get_text_config()
+    if own.eos_token_id is not None:
+        config.eos_token_id = own.eos_token_id
+    special = {"bos_token_id": own.bos_token_id, "pad_token_id": own.pad_token_id, "eos_token_id": config.eos_token_id}
+    decoder.generation_config = GenerationConfig(**special)
 
 
 @torch.no_grad()

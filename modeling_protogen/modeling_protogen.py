@@ -15,6 +15,7 @@ from .frozen_decoder import (
     bucket_by_length,
     check_decoder,
     embedding_std,
+    keep_special_tokens,
     logits_of,
     read_prefix,
     sink_ids,
@@ -270,6 +271,9 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         return self.decoder
 
     def _prepare_decoder(self):
+        if self.decoder is not None:
+            keep_special_tokens(self.decoder)
+            self.config.decoder_text_config.eos_token_id = self.decoder.config.get_text_config().eos_token_id
         if self.decoder is not None and self.slot_adapters is not None:
             self.slot_adapters.attach(self.decoder)
         self._freeze()

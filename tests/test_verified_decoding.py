@@ -1,15 +1,21 @@
 """Verified decoding against transformers' own greedy `generate`."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import CONTEXTS, INSTRUCTIONS, stir_slot_adapters
 
+from eval_tasks.baselines.autoregressive import autoregressive
 from modeling_protogen import ProtoGenForConditionalGeneration
 from modeling_protogen.autoregressive import DecoderState
 from modeling_protogen.block_decoding import PredictorInputs, read_and_draft
 from modeling_protogen.proto_tokens import position_ids
+from trainers.data import Example
+from trainers.decoders import load_decoder
+from trainers.teacher import greedy_answers
 
 MORE = [*INSTRUCTIONS, "tell me about paris", "what is the capital of france and who sat under the tree"]
 MORE_CONTEXTS = [*CONTEXTS, None, "long context about the cat"]
@@ -75,6 +81,30 @@ def test_the_answer_is_the_greedy_one(build, decoder_dir, fields, ends):
         answers, outputs = verified(model, processor, batch_size, **options)
         assert answers == expected
         assert ends or all((output.num_drafts > 0).all() for output in outputs)
+
+
+@pytest.mark.parametrize("thin", [False, True])
+def test_every_eos_ends_an_answer_and_no_penalty_changes_one(build, llama_dir, tmp_path, thin):
+    """Of the decoder's generation configuration its EOS count, in all that writes, also from a checkpoint."""
+    folder = shutil.copytree(llama_dir, tmp_path / "decoder")
+    plain, processor = build(llama_dir, decoder_sees_prompt=True)
+    without_eos(plain)
+    whole = greedy(plain, processor, MORE[0], None)
+    stop = whole[3]
+    own = {"eos_token_id": [2, stop], "repetition_penalty": 1.3, "suppress_tokens": [whole[0]]}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    model, processor = build(folder, decoder_sees_prompt=True, thin=thin)
+    model.save_pretrained(tmp_path / "model")
+    expected = whole[: min(whole.index(end) for end in (2, stop) if end in whole) + 1]
+    for each in (model, ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "model")):
+        assert each.config.eos_token_ids == [2, stop]
+        assert greedy(each, processor, MORE[0], None) == expected
+        inputs = processor(MORE[0])
+        assert each.generate(**inputs, mode="verified", max_new_tokens=TOKENS)[0].tolist() == expected
+        assert greedy_answers(each.decoder, processor, [Example("i", MORE[0], "", "")], TOKENS) == [expected]
+        assert autoregressive(each.decoder, processor)([MORE[0]], [None], TOKENS).token_ids == [expected]
+    _, decoder = load_decoder(str(folder), None, "float32", model.device)
+    assert greedy_answers(decoder, processor, [Example("i", MORE[0], "", "")], TOKENS) == [expected]
 
 
 def test_right_drafts_are_kept_and_save_passes(build, llama_dir, monkeypatch):

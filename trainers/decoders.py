@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import PROCESSOR_NAME
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen.frozen_decoder import keep_special_tokens
 
 from .devices import best_device, fastest_dtype
 from .embedded import PREFIX, resolve
@@ -59,6 +60,7 @@ def load_decoder(
         with torch.random.fork_rng():
             torch.manual_seed(0)
             decoder = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
+    keep_special_tokens(decoder)
     return tokenizer, decoder.to(device)
 
 
@@ -117,6 +119,7 @@ def load_frozen_decoder(name: str, dtype: str) -> tuple[PreTrainedTokenizerBase,
     path = resolve(name)
     device = best_device()
     decoder = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device)
+    keep_special_tokens(decoder)
     for parameter in decoder.parameters():
         parameter.data = parameter.data.clone()
     return AutoTokenizer.from_pretrained(path), decoder.requires_grad_(False).eval()

@@ -10,6 +10,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modeling_protogen import ProtoGenProcessor
+from modeling_protogen.autoregressive import up_to_eos
+from modeling_protogen.configuration_protogen import as_list
 
 from .data import Example
 from .files import append_lines, locked, read_lines, write_atomically
@@ -115,18 +117,16 @@ def write_teacher_answers(
 def greedy_answers(
     decoder: PreTrainedModel, processor: ProtoGenProcessor, examples: list[Example], max_length: int
 ) -> list[list[int]]:
-    """Greedy answers of at most `max_length` tokens, up to and with EOS."""
+    """The decoder's greedy answers of at most `max_length` tokens, up to and with the first of its EOS."""
     inputs = processor([example.instruction for example in examples], [example.context for example in examples])
     prompt = inputs["decoder_prompt_ids"].to(decoder.device)
-    eos = processor.decoder_tokenizer.eos_token_id
+    eos = as_list(decoder.generation_config.eos_token_id)
     with torch.no_grad():
         written = decoder.generate(
             input_ids=prompt,
             attention_mask=inputs["decoder_prompt_mask"].to(decoder.device),
             do_sample=False,
             max_new_tokens=max_length,
-            eos_token_id=eos,
-            pad_token_id=eos,
+            pad_token_id=eos[0] if eos else 0,
         )
-    answers = written[:, prompt.shape[1] :].tolist()
-    return [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in answers]
+    return up_to_eos(written[:, prompt.shape[1] :], eos)

@@ -20,8 +20,7 @@ def autoregressive(decoder: PreTrainedModel, processor: ProtoGenProcessor, **opt
     def write(instructions, contexts, max_new_tokens, exactly=False):
         inputs = processor(instructions, contexts).to(decoder.device)
         prompt = {"input_ids": inputs["decoder_prompt_ids"], "attention_mask": inputs["decoder_prompt_mask"]}
-        eos = processor.decoder_tokenizer.eos_token_id
-        token_ids = generated(decoder, eos, prompt, max_new_tokens, exactly, **options)
+        token_ids = generated(decoder, prompt, max_new_tokens, exactly, **options)
         return Written(processor.batch_decode(token_ids), token_ids)
 
     return write

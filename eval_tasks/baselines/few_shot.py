@@ -6,9 +6,11 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from modeling_protogen import ProtoGenProcessor
+from modeling_protogen.autoregressive import up_to_eos
+from modeling_protogen.configuration_protogen import as_list
 from modeling_protogen.processing_protogen import PROMPT_TEMPLATE, pad_left, user_message
 
-from .writing import Writer, Written, up_to_eos
+from .writing import Writer, Written
 
 
 def few_shot(decoder: PreTrainedModel, processor: ProtoGenProcessor, shown: Sequence) -> Writer:
@@ -19,7 +21,7 @@ def few_shot(decoder: PreTrainedModel, processor: ProtoGenProcessor, shown: Sequ
         shown (`Sequence`): examples with `instruction`, `context` and `answer`.
     """
     template = processor.prompt_template or PROMPT_TEMPLATE
-    tokenizer = processor.decoder_tokenizer
+    tokenizer, eos = processor.decoder_tokenizer, as_list(decoder.generation_config.eos_token_id)
 
     def prompt(instruction, context):
         return template.replace("{message}", user_message(instruction, context))
@@ -43,10 +45,10 @@ def few_shot(decoder: PreTrainedModel, processor: ProtoGenProcessor, shown: Sequ
                 **inputs,
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.eos_token_id,
+                pad_token_id=eos[0] if eos else 0,
                 stopping_criteria=StoppingCriteriaList([ends_with_empty_line]),
             )
-        token_ids = up_to_eos(written[:, ids.shape[1] :], tokenizer.eos_token_id)
+        token_ids = up_to_eos(written[:, ids.shape[1] :], eos)
         whole = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         texts = [text.split("\n\n")[0].rstrip("\n") for text in whole]
         lines = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]

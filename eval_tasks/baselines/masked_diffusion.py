@@ -6,10 +6,11 @@ Masked diffusion: answers start as masks, and in each pass of a bidirectional mo
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_protogen.autoregressive import up_to_eos
 from modeling_protogen.processing_protogen import pad_left, user_message
 from modeling_protogen.sampling import Sampling, log_probability
 
-from .writing import Writer, Written, up_to_eos
+from .writing import Writer, Written
 
 
 def tokens_to_keep(masked: torch.LongTensor, steps: int) -> torch.LongTensor:
@@ -95,7 +96,7 @@ def masked_diffusion(
         length = -(-max_new_tokens // block) * block
         steps = length // block * -(-block // tokens_per_step)
         written = denoise(model, ids, mask, mask_token_id, length, steps, block, Sampling(temperature))
-        token_ids = up_to_eos(written[:, :max_new_tokens], tokenizer.eos_token_id)
+        token_ids = up_to_eos(written[:, :max_new_tokens], [tokenizer.eos_token_id])
         return Written(tokenizer.batch_decode(token_ids, skip_special_tokens=True), token_ids)
 
     return write

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from modeling_protogen.autoregressive import up_to_eos
+from modeling_protogen.configuration_protogen import as_list
+
 
 @dataclass
 class Written:
@@ -31,25 +34,20 @@ Writer = Callable[..., Written]
 
 def generated(
     model: PreTrainedModel,
-    eos_token_id: int,
     inputs: dict[str, torch.Tensor],
     max_new_tokens: int,
     exactly: bool,
     **options,
 ) -> list[list[int]]:
     """
-    The tokens of transformers' own `generate`, up to and including EOS and without the prompt; greedily unless
-    `options` say otherwise.
+    The tokens of transformers' own `generate`, up to and including the first of the model's EOS and without the prompt;
+    greedily unless `options` say otherwise.
     """
     length = {"min_new_tokens": max_new_tokens} if exactly else {}
-    options = {"do_sample": False, "pad_token_id": eos_token_id, "eos_token_id": eos_token_id} | length | options
+    eos = as_list(model.generation_config.eos_token_id)
+    options = {"do_sample": False, "pad_token_id": eos[0] if eos else 0} | length | options
     with torch.no_grad():
         sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
     if not model.config.is_encoder_decoder:
         sequences = sequences[:, inputs["input_ids"].shape[1] :]
-    return up_to_eos(sequences, eos_token_id)
-
-
-def up_to_eos(sequences: torch.LongTensor, eos_token_id: int) -> list[list[int]]:
-    """Answers `(batch, length)`, each up to and including its EOS."""
-    return [row[: row.index(eos_token_id) + 1] if eos_token_id in row else row for row in sequences.tolist()]
+    return up_to_eos(sequences, eos)

@@ -15,13 +15,14 @@ from eval_tasks.abstention import coverage_curve, ranking_metrics, threshold_for
 from eval_tasks.baselines.autoregressive import autoregressive
 from eval_tasks.baselines.few_shot import few_shot
 from eval_tasks.baselines.one_pass import protogen
-from eval_tasks.baselines.writing import Writer, up_to_eos
+from eval_tasks.baselines.writing import Writer
 from eval_tasks.latency import interleaved_seconds, ratio_with_interval
 from eval_tasks.plots import curves, exact_points
 from eval_tasks.retention import retention_metrics
 from eval_tasks.slot_filling import exact_match, slot_filling_metrics
 from eval_tasks.statistics import mean_with_interval
 from modeling_protogen import ProtoGenProcessor
+from modeling_protogen.autoregressive import up_to_eos
 from trainers.data import DataArguments, Example, load_examples
 from trainers.decoders import load_processor_of, load_protogen
 from trainers.devices import best_device
@@ -181,7 +182,7 @@ def token_head_answers(model, processor: ProtoGenProcessor, examples: list[Examp
         inputs = processor([e.instruction for e in part], [e.context for e in part]).to(model.device)
         e = model.predict(**inputs).e[:, :, 0]
         tokens = head_tokens(e, model.decoder.get_output_embeddings().weight)
-        answers += processor.batch_decode(up_to_eos(tokens, processor.decoder_tokenizer.eos_token_id))
+        answers += processor.batch_decode(up_to_eos(tokens, [processor.decoder_tokenizer.eos_token_id]))
     return answers
 
 
