@@ -621,7 +621,12 @@ def test_decoding_is_timed_and_verified(call, recipe, tmp_path, llama_dir, encod
     assert metrics["speedup_dolly"][0] > 0
     assert metrics["accepted_length_run_dolly"] == metrics["accepted_length_dolly"]
     # What was compared is not written again.
-    compared = (tmp_path / "verified" / "compared.jsonl").read_text()
-    assert len(compared.splitlines()) == 5 * (1 + 3 * 3)
+    files = [tmp_path / "verified" / f"compared-{dtype}.jsonl" for dtype in ("float32", "bfloat16")]
+    compared = [file.read_text() for file in files]
+    assert [len(text.splitlines()) for text in compared] == [5 * (1 + 3 * 3), 5 * (1 + 3)]
+    rows = [json.loads(line) for line in compared[1].splitlines()]
+    greedy = {row["id"]: row["token_ids"] for row in rows if row["method"] == "greedy"}
+    differing = sum(row["token_ids"] != greedy[row["id"]] for row in rows)
+    assert metrics["mismatches_bfloat16"] == differing
     call("bench", *verify, "--run", tmp_path / "verified")
-    assert (tmp_path / "verified" / "compared.jsonl").read_text() == compared
+    assert [file.read_text() for file in files] == compared

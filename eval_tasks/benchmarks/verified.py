@@ -33,7 +33,7 @@ def add_commands(commands) -> None:
     command.add_argument("--assistant", default="embedded:smollm2-135m@first:10", help="of assisted decoding")
     command.add_argument("--dolly", default="scripts/data/dolly_sample.jsonl")
     command.add_argument("--gsm8k", help=".jsonl file of its test split")
-    command.add_argument("--prompts", type=int, default=500, help="compared token by token, in float32")
+    command.add_argument("--prompts", type=int, default=500, help="compared token by token")
     command.add_argument("--tokens", type=int, default=32, help="of the answers that are compared")
     command.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     command.add_argument("--timed-prompts", type=int, default=20, help="of each data set, in bfloat16")
@@ -58,7 +58,10 @@ def verified(arguments) -> None:
     )
     models = {"random": random.to(device).eval(), "trained": trained}
     processor = ProtoGenProcessor.from_pretrained(arguments.model)
-    metrics = compare_with_greedy(arguments, models, processor, sources)
+    metrics = compare_with_greedy(arguments, "float32", models, processor, sources)
+    for model in models.values():
+        model.to(torch.bfloat16)
+    metrics |= compare_with_greedy(arguments, "bfloat16", {"trained": trained}, processor, sources)
     drafters = {"trained": (trained, processor)}
     for folder in arguments.beside:
         other = ProtoGenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device)
@@ -67,8 +70,8 @@ def verified(arguments) -> None:
     content = report.result(
         command=arguments.command_line,
         # Its folder would say where it lies on this machine.
-        model=f"{Path(trained.config.decoder_name_or_path).name}, compared in float32, timed in bfloat16; drafts of "
-        f"{', '.join([arguments.model, *arguments.beside])}; {arguments.assistant} assists",
+        model=f"{Path(trained.config.decoder_name_or_path).name}, compared in float32 and bfloat16, timed in bfloat16; "
+        f"drafts of {', '.join([arguments.model, *arguments.beside])}; {arguments.assistant} assists",
         revision=trained.config.decoder_revision,
         data=", ".join(filter(None, (arguments.dolly, arguments.gsm8k))),
         seed=0,
@@ -83,7 +86,7 @@ def drafting_wrongly(write: Writer) -> Writer:
 
     def wrong(*args):
         logits = read_and_draft(*args)
-        logits[:, 1:, 0] = torch.inf
+        logits[:, 1:, 0] = torch.finfo(logits.dtype).max
         return logits
 
     def write_from_wrong(*args):
@@ -95,24 +98,30 @@ def drafting_wrongly(write: Writer) -> Writer:
 
 def verified_writers(models: dict, processor: ProtoGenProcessor, block_size: int | None) -> dict[str, Writer]:
     writers = {name: protogen(model, processor, "verified", block_size=block_size) for name, model in models.items()}
-    return writers | {WRONG: drafting_wrongly(writers["random"])}
+    wrong = {WRONG: drafting_wrongly(writers["random"])} if "random" in writers else {}
+    return writers | wrong
 
 
-def compare_with_greedy(arguments, models: dict, processor: ProtoGenProcessor, sources: dict) -> dict[str, int]:
-    """Verified answers that are not the greedy ones, in float32; what was compared is kept in the run's folder."""
-    path = Path(arguments.run) / "compared.jsonl"
+def compare_with_greedy(
+    arguments, dtype: str, models: dict, processor: ProtoGenProcessor, sources: dict
+) -> dict[str, int]:
+    """
+    Verified answers that are not the greedy ones, of models in this dtype; what was compared is kept in the run's
+    folder. Names of metrics have the dtype where it is not float32.
+    """
+    path = Path(arguments.run) / f"compared-{dtype}.jsonl"
     done = {(row["method"], row["batch"], row["id"]): row["token_ids"] for row in read_lines(path)}
     mixed = chain.from_iterable(zip(*sources.values(), strict=False))
     chosen = list(islice((e for e in mixed if processor.fits(e.instruction)), arguments.prompts))
     # Of like lengths together; the order is the same in every run.
     chosen.sort(key=lambda example: example.num_characters)
-    writers = {("greedy", 1): autoregressive(models["random"].decoder, processor)}
+    writers = {("greedy", 1): autoregressive(models["trained"].decoder, processor)}
     for name, write in verified_writers(models, processor, arguments.block_size).items():
         writers |= {(name, batch): write for batch in arguments.batch_sizes}
     for (name, batch), write in writers.items():
         parts = [chosen[at : at + batch] for at in range(0, len(chosen), batch)]
         parts = [part for part in parts if any((name, batch, e.id) not in done for e in part)]
-        for part in tqdm(parts, desc=f"{name}, {batch} at a time"):
+        for part in tqdm(parts, desc=f"{dtype}, {name}, {batch} at a time"):
             written = write([e.instruction for e in part], [e.context for e in part], arguments.tokens)
             rows = [
                 {"method": name, "batch": batch, "id": e.id, "token_ids": ids}
@@ -120,12 +129,13 @@ def compare_with_greedy(arguments, models: dict, processor: ProtoGenProcessor, s
             ]
             append_lines(path, rows)
             done |= {(name, batch, row["id"]): row["token_ids"] for row in rows}
+    prefix = "mismatches" if dtype == "float32" else f"mismatches_{dtype}"
     mismatches = {
-        f"mismatches_{name}_batch_{batch}": sum(done[name, batch, e.id] != done["greedy", 1, e.id] for e in chosen)
+        f"{prefix}_{name}_batch_{batch}": sum(done[name, batch, e.id] != done["greedy", 1, e.id] for e in chosen)
         for name, batch in writers
         if name != "greedy"
     }
-    return {"prompts": len(chosen), "mismatches": sum(mismatches.values()), **mismatches}
+    return {"prompts": len(chosen), prefix: sum(mismatches.values()), **mismatches}
 
 
 def time_verified(arguments, models: dict, drafters: dict, sources: dict) -> dict[str, float | list[float]]:
