@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
@@ -37,6 +38,9 @@ MODES = {
     "adaptive": {"block_size", "confidence_threshold"},
     "verified": {"block_size"},
 }
+# Options that are whole numbers from 1 on, and numbers, where they are given.
+COUNTS = ("max_new_tokens", "max_length", "num_return_sequences", "num_candidates", "num_refinements", "block_size")
+NUMBERS = ("num_length_sigmas", "abstain_above", "candidate_noise", "confidence_threshold", "temperature", "top_p")
 # The modes that write block after block.
 BLOCK_MODES = {"adaptive": adaptive_decoding, "verified": verified_decoding}
 # What a generation config holds that does not change an answer here: the decoder's configuration has the tokens.
@@ -73,8 +77,8 @@ class ProtoGenGenerationConfig(GenerationConfig):
         do_sample (`bool`, *optional*): draws tokens, with `temperature` and `top_p`; in one step independently of one
             another. The most likely ones are taken by default.
         num_return_sequences (`int`, *optional*): answers to each instruction, next to each other; with `do_sample`.
-        stop_strings (`list[str]`, *optional*): an answer ends with the token that completes one of them; `generate`
-            needs the `processor`.
+        stop_strings (`str` or `list[str]`, *optional*): an answer ends with the token that completes one of them;
+            `generate` needs the `processor`.
         return_dict_in_generate (`bool`, *optional*): returns lengths, confidences and all else as well.
         **kwargs: other fields of [`GenerationConfig`], which `generate` refuses.
     """
@@ -131,11 +135,15 @@ class ProtoGenGenerationConfig(GenerationConfig):
                 f"{', '.join(foreign)} is not for mode={mode}, which takes {', '.join(sorted(known))}. "
                 "Probabilities of tokens are in token_confidences, logits in answer_logits of a call of the model."
             )
-        drawn = sorted({"temperature", "top_p"} & kwargs.keys())
+        # At 1, transformers' default, they change nothing.
+        drawn = [name for name in ("temperature", "top_p") if kwargs.get(name) not in (None, 1)]
         if drawn and not kwargs.get("do_sample", self.do_sample):
             raise ValueError(f"{' and '.join(drawn)} draw tokens: set do_sample=True.")
+        given = {name: kwargs.get(name, getattr(self, name)) for name in (*COUNTS, *NUMBERS)}
+        check_numbers({name: value for name, value in given.items() if value is not None})
         options.update(**kwargs)
-        check_at_least_one(num_candidates=options.num_candidates, num_refinements=options.num_refinements)
+        if isinstance(options.stop_strings, str):
+            options.stop_strings = [options.stop_strings]
         return options
 
     @property
@@ -143,16 +151,11 @@ class ProtoGenGenerationConfig(GenerationConfig):
         if not self.do_sample:
             return Sampling()
         # What transformers draws with where nothing is said.
-        return Sampling(
-            1.0 if self.temperature is None else self.temperature, 1.0 if self.top_p is None else self.top_p
-        )
+        return Sampling(*(1.0 if value is None else float(value) for value in (self.temperature, self.top_p)))
 
     def longest(self, default: int) -> int:
         """Tokens of an answer at most."""
-        limits = {name: getattr(self, name) for name in ("max_new_tokens", "max_length")}
-        given = {name: limit for name, limit in limits.items() if limit is not None}
-        check_at_least_one(**given)
-        return min(given.values(), default=default)
+        return min((limit for limit in (self.max_new_tokens, self.max_length) if limit is not None), default=default)
 
 
 @dataclass
@@ -208,10 +211,24 @@ def interpolate(x: torch.Tensor, points: list[list[float]]) -> torch.Tensor:
     return value[right - 1] + share * (value[right] - value[right - 1])
 
 
-def check_at_least_one(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1; got {number}.")
+def check_numbers(options: dict[str, int | float]) -> None:
+    """A ValueError names what is none of `COUNTS` or `NUMBERS`."""
+    for name, value in options.items():
+        is_number = isinstance(value, Integral if name in COUNTS else Real) and not isinstance(value, bool)
+        if not is_number or value != value:
+            raise ValueError(f"{name} must be a {'whole ' if name in COUNTS else ''}number; got {value!r}.")
+        if name in COUNTS and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}.")
+
+
+def check_ids(**ids: torch.LongTensor | None) -> None:
+    """A ValueError names ids that are no batch of texts."""
+    for name, given in ids.items():
+        if given is not None and (given.dim() != 2 or not given.numel()):
+            raise ValueError(
+                f"{name} must have the shape (batch, length), with a text at least; got {tuple(given.shape)}. "
+                "The processor makes them."
+            )
 
 
 class ProtoGenGenerationMixin(GenerationMixin):
@@ -284,15 +301,18 @@ class ProtoGenGenerationMixin(GenerationMixin):
             `torch.LongTensor` of shape `(batch, length)`, or [`ProtoGenGenerateOutput`].
 
         Raises:
-            ValueError: if an option is not of this mode or has an impossible value, or a mode has no prompt that needs
-                one.
+            ValueError: if an option is not of this mode or has an impossible value, a mode has no prompt that needs
+                one, or what the model predicts is not finite, as with damaged weights.
         """
         base = self.generation_config if generation_config is None else generation_config
         if not isinstance(base, ProtoGenGenerationConfig):
             base = ProtoGenGenerationConfig.from_dict(base.to_diff_dict())
         options = base.merged(**kwargs)
         at_once = options.mode not in BLOCK_MODES
+        check_ids(input_ids=input_ids, decoder_prompt_ids=decoder_prompt_ids)
         self._check_prompt(decoder_prompt_ids, options.mode != "one_step" or options.num_candidates > 1)
+        if decoder_prompt_ids is not None and decoder_prompt_mask is None:
+            decoder_prompt_mask = torch.ones_like(decoder_prompt_ids)
         if proto_tokens is not None and not at_once:
             raise ValueError(f"proto_tokens are not for mode={options.mode}, which predicts new ones for each block.")
         if options.stop_strings and processor is None:
@@ -347,6 +367,8 @@ class ProtoGenGenerationMixin(GenerationMixin):
             lengths = self.clamp_lengths((mean + (options.num_length_sigmas + quantiles) * sigma).exp())
             return lengths.clamp_max(longest)
         lengths = torch.as_tensor(options.length, device=mean.device)
+        if lengths.is_floating_point() or lengths.dtype == torch.bool:
+            raise ValueError(f"length must be a whole number of tokens; got {options.length}.")
         if lengths.min() < 1 or lengths.max() > self.config.max_answer_length:
             raise ValueError(
                 f"length must lie in 1..{self.config.max_answer_length} tokens (config.max_answer_length); "
@@ -397,7 +419,8 @@ class ProtoGenGenerationMixin(GenerationMixin):
             uncertainties = interpolate(uncertainties, config.uncertainty_points)
         abstained = None
         if options.abstain_above is not None:
-            abstained = uncertainties > options.abstain_above
+            # Also where there is no telling: NaN.
+            abstained = ~(uncertainties <= options.abstain_above)
             sequences = sequences.masked_fill(abstained[:, None], config.answer_pad_token_id)
             lengths = lengths.masked_fill(abstained, 0)
         return ProtoGenGenerateOutput(

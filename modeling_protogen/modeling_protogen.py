@@ -419,8 +419,15 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         return answer_logits(self.decoder, slots, layout, *prompt, own, prediction.prompt_cache, places)
 
     def clamp_lengths(self, lengths: torch.Tensor) -> torch.LongTensor:
-        """Rounds lengths in tokens to the whole numbers that an answer can have; any shape."""
-        return lengths.round().long().clamp(1, self.config.max_answer_length)
+        """
+        Rounds lengths in tokens to the whole numbers that an answer can have; any shape.
+
+        Raises:
+            ValueError: if one is NaN.
+        """
+        if lengths.isnan().any():
+            raise ValueError("a predicted length is NaN: the model's weights are damaged; load it again.")
+        return lengths.round().clamp(1, self.config.max_answer_length).long()
 
     @can_return_tuple
     def forward(
@@ -459,6 +466,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             return_logits (`bool`): whether to run the decoder at all. What compares proto-tokens themselves, or
                 lengths, needs neither logits nor the losses.
         """
+        if decoder_prompt_ids is not None and decoder_prompt_mask is None:
+            decoder_prompt_mask = torch.ones_like(decoder_prompt_ids)
         prompt = decoder_prompt_ids, decoder_prompt_mask
         prediction = self.predict(
             input_ids, attention_mask, *prompt, category_ids, durations, None if labels is None else labels.shape[1]

@@ -97,8 +97,9 @@ def refine(
         if not unsure.any():
             break
         own = teacher_forced_logits(decoder, *prompt, as_rows(tokens, lengths, 0), token_mask(lengths))
-        logits = torch.where(unsure[:, None], own, logits)
         tokens = torch.where(unsure, sampling.pick(own), tokens)
+        # In place: a batch's logits are the largest tensor there is.
+        logits = torch.where(unsure[:, None], own, logits, out=own)
     return logits, tokens
 
 

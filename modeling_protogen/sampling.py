@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+# Rows of a vocabulary's width that are in float32 at once.
+ROWS = 128
+
 
 @dataclass
 class Sampling:
@@ -40,15 +43,33 @@ class Sampling:
             warpers.append(TopPLogitsWarper(self.top_p))
         return warpers(None, logits.flatten(end_dim=-2).float()).softmax(-1).view(logits.shape)
 
-    def pick(self, logits: torch.Tensor) -> torch.LongTensor:
-        """A token from each `(..., vocab)`: `(...)`."""
+    def probability(self, logits: torch.Tensor, tokens: torch.LongTensor, rows: int = ROWS) -> torch.Tensor:
+        """Of tokens `(...)` where they are drawn from `(..., vocab)`, a few rows at a time: `(...)`."""
+        blocks = zip(logits.flatten(end_dim=-2).split(rows), tokens.flatten().split(rows), strict=True)
+        found = [self.probabilities(block).gather(-1, drawn[:, None])[:, 0] for block, drawn in blocks]
+        return torch.cat(found).view(tokens.shape)
+
+    def pick(self, logits: torch.Tensor, rows: int = ROWS) -> torch.LongTensor:
+        """
+        A token from each `(..., vocab)`, drawn a few rows at a time: `(...)`.
+
+        Raises:
+            ValueError: if the logits are not finite.
+        """
+        # `argmax` over bfloat16 is several times slower than `max` on CPUs. NaN is the largest of all.
+        largest, tokens = logits.max(-1)
+        if not largest.isfinite().all():
+            raise ValueError(
+                "the decoder's logits are not finite: the model's weights or the proto-tokens are damaged, or too "
+                f"large for {logits.dtype}; load the model again, or in float32."
+            )
         if self.is_greedy:
-            # `argmax` over bfloat16 is several times slower than `max` on CPUs.
-            return logits.max(-1).indices
-        return torch.multinomial(self.probabilities(logits).flatten(end_dim=-2), 1).view(logits.shape[:-1])
+            return tokens
+        blocks = logits.flatten(end_dim=-2).split(rows)
+        return torch.cat([torch.multinomial(self.probabilities(block), 1) for block in blocks]).view(tokens.shape)
 
 
-def log_normalizer(logits: torch.Tensor, rows: int = 128) -> torch.Tensor:
+def log_normalizer(logits: torch.Tensor, rows: int = ROWS) -> torch.Tensor:
     """`logsumexp` over the vocabulary in float32, a few rows at a time: `(tokens, vocab)` in, `(tokens,)` out."""
     return torch.cat([block.float().logsumexp(-1) for block in logits.split(rows)])
 
@@ -59,7 +80,7 @@ def log_probability(logits: torch.Tensor, tokens: torch.LongTensor) -> torch.Ten
     return logits.gather(-1, tokens[..., None])[..., 0].float() - normalizer
 
 
-def token_entropy(logits: torch.Tensor, rows: int = 128) -> torch.Tensor:
+def token_entropy(logits: torch.Tensor, rows: int = ROWS) -> torch.Tensor:
     """Entropy in nats of each row's distribution: `(tokens, vocab)` in, `(tokens,)` out."""
     entropies = []
     for block in logits.split(rows):

@@ -6,7 +6,6 @@ by speculative sampling (Leviathan et al., 2023, https://arxiv.org/abs/2211.1719
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from .autoregressive import DecoderState
 from .block_decoding import GenerationBuffer, PredictorInputs, read_and_draft
@@ -37,13 +36,13 @@ def accept(
         own = sampling.pick(target_logits)
         kept = (drafts == own[:, :-1]).long().cumprod(1).sum(1)
         return kept, own.gather(1, kept[:, None])[:, 0]
-    p, q = sampling.probabilities(target_logits), sampling.probabilities(draft_logits)
-    p_drafted, q_drafted = (table.gather(2, drafts[..., None])[..., 0] for table in (p[:, :-1], q))
-    ratio = p_drafted / q_drafted
+    ratio = sampling.probability(target_logits[:, :-1], drafts) / sampling.probability(draft_logits, drafts)
     kept = (torch.rand_like(ratio) < ratio).long().cumprod(1).sum(1)
-    rows = torch.arange(len(drafts), device=drafts.device)
+    rows, size = torch.arange(len(drafts), device=drafts.device), drafts.shape[1]
+    p = sampling.probabilities(target_logits[rows, kept])
+    q = sampling.probabilities(draft_logits[rows, kept.clamp_max(size - 1)])
     # Nothing was drafted after the last: there the decoder's own distribution is left whole.
-    left = (p[rows, kept] - F.pad(q, (0, 0, 0, 1))[rows, kept]).clamp_min(0)
+    left = (p - q * (kept < size)[:, None]).clamp_min(0)
     return kept, torch.multinomial(left, 1)[:, 0]
 
 

@@ -7,6 +7,8 @@ import torch
 from conftest import CONTEXTS, INSTRUCTIONS, adapted_decoder, stir_slot_adapters
 from scipy.stats import chisquare
 from test_verified_decoding import FIELDS, MORE, MORE_CONTEXTS, TOKENS, greedy, without_eos
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, TextStreamer
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenGenerationConfig
@@ -343,6 +345,8 @@ def test_answers_end_at_a_stop_string(build, decoder_dir):
         ends = [n for n in range(1, TOKENS + 1) if stop in tokenizer.decode(tokens[:n])]
         assert answer == tokens[: ends[0] if ends else TOKENS]
     assert len(found[0]) <= 11
+    options["stop_strings"] = stop
+    assert answers_of(model.generate(**inputs, **options, processor=processor)) == found
     with pytest.raises(ValueError, match="stop_strings need the tokenizer"):
         model.generate(**inputs, **options)
 
@@ -354,10 +358,15 @@ def test_answers_end_at_a_stop_string(build, decoder_dir):
         ({"do_sample": True, "top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
         ({"temperature": 0.5, "top_p": 0.5}, "temperature and top_p draw tokens: set do_sample=True"),
         ({"mode": "adaptive", "block_size": 9}, r"block_size must lie in 1\.\.8 tokens; got 9"),
-        ({"mode": "verified", "max_new_tokens": 0}, "`max_new_tokens` must be greater than 0"),
+        ({"mode": "verified", "max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"mode": "verified", "max_new_tokens": 3.0}, r"max_new_tokens must be a whole number; got 3\.0"),
         ({"max_length": 0}, "max_length must be at least 1"),
         ({"num_return_sequences": 2}, r"Greedy methods .* do not support `num_return_sequences`"),
         ({"num_candidates": 0}, "num_candidates must be at least 1"),
+        ({"num_candidates": 2.5}, r"num_candidates must be a whole number; got 2\.5"),
+        ({"length": 3.7}, r"length must be a whole number of tokens; got 3\.7"),
+        ({"abstain_above": float("nan")}, "abstain_above must be a number; got nan"),
+        ({"num_length_sigmas": "long"}, "num_length_sigmas must be a number; got 'long'"),
         ({"mode": "refine", "num_refinements": 0}, "num_refinements must be at least 1"),
     ],
 )
@@ -365,6 +374,71 @@ def test_impossible_options_are_named(build, llama_dir, options, problem):
     model, processor = build(llama_dir)
     with pytest.raises(ValueError, match=problem):
         model.generate(**processor(INSTRUCTIONS), **options)
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([4, 5]), torch.empty(0, 3, dtype=torch.long)], ids=["1-D", "empty"])
+def test_ids_are_a_batch(build, llama_dir, ids):
+    model, _ = build(llama_dir, latent_source="decoder", decoder_sees_prompt=True)
+    for mode in MODES:
+        with pytest.raises(ValueError, match=r"decoder_prompt_ids must have the shape \(batch, length\), with a text"):
+            model.generate(decoder_prompt_ids=ids, mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_prompt_without_a_mask_is_all_text(build, llama_dir, mode):
+    model, processor = build(llama_dir, latent_source="both", decoder_sees_prompt=True)
+    inputs = processor("who sat")
+    whole = {name: part for name, part in inputs.items() if name != "decoder_prompt_mask"}
+    assert torch.equal(model.generate(**whole, mode=mode), model.generate(**inputs, mode=mode))
+    torch.testing.assert_close(model(**whole).answer_logits, model(**inputs).answer_logits)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("part", ["decoder", "proto_predictor"])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_weights_that_are_not_finite_are_refused(build, llama_dir, mode, part, do_sample):
+    model, processor = build(llama_dir, decoder_sees_prompt=True)
+    for parameter in getattr(model, part).parameters():
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"are not finite|is NaN"):
+        model.generate(**processor(INSTRUCTIONS), mode=mode, do_sample=do_sample)
+
+
+def test_a_temperature_of_one_is_the_default(build, llama_dir):
+    model, processor = build(llama_dir)
+    inputs = processor(INSTRUCTIONS)
+    plain = model.generate(**inputs)
+    for neutral in ({"temperature": 1}, {"temperature": None, "top_p": None}, {"temperature": 1.0, "top_p": 1}):
+        assert torch.equal(model.generate(**inputs, **neutral), plain)
+        torch.manual_seed(0)
+        drawn = model.generate(**inputs, do_sample=True, **neutral)
+        torch.manual_seed(0)
+        assert torch.equal(drawn, model.generate(**inputs, do_sample=True))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest tensor that is made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves(args) if torch.is_tensor(tensor)}
+        for tensor in tree_leaves(made):
+            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in known:
+                self.largest = max(self.largest, tensor.nbytes)
+        return made
+
+
+def test_drawing_takes_no_more_memory_than_the_logits():
+    logits = torch.randn(32, 64, 1000)
+    drafts, sampling = logits[:, 1:].max(-1).indices, Sampling(0.7, 0.9)
+    with LargestTensor() as memory:
+        sampling.pick(logits)
+    assert memory.largest < logits.nbytes / 2
+    with LargestTensor() as memory:
+        accept(drafts, logits[:, 1:].contiguous(), logits, sampling)
+    assert memory.largest <= logits.nbytes
 
 
 def test_reading_drafts_needs_the_prompt(build, llama_dir):

@@ -171,6 +171,23 @@ def test_uncertain_answers_are_not_given(build, llama_dir):
     torch.testing.assert_close(output.uncertainties, whole.uncertainties)
 
 
+def test_an_answer_of_unknown_uncertainty_is_not_given(build, llama_dir):
+    model, processor = build(llama_dir, uncertainty_score="predicted_error")
+    torch.nn.init.constant_(model.proto_predictor.error.projection.weight, torch.nan)
+    output = model.generate(**processor(INSTRUCTIONS), abstain_above=1.0, return_dict_in_generate=True)
+    assert output.uncertainties.isnan().all()
+    assert output.abstained.all()
+
+
+def test_the_longest_lengths_are_cut(build, llama_dir):
+    model, processor = build(llama_dir)
+    without_eos(model)
+    assert model.clamp_lengths(torch.tensor([1e20, torch.inf, 0, 2.6])).tolist() == [8, 8, 1, 3]
+    assert model.generate(**processor("who sat"), num_length_sigmas=1e30).shape == (1, 8)
+    with pytest.raises(ValueError, match="a predicted length is NaN"):
+        model.clamp_lengths(torch.tensor([3.0, torch.nan]))
+
+
 @pytest.mark.parametrize(
     "fields",
     [
