@@ -115,7 +115,7 @@ def move_right(cache: Cache, ids: torch.LongTensor, shifts: torch.LongTensor, le
     """
     start = ids.shape[1] - length
     if not shifts.any():
-        for layer in cache.layers:
+        for layer in cache.layers if start else ():
             layer.keys, layer.values = layer.keys[..., start:, :], layer.values[..., start:, :]
         return ids[:, start:]
     places = (torch.arange(start, ids.shape[1], device=ids.device) - shifts[:, None]).clamp_min(0)
