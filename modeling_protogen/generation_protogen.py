@@ -38,14 +38,14 @@ MODES = {
     "adaptive": {"block_size", "confidence_threshold"},
     "verified": {"block_size"},
 }
-# Options that are whole numbers from 1 on, and numbers, where they are given.
-COUNTS = ("max_new_tokens", "max_length", "num_return_sequences", "num_candidates", "num_refinements", "block_size")
-NUMBERS = ("num_length_sigmas", "abstain_above", "candidate_noise", "confidence_threshold", "temperature", "top_p")
 # The modes that write block after block.
 BLOCK_MODES = {"adaptive": adaptive_decoding, "verified": verified_decoding}
 # What a generation config holds that does not change an answer here: the decoder's configuration has the tokens.
 IGNORED_OPTIONS = {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"}
 IGNORED_OPTIONS |= {"use_cache", "_from_model_config"}
+# Options that are whole numbers from 1 on, and numbers, where they are given.
+COUNTS = ("max_new_tokens", "max_length", "num_return_sequences", "num_candidates", "num_refinements", "block_size")
+NUMBERS = ("num_length_sigmas", "abstain_above", "candidate_noise", "confidence_threshold", "temperature", "top_p")
 
 
 class ProtoGenGenerationConfig(GenerationConfig):
