@@ -1,4 +1,7 @@
-"""Quality of answers, on token ids and texts, and what a decoder thinks of a text."""
+"""
+Quality of answers, on token ids and texts, and what a decoder thinks of a text. In scripts that are written without
+spaces each character is a word, as in sacrebleu's tokenizer for Chinese.
+"""
 
 import math
 import re
@@ -7,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
+import regex
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
@@ -14,6 +18,9 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from modeling_protogen.objectives import IGNORE_INDEX
 from modeling_protogen.processing_protogen import ProtoGenProcessor
+
+# With its marks.
+UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*")
 
 
 def token_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -41,16 +48,29 @@ def exact_match(answers: list[str], references: list[str]) -> float:
     return float(np.mean([a.strip() == r.strip() for a, r in zip(answers, references, strict=True)]))
 
 
+def spaced(text: str) -> str:
+    """The text with spaces around each character that is a word."""
+    return UNSPACED.sub(r" \g<0> ", text)
+
+
+class LettersAndDigits:
+    """`rouge-score`'s own tokenizer, for all scripts: it drops all but English letters."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return regex.findall(r"[\p{L}\p{M}\p{N}]+", spaced(text.lower()))
+
+
 def rouge_l(answers: list[str], references: list[str]) -> np.ndarray:
     """ROUGE-L F-measures in 0..1, `(texts,)` (Lin, 2004), by the `rouge-score` package, without stemming."""
-    scorer = RougeScorer(["rougeL"])
+    scorer = RougeScorer(["rougeL"], tokenizer=LettersAndDigits())
     return np.array([scorer.score(r, a)["rougeL"].fmeasure for a, r in zip(answers, references, strict=True)])
 
 
 def bleu(answers: list[str], references: list[str]) -> np.ndarray:
     """Sentence BLEU in 0..1, `(texts,)`, smoothed as by default in `sacrebleu` (Post, 2018)."""
     metric = BLEU(effective_order=True)
-    return np.array([metric.sentence_score(a, [r]).score / 100 for a, r in zip(answers, references, strict=True)])
+    pairs = zip(map(spaced, answers), map(spaced, references), strict=True)
+    return np.array([metric.sentence_score(a, [r]).score / 100 for a, r in pairs])
 
 
 def chrf(answers: list[str], references: list[str]) -> np.ndarray:
@@ -66,7 +86,7 @@ def token_f1(answers: list[str], references: list[str]) -> np.ndarray:
     """
 
     def words(text):
-        text = re.sub(rf"[{re.escape(string.punctuation)}]", "", text.lower())
+        text = spaced(re.sub(rf"[{re.escape(string.punctuation)}]", "", text.lower()))
         return [word for word in text.split() if word not in ("a", "an", "the")]
 
     def f1(answer, reference):
@@ -82,7 +102,7 @@ def repetition(answers: list[str], n: int = 4) -> np.ndarray:
     """Share of an answer's runs of n words that stood in it before, `(texts,)`; 0 for shorter ones."""
 
     def repeated(text):
-        words = text.split()
+        words = spaced(text).split()
         runs = [tuple(words[at : at + n]) for at in range(len(words) - n + 1)]
         return 1 - len(set(runs)) / len(runs) if runs else 0.0
 

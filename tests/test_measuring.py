@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import INSTRUCTIONS
+from rouge_score.rouge_scorer import RougeScorer
 
 from eval_tasks import report
 from eval_tasks.commands.report import PAGES
@@ -37,6 +38,47 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
     # LCS "the cat mat": precision 3/4, recall 3/6.
     assert rouge_l(["the cat the mat"], ["the cat sat on a mat"]).tolist() == pytest.approx([2 * 0.75 * 0.5 / 1.25])
     assert rouge_l(INSTRUCTIONS, INSTRUCTIONS).tolist() == [1.0] * len(INSTRUCTIONS)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "words"),
+    [
+        ("東京です", "東京です!", 4),  # each character, kanji as kana
+        ("สวัสดี", "สวัสดี", 4),  # with its vowels and marks
+        ("привет, мир", "Привет мир", 2),
+        ("مرحبا بكم", "مرحبا بكم", 2),
+        ("हिन्दी में", "हिन्दी में", 2),
+        ("größte Städte", "Größte Städte", 2),
+    ],
+)
+def test_words_of_all_scripts_count(answer, reference, words):
+    for metric in (rouge_l, token_f1):
+        assert metric([answer], [reference]).tolist() == [1.0]
+        # Half of what is said is right: precision 1 / 2, recall 1.
+        assert metric([f"{answer} {' '.join(['x'] * words)}"], [reference]).tolist() == [pytest.approx(2 / 3)]
+    assert rouge_l(["größte"], ["gründe te"]).tolist() == [0.0]
+    assert repetition([" ".join([answer] * 9)])[0] > 0.5
+
+
+def test_an_answer_without_spaces_can_be_a_loop():
+    assert is_degenerate(["很好" * 20, "สวัสดี" * 20, "东京是日本的首都也是最大的城市"]).tolist() == [True, True, False]
+
+
+def test_english_is_measured_as_before(monkeypatch):
+    """Against the tokenizer of `rouge-score`, and words between spaces."""
+    rng = np.random.default_rng(0)
+    words = 'the cat\'s "x_1" 3.14 (a) U.S. well-known\ttabs\n\nlines -- @b, The'.split(" ")
+    texts = [" ".join(rng.choice(words, 12)) for _ in range(60)]
+    answers, references = texts[:30], texts[30:]
+    scorer = RougeScorer(["rougeL"])
+    expected = [scorer.score(r, a)["rougeL"].fmeasure for a, r in zip(answers, references, strict=True)]
+    assert rouge_l(answers, references).tolist() == expected
+    found = token_f1(answers, references), bleu(answers, references), repetition(texts)
+    monkeypatch.setattr("eval_tasks.text_metrics.spaced", str)
+    for values, before in zip(
+        found, (token_f1(answers, references), bleu(answers, references), repetition(texts)), strict=True
+    ):
+        assert values.tolist() == before.tolist()
 
 
 def test_answers_that_share_words():
