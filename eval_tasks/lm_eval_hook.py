@@ -1,21 +1,24 @@
 """
 Lets lm-eval find models by the entry points of the group `lm_eval.models`, which its later versions do by themselves.
 
-Installed beside the packages as `protogen_lm_eval_hook`, and started by a `.pth` file: standard library only, nothing
-is imported that is not, and nothing is raised.
+Installed beside the packages as `protogen_lm_eval_hook`, and started by a `.pth` file each time that Python starts:
+nothing is imported before `lm_eval` is, and nothing is raised.
 """
 
 import sys
-from importlib.abc import MetaPathFinder
-from importlib.machinery import PathFinder
 
 
-class ModelsFinder(MetaPathFinder):
-    """Once `lm_eval.models` has been imported, tells its registry of the entry points that it does not know."""
+class ModelsFinder:
+    """
+    Once `lm_eval.models` has been imported, tells its registry of the entry points that it does not know. Without
+    `importlib.abc.MetaPathFinder` as its base, which takes longer to import than Python to start.
+    """
 
     def find_spec(self, name, path=None, target=None):
         if name != "lm_eval.models":
             return None
+        from importlib.machinery import PathFinder
+
         spec = PathFinder.find_spec(name, path)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
