@@ -22,7 +22,13 @@ def local_rows(data_dir: str, name: str) -> list[dict]:
     path = Path(data_dir) / f"{name}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}; data_dir is the folder with the tasks' .jsonl files.")
-    return [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+    return rows
 
 
 def local_splits(data_dir: str, name: str, *splits: str) -> datasets.DatasetDict:

@@ -151,6 +151,19 @@ def test_snips_is_read_from_a_folder(tmp_path):
     assert all(INTENT in parse_reference(row["response"]) for row in rows)
 
 
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    row = {"instruction": "größe", "response": '{"intent": "a"}'}
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    (tmp_path / "snips_test.jsonl").write_text(text, encoding="utf-8-sig")
+    assert benchmark_data.snips(str(tmp_path))["test"].to_list() == [row]
+
+
+def test_a_bad_line_is_named(tmp_path):
+    (tmp_path / "snips_test.jsonl").write_text('{"instruction": "a"}\n\n{"instruction"\n')
+    with pytest.raises(ValueError, match=r"snips_test.jsonl, line 3 is not JSON"):
+        benchmark_data.snips(str(tmp_path))
+
+
 def test_a_folder_without_the_data_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no .*gsm8k_test.jsonl"):
         benchmark_data.gsm8k(str(tmp_path))
