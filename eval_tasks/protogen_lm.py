@@ -8,28 +8,41 @@ reads the same text; of few-shot examples that do not fit in its window the firs
 
 import hashlib
 import logging
+import math
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from accelerate import Accelerator
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, warning_once
 from tqdm import tqdm
 
 from eval_tasks.benchmark_data import DOLLY_HELD_OUT
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from modeling_protogen.generation_protogen import BLOCK_MODES, MODES
+from modeling_protogen.generation_protogen import BLOCK_MODES, MODES, ProtoGenGenerationConfig
 from modeling_protogen.objectives import IGNORE_INDEX, argmax_tokens, log_probabilities
 from modeling_protogen.processing_protogen import chat_text, pad_left
+from modeling_protogen.proto_tokens import num_unguided
 
 log = logging.getLogger(__name__)
 # The harness shows what its own loggers inform of.
 harness_log = logging.getLogger("lm_eval.protogen")
 # Options of `HFLM` that are for how a decoder reads and scores, not for how it is loaded.
 HARNESS_OPTIONS = {"max_length", "truncation", "add_bos_token", "prefix_token_id", "logits_cache", "softmax_dtype"}
+# Options of `from_pretrained`.
+LOADING_OPTIONS = {"revision", "trust_remote_code", "device_map", "attn_implementation"}
+SAMPLING_OPTIONS = {"do_sample", "temperature", "top_p"}
 SCORINGS = ("one_step", "verified")
+# Log-probability, and whether it is the most likely, of a continuation without tokens.
+EMPTY_SCORE = (0.0, True)
+# Arguments by name of `ProtoGenLM`.
+OWN_OPTIONS = {"pretrained", "decoder", "device", "dtype", "mode", "scoring", "max_new_tokens"}
+OWN_OPTIONS |= {"batch_size", "max_batch_size"}
 # What `--batch_size auto` is on CPUs, where larger batches gain nothing.
 CPU_BATCH_SIZE = 16
 
@@ -46,24 +59,36 @@ def quiet(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
+def check_options(mode: str, max_new_tokens: float, options: dict) -> None:
+    """
+    Raises:
+        ValueError: if `generate` would refuse them.
+    """
+    ProtoGenGenerationConfig().merged(mode=mode, max_new_tokens=max_new_tokens, **options)
+
+
 class ProtoGenLM(HFLM):
     """
     Args:
         pretrained (`str`): folder or Hub id of a ProtoGen model.
         decoder (`str`, *optional*): a thin checkpoint's decoder, where it has moved.
-        device (`str`, *optional*): the harness's default, `cuda:0`, means the CPU where there is no GPU.
+        device (`str`, *optional*): the harness's default, `cuda:0`, means the CPU where there is no GPU. Not used with
+            `device_map`.
         dtype (`str`): of all weights; `auto` is that of the checkpoint.
         mode (`str`): how `generate_until` tasks are answered, as in `generate`; `verified` answers are those of
             `--model hf` with the decoder alone.
         scoring (`str`): how answers are scored. `one_step`: the sum of their tokens' log-probabilities in one pass of
             that length, in which positions do not see each other: not an autoregressive likelihood. `verified`: the
             decoder's own. By default `verified` in that mode, `one_step` in others. Rolling log-likelihood, which has
-            no instruction, is always the decoder's own.
+            no instruction, is always the decoder's own. `one_step` gives an answer that is longer than the model
+            writes, `config.max_answer_length`, a log-probability of minus infinity.
+        max_new_tokens (`int`, *optional*): tokens of an answer at most, also where a task asks for more.
         batch_size, max_batch_size: as in `HFLM`.
-        kwargs: options of the mode, as in `generate`, and `HARNESS_OPTIONS`, as in `HFLM`.
+        kwargs: options of the mode, as in `generate`, which a task's own win over, `LOADING_OPTIONS`, as in
+            `from_pretrained`, and `HARNESS_OPTIONS`, as in `HFLM`.
 
     Raises:
-        ValueError: if mode, scoring or an option are unknown.
+        ValueError: if mode, scoring, the batch size or an option are unknown.
     """
 
     def __init__(
@@ -74,6 +99,7 @@ class ProtoGenLM(HFLM):
         dtype: str = "auto",
         mode: str = "one_step",
         scoring: str | None = None,
+        max_new_tokens: int | None = None,
         batch_size: int | str = 1,
         max_batch_size: int = 64,
         **kwargs,
@@ -83,21 +109,29 @@ class ProtoGenLM(HFLM):
         scoring = scoring or ("verified" if mode == "verified" else "one_step")
         if scoring not in SCORINGS:
             raise ValueError(f"scoring={scoring} is not one of {', '.join(SCORINGS)}.")
+        if not re.fullmatch(r"[1-9]\d*|auto(:[\d.]+)?", str(batch_size)):
+            raise ValueError(f"batch_size={batch_size} is neither a number from 1 on, nor auto or auto:N.")
         self.mode, self.scoring = mode, scoring
-        names = MODES[mode] | {"do_sample", "temperature", "top_p"}
-        known = names | HARNESS_OPTIONS
-        if unknown := sorted(kwargs.keys() - known):
-            raise ValueError(f"{', '.join(unknown)} is not for mode={mode}, which takes {', '.join(sorted(known))}.")
-        self.options = {name: value for name, value in kwargs.items() if name in names}
+        self.max_new_tokens = math.inf if max_new_tokens is None else max_new_tokens
+        self._check_names(kwargs.keys(), OWN_OPTIONS | LOADING_OPTIONS | HARNESS_OPTIONS)
+        self.options = {name: value for name, value in kwargs.items() if name in MODES[mode] | SAMPLING_OPTIONS}
+        check_options(mode, self.max_new_tokens, self.options)
+        loading = {name: value for name, value in kwargs.items() if name in LOADING_OPTIONS}
         accelerator = Accelerator()
         if accelerator.num_processes > 1:
             device = accelerator.device
         elif device is None or (str(device).startswith("cuda") and not torch.cuda.is_available()):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.protogen = ProtoGenForConditionalGeneration.from_pretrained(
-            pretrained, dtype=dtype if dtype == "auto" else getattr(torch, dtype), decoder_name_or_path=decoder
-        ).to(device)
-        self.processor = ProtoGenProcessor.from_pretrained(pretrained)
+            pretrained, dtype=dtype, decoder_name_or_path=decoder, **loading
+        )
+        if "device_map" not in loading:
+            self.protogen.to(device)
+        self.processor = ProtoGenProcessor.from_pretrained(
+            pretrained, **{name: loading[name] for name in loading.keys() & {"revision", "trust_remote_code"}}
+        )
+        # Of what does not fit the encoder reads the end.
+        self.processor.tokenizer.truncation_side = "left"
         with quiet("lm_eval.models.huggingface"):  # It warns that the model is loaded, and of what we do below.
             super().__init__(
                 pretrained=self.protogen.decoder,
@@ -112,6 +146,17 @@ class ProtoGenLM(HFLM):
         # The messages of a chat by its rendered text: the encoder knows no template.
         self.chat_texts: dict[str, str] = {}
         self.num_cut_contexts = 0
+
+    def _check_names(self, names: Set[str], others: set[str]) -> None:
+        """
+        Raises:
+            ValueError: if one is neither an option of the mode nor among these others.
+        """
+        known = MODES[self.mode] | SAMPLING_OPTIONS | others
+        if unknown := sorted(names - known):
+            raise ValueError(
+                f"{', '.join(unknown)} is not for mode={self.mode}, which takes {', '.join(sorted(known))}."
+            )
 
     @property
     def tokenizer_name(self) -> str:
@@ -168,36 +213,71 @@ class ProtoGenLM(HFLM):
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         start = time.perf_counter()
-        found = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        # Of nothing after nothing the harness asks the first token.
+        pairs = [request.args for request in requests]
+        is_empty = [context == "" and not self.tok_encode(text, add_special_tokens=False) for context, text in pairs]
+        others = [request for request, empty in zip(requests, is_empty, strict=True) if not empty]
+        scores = iter(super().loglikelihood(others, disable_tqdm=disable_tqdm))
+        found = [EMPTY_SCORE if empty else next(scores) for empty in is_empty]
         self._report_seconds(requests, start)
         return found
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         is_rolling = bool(requests) and requests[0][0] is None
+        requests = [(texts, context or [self.prefix_token_id], answer) for texts, context, answer in requests]
         if self.scoring == "verified" or is_rolling:
-            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **kwargs)
-        size = self._chosen_batch_size()
-        found = [None] * len(requests)
-        order = sorted(range(len(requests)), key=lambda row: -len(requests[row][1]))
-        progress = tqdm(total=len(requests), desc="one-step log-likelihoods", disable=disable_tqdm or self.rank != 0)
+            windows = list(map(self._windows, requests))
+            scores = iter(super()._loglikelihood_tokens([*chain(*windows)], disable_tqdm=disable_tqdm, **kwargs))
+            return [joined(next(scores) for _ in own) for own in windows]
+        size, longest = self._chosen_batch_size(), self._longest_at_once
+        lengths = [len(answer) for _, _, answer in requests]
+        found = [EMPTY_SCORE if length == 0 else (-math.inf, False) for length in lengths]
+        order = sorted((row for row, length in enumerate(lengths) if 0 < length <= longest), key=lambda r: -lengths[r])
+        progress = tqdm(total=len(order), desc="one-step log-likelihoods", disable=disable_tqdm or self.rank != 0)
         for first in range(0, len(order), size):
             rows = order[first : first + size]
             for row, score in zip(rows, self.score([requests[row] for row in rows]), strict=True):
                 found[row] = score
-                if requests[row][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[row][0], score)
+                self.cache_hook.add_partial("loglikelihood", requests[row][0], score)
             progress.update(len(rows))
         progress.close()
         self._report_cuts()
+        if too_long := sum(length > longest for length in lengths):
+            log.warning(
+                f"{too_long} of {len(lengths)} answers to score are longer than the {longest} tokens that this model "
+                "writes in one step: they count as impossible (-inf). scoring=verified scores answers of any length."
+            )
         return found
+
+    @property
+    def _num_spare(self) -> int:
+        """Positions in the decoder that an answer in one step takes beside its tokens."""
+        config = self.protogen.config
+        heads = num_unguided(config.arrangement, config.num_e_tokens) * config.max_chunks
+        # Where the decoder reads the prompt first, the answer's first token is fed before the slots.
+        return heads + int(config.reads_decoder_states)
+
+    @property
+    def _longest_at_once(self) -> int:
+        """Tokens that an answer in one step can have, in a window that holds one of a prompt too."""
+        return min(self.protogen.config.max_answer_length, self.max_length - self._num_spare - 1)
+
+    def _windows(self, request: tuple) -> list[tuple]:
+        """A request to score, without tokens none; where its continuation is longer than the window, one for each."""
+        _, context, continuation = request
+        if len(continuation) <= self.max_length:
+            return [request] if continuation else []
+        windows = get_rolling_token_windows(continuation, context[-1], self.max_length, context_len=1)
+        return [(None, *make_disjoint_window(window)) for window in windows]
 
     @torch.no_grad()
     def score(self, requests: list[tuple[tuple[str, str], list[int], list[int]]]) -> list[tuple[float, bool]]:
         """One-step log-probability of each continuation, and whether its tokens are the most likely ones."""
-        longest = max(len(continuation) for _, _, continuation in requests)
-        room = self.max_length - longest
-        batch = self.inputs([pair[0] for pair, _, _ in requests], [prompt[-room:] for _, prompt, _ in requests])
-        labels = torch.full((len(requests), longest), IGNORE_INDEX)
+        # The window holds each answer with the end of its prompt.
+        room = self.max_length - self._num_spare
+        prompts = [prompt[len(answer) - room :] for _, prompt, answer in requests]
+        batch = self.inputs([pair[0] for pair, _, _ in requests], prompts)
+        labels = torch.full((len(requests), max(len(answer) for _, _, answer in requests)), IGNORE_INDEX)
         for label, (_, _, continuation) in zip(labels, requests, strict=True):
             label[: len(continuation)] = torch.tensor(continuation)
         labels = labels.to(self.device)
@@ -217,8 +297,47 @@ class ProtoGenLM(HFLM):
                 f"(validation_share): train with at least {DOLLY_HELD_OUT}."
             )
 
+    def _check_gen_kwargs(self, requests) -> None:
+        """Refuses what cannot be done before anything is answered."""
+        for kwargs in {repr(request.args[1]): request.args[1] for request in requests}.values():
+            self._options(normalize_gen_kwargs(kwargs, self.max_gen_toks))
+
+    def _options(self, kwargs: dict) -> dict:
+        """
+        What `generate` takes, of normalized generation arguments of the harness.
+
+        Raises:
+            ValueError: if one is unknown or impossible.
+        """
+        # One beam is greedy decoding.
+        asked = {name: value for name, value in kwargs.items() if (name, value) != ("num_beams", 1)}
+        self._check_names(asked.keys(), {"until", "max_gen_toks"})
+        options = self.options | {name: asked[name] for name in asked.keys() & MODES[self.mode]}
+        if asked["do_sample"]:
+            options |= {name: asked[name] for name in asked.keys() & SAMPLING_OPTIONS}
+            if not options.get("temperature"):
+                raise ValueError("do_sample=True needs a temperature above 0: give temperature=1.0 beside it.")
+        check_options(self.mode, asked["max_gen_toks"], options)
+        return options
+
+    def _longest_answer(self, kwargs: dict) -> int:
+        """Tokens of an answer at most: half a window, where those that are asked for leave its prompt no room."""
+        longest = min(kwargs["max_gen_toks"], self.max_new_tokens)
+        if self.mode not in BLOCK_MODES:
+            return min(longest, self._longest_at_once)
+        if longest < self.max_length:
+            return longest
+        half = self.max_length // 2
+        warning_once(
+            log,
+            f"answers of {longest} tokens leave their prompts no room in the decoder's window of {self.max_length}: "
+            f"they end after {half}.",
+        )
+        return half
+
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         self._check_held_out(requests)
+        self._check_gen_kwargs(requests)
         start = time.perf_counter()
         answers = []
         order = Collator(
@@ -254,17 +373,17 @@ class ProtoGenLM(HFLM):
         Answers in the mode, before they are cut at stop strings, each with its `uncertainty` and its
         `token_confidences`, pairs of a token's text and its probability.
         """
-        max_new_tokens = kwargs["max_gen_toks"]
+        max_new_tokens, options = self._longest_answer(kwargs), self._options(kwargs)
+        spare = 0 if self.mode in BLOCK_MODES else self._num_spare
         ids, mask = self.tok_batch_encode(
-            list(contexts), left_truncate_len=self.max_length - max_new_tokens, truncation=self.truncation
+            list(contexts), left_truncate_len=self.max_length - max_new_tokens - spare, truncation=self.truncation
         )
-        prompts = [row[row_mask.bool()].tolist() for row, row_mask in zip(ids, mask, strict=True)]
-        options = dict(self.options)
-        if kwargs.get("do_sample"):
-            drawn = {"temperature": kwargs["temperature"], "top_p": kwargs.get("top_p", 1.0)}
-            options |= {"do_sample": True, **drawn}
+        prompts = [
+            row[row_mask.bool()].tolist() or [self.prefix_token_id] for row, row_mask in zip(ids, mask, strict=True)
+        ]
+        options["max_new_tokens"] = max_new_tokens
         if self.mode in BLOCK_MODES:
-            options |= {"stop_strings": stop, "processor": self.processor, "max_new_tokens": max_new_tokens}
+            options |= {"stop_strings": stop, "processor": self.processor}
         output = self.protogen.generate(
             **self.inputs(contexts, prompts), mode=self.mode, return_dict_in_generate=True, **options
         )
@@ -282,13 +401,24 @@ class ProtoGenLM(HFLM):
 def last_blocks(tokenizer, text: str, window: int) -> tuple[list[int], int]:
     """
     The tokens of as many of the text's last parts, between empty lines, as fit in a window, and how many parts were
-    left out. Of a last part that does not fit alone, its end.
+    left out or cut. Of a last part that does not fit alone, its end, if the tokenizer's `truncation_side` is left.
     """
     blocks = text.strip().split("\n\n")
-    for first in range(len(blocks)):
-        ids = tokenizer("\n\n".join(blocks[first:]) or " ").input_ids
-        if len(ids) <= window:
-            return ids, first
-    inner = tokenizer(blocks[-1], add_special_tokens=False).input_ids
-    end = tokenizer.decode(inner[-window:])
-    return tokenizer(end, truncation=True, max_length=window).input_ids, len(blocks)
+
+    def tokens(first, **limit):
+        return tokenizer("\n\n".join(blocks[first:]) or " ", split_special_tokens=True, **limit).input_ids
+
+    ids = tokens(0)
+    if len(ids) <= window:
+        return ids, 0
+    # From the end on: a long text is not read again for each of its parts.
+    first = len(blocks) - 1
+    while first and len(tokens(first - 1)) <= window:
+        first -= 1
+    return tokens(first, truncation=True, max_length=window), max(first, 1)
+
+
+def joined(scores: Iterable[tuple[float, bool]]) -> tuple[float, bool]:
+    """The score of a text, of those of its parts."""
+    log_p, is_greedy = zip(EMPTY_SCORE, *scores, strict=True)
+    return sum(log_p), all(is_greedy)

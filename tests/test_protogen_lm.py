@@ -1,16 +1,24 @@
 """ProtoGen under lm-eval, against the harness's own model of the same decoder."""
 
+import importlib.util
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import lm_eval
 import pytest
 import torch
-from conftest import INSTRUCTIONS
+from conftest import INSTRUCTIONS, WORDS
+from lm_eval.api import registry
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from eval_tasks import lm_eval_hook
 from eval_tasks.protogen_lm import ProtoGenLM, last_blocks
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 
@@ -44,6 +52,14 @@ def llama_checkpoint(build, llama_dir, tmp_path):
     return save(build, llama_dir, tmp_path / "model")
 
 
+def answers_of(lm, contexts, **kwargs):
+    return lm.generate_until(instances("generate_until", [[context, {"until": []} | kwargs] for context in contexts]))
+
+
+def scores_of(lm, pairs):
+    return lm.loglikelihood(instances("loglikelihood", pairs))
+
+
 @pytest.fixture
 def hf(decoder_dir):
     return HFLM(str(decoder_dir), device="cpu", dtype="float32", batch_size=2)
@@ -67,6 +83,86 @@ def test_verified_answers_and_scores_are_those_of_the_decoder(checkpoint, hf, ba
     texts = [[context] for context in CONTEXTS[:3]]
     rolling = lm.loglikelihood_rolling(instances("loglikelihood_rolling", texts))
     assert rolling == pytest.approx(hf.loglikelihood_rolling(instances("loglikelihood_rolling", texts)), rel=1e-4)
+
+
+def test_edges_of_the_window_are_scored_as_by_the_decoder(llama_checkpoint, llama_dir, caplog):
+    lm = ProtoGenLM(str(llama_checkpoint), mode="verified", batch_size=3, max_length=16)
+    hf = HFLM(str(llama_dir), device="cpu", dtype="float32", max_length=16)
+    pairs = [[context, answer] for context in ("", "who", "who ", "cat dog " * 20) for answer in (" cat", " cat" * 16)]
+    # Nothing is certain, and the harness's own model dies of it.
+    empty = [["", ""], ["who", ""], ["cat " * 20, " "]]
+    assert scores_of(lm, pairs + empty) == [*scores_of(hf, pairs), *[(0.0, True)] * 3]
+    assert scores_of(lm, empty[:1]) == [(0.0, True)]
+    assert scores_of(lm, [[" ", " cat"]]) == scores_of(hf, [["", " cat"]])
+
+    # Longer than the window: as a rolling likelihood after the context's last token.
+    long = " ".join(WORDS * 2)
+    for context, prefix in (("", None), ("name who", lm.tok_encode("who")[0])):
+        hf.custom_prefix_token_id = prefix
+        rolling = hf.loglikelihood_rolling(instances("loglikelihood_rolling", [[long]]))
+        assert [log_p for log_p, _ in scores_of(lm, [[context, f" {long}"]])] == pytest.approx(rolling, rel=1e-5)
+    assert lm.loglikelihood_rolling(instances("loglikelihood_rolling", [[""]])) == [0]
+
+
+def test_edges_of_the_window_are_answered_as_by_the_decoder(llama_checkpoint, llama_dir, caplog):
+    lm = ProtoGenLM(str(llama_checkpoint), mode="verified", batch_size=2, max_length=16)
+    hf = HFLM(str(llama_dir), device="cpu", dtype="float32", max_length=16)
+    contexts = ["who", "cat dog " * 20]
+    for longest in (4, 15):
+        assert answers_of(lm, contexts, max_gen_toks=longest) == answers_of(hf, contexts, max_gen_toks=longest)
+    assert answers_of(lm, ["", "who"], max_gen_toks=8) == [
+        answers_of(hf, [context], max_gen_toks=8)[0] for context in ("<bos>", "who")
+    ]
+    for longest in (16, 17, 4000):
+        assert answers_of(lm, contexts, max_gen_toks=longest) == answers_of(hf, contexts, max_gen_toks=8)
+        assert f"answers of {longest} tokens leave their prompts no room in the decoder's window of 16" in caplog.text
+
+
+def test_edges_of_the_window_in_one_step(build, llama_dir, tmp_path, caplog):
+    """With positions that are learned: there is nothing beyond the window."""
+    torch.manual_seed(0)
+    shutil.copytree(llama_dir, tmp_path / "decoder")
+    shape = {"vocab_size": 3 + len(WORDS), "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 4}
+    config = GPT2Config(**shape, bos_token_id=1, eos_token_id=2, initializer_range=0.3)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "decoder")
+    model, processor = build(tmp_path / "decoder", decoder_sees_prompt=True, latent_source="decoder")
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    lm = ProtoGenLM(str(tmp_path / "model"), batch_size=3)
+    assert lm.max_length == 32
+    words, answers = WORDS * 4, [" cat", " dog sat", " cat" * 8]
+    whole = scores_of(lm, [[" ".join(words), answer] for answer in answers])
+    for score, answer in zip(whole, answers, strict=True):
+        # Beside its tokens an answer takes the head of its chunk and its first token, fed again.
+        room = 32 - len(answer.split()) - 2
+        (alone,) = scores_of(lm, [[" ".join(words[-room:]), answer]])
+        assert score[0] == pytest.approx(alone[0], rel=1e-4)
+        (shorter,) = scores_of(lm, [[" ".join(words[-room + 1 :]), answer]])
+        assert score[0] != pytest.approx(shorter[0], rel=1e-4)
+    long = [["who", " cat" * 9], ["who", ""], ["", " cat"], [" ", " cat"], ["who", " cat" * 100]]
+    found = scores_of(lm, long)
+    assert [log_p for log_p, _ in found[:2]] == [-math.inf, 0]
+    assert found[2] == pytest.approx(found[3])
+    assert found[4] == (-math.inf, False)
+    assert "2 of 5 answers to score are longer than the 8 tokens that this model writes" in caplog.text
+    for longest in (1, 4, 4000):
+        written = answers_of(lm, ["", "who", " ".join(words)], max_gen_toks=longest)
+        assert all(len(answer.split()) <= longest for answer in written)
+
+
+def test_each_end_of_sequence_ends_an_answer(build, llama_dir, tmp_path):
+    (whole,) = answers_of(HFLM(str(llama_dir), device="cpu", dtype="float32"), ["who"], max_gen_toks=8)
+    shutil.copytree(llama_dir, tmp_path / "decoder")
+    tokenizer = ProtoGenProcessor.from_encoder_decoder_pretrained(None, str(llama_dir)).tokenizer
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((tmp_path / "decoder" / name).read_text())
+        content["eos_token_id"] = [2, *tokenizer(whole.split()[2]).input_ids]
+        (tmp_path / "decoder" / name).write_text(json.dumps(content))
+    hf = HFLM(str(tmp_path / "decoder"), device="cpu", dtype="float32")
+    lm = ProtoGenLM(str(save(build, tmp_path / "decoder", tmp_path / "model")), mode="verified")
+    expected = answers_of(hf, ["who"], max_gen_toks=8)
+    assert expected != [whole]
+    assert answers_of(lm, ["who"], max_gen_toks=8) == expected
 
 
 def test_one_step_scores_are_the_answers_probability(checkpoint):
@@ -149,9 +245,12 @@ def test_the_encoder_reads_the_last_parts_that_fit(checkpoint, caplog):
     assert len(ids) <= window
     assert ids == tokenizer("\n\n".join(parts[dropped:])).input_ids
     assert len(tokenizer("\n\n".join(parts[dropped - 1 :])).input_ids) > window
-    ids, _ = last_blocks(tokenizer, "who " + "cat " * 50, window)
-    assert len(ids) <= window
-    assert tokenizer.decode(ids).split()[1:3] == ["cat", "cat"]
+    # Of one that does not fit alone, its end.
+    ids, dropped = last_blocks(tokenizer, "who " + "cat " * 50 + "sat on", window)
+    assert tokenizer.decode(ids).split() == ["[CLS]", *["cat"] * (window - 4), "sat", "on", "[SEP]"]
+    assert dropped
+    ids, _ = last_blocks(tokenizer, "who [SEP] sat", window)
+    assert ids.count(tokenizer.sep_token_id) == 1, "a control token is text"
     lm.generate_until(instances("generate_until", [["cat " * 50, {"until": [], "max_gen_toks": 4}]]))
     assert "1 contexts are longer than the encoder's window of 32 tokens" in caplog.text
 
@@ -207,8 +306,56 @@ def test_unknown_modes_are_named(llama_checkpoint):
         ProtoGenLM(str(llama_checkpoint), mode="fast")
     with pytest.raises(ValueError, match="scoring=own is not one of one_step, verified"):
         ProtoGenLM(str(llama_checkpoint), scoring="own")
-    with pytest.raises(ValueError, match="num_beams is not for mode=one_step"):
+    # All that there is, not the mode's own alone.
+    with pytest.raises(ValueError, match="num_beams is not for mode=one_step.* decoder, device, .* dtype, .* scoring"):
         ProtoGenLM(str(llama_checkpoint), num_beams=4)
+    with pytest.raises(ValueError, match="temperature draw tokens: set do_sample=True"):
+        ProtoGenLM(str(llama_checkpoint), temperature=0.5)
+    for batch_size in ("8:2", 0, "auto:", "all"):
+        with pytest.raises(ValueError, match=f"batch_size={batch_size} is neither a number from 1 on, nor auto"):
+            ProtoGenLM(str(llama_checkpoint), batch_size=batch_size)
+
+
+def test_models_are_loaded_as_they_are_asked_for(llama_checkpoint, monkeypatch):
+    asked = []
+    for loaded in (ProtoGenForConditionalGeneration, ProtoGenProcessor):
+        load = loaded.from_pretrained
+        record = lambda *args, load=load, **kwargs: (asked.append(kwargs), load(*args, **kwargs))[1]  # noqa: E731
+        monkeypatch.setattr(loaded, "from_pretrained", record)
+    hub = {"revision": "main", "trust_remote_code": True}
+    lm = ProtoGenLM(
+        str(llama_checkpoint), device_map="cpu", attn_implementation="eager", max_new_tokens=2, mode="verified", **hub
+    )
+    assert all(kwargs.items() >= hub.items() for kwargs in asked)
+    assert len(asked) == 2
+    assert lm.protogen.encoder.config._attn_implementation == "eager"
+    assert [len(answer.split()) for answer in answers_of(lm, CONTEXTS[:2], max_gen_toks=8)] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"repetition_penalty": 1.5, "num_beams": 2}, "num_beams, repetition_penalty is not for mode=verified"),
+        ({"do_sample": True}, "do_sample=True needs a temperature above 0"),
+        ({"do_sample": True, "temperature": 0.0}, "do_sample=True needs a temperature above 0"),
+        ({"max_gen_toks": 0}, "max_new_tokens` must be greater than 0"),
+    ],
+)
+def test_what_a_task_asks_in_vain_is_said_before_anything_is_answered(llama_checkpoint, monkeypatch, kwargs, message):
+    lm = ProtoGenLM(str(llama_checkpoint), mode="verified")
+    requests = [["who", {"until": [], "max_gen_toks": 4}], ["who", {"until": [], "max_gen_toks": 4} | kwargs]]
+    monkeypatch.setattr(lm, "write", None)
+    with pytest.raises(ValueError, match=message):
+        lm.generate_until(instances("generate_until", requests))
+
+
+def test_what_a_task_asks(llama_checkpoint):
+    lm = ProtoGenLM(str(llama_checkpoint), mode="verified")
+    (greedy,) = answers_of(lm, ["who"], max_gen_toks=8)
+    plain = {"do_sample": False, "temperature": 0.0, "top_p": 0.5, "num_beams": 1, "block_size": 2}
+    assert answers_of(lm, ["who"], max_gen_toks=8, **plain) == [greedy]
+    torch.manual_seed(0)
+    assert answers_of(lm, ["who"], max_gen_toks=8, do_sample=True, temperature=5.0) != [greedy]
 
 
 @pytest.fixture
@@ -248,13 +395,28 @@ def test_the_command_of_the_harness(llama_checkpoint, task, tmp_path):
         assert 0 < sample["arguments"]["gen_args_0"]["arg_1"]["uncertainty"] < 1
 
 
-def test_the_hook_tells_the_harness_of_the_model():
-    from lm_eval.api.registry import get_model
+def test_the_hook_tells_the_harness_of_the_model(monkeypatch):
+    finder = lm_eval_hook.ModelsFinder()
+    assert finder.find_spec("lm_eval") is None
+    monkeypatch.setattr(registry.model_registry, "_objs", {})
+    spec = finder.find_spec("lm_eval.models", lm_eval.__path__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert registry.get_model("protogen") is ProtoGenLM
 
-    from eval_tasks import lm_eval_hook
 
-    lm_eval_hook.register()
-    assert get_model("protogen") is ProtoGenLM
+@pytest.mark.parametrize("is_there", [True, False])
+def test_at_a_start_of_python_the_hook_is_all_that_is_imported(tmp_path, is_there):
+    source = Path(lm_eval_hook.__file__)
+    shutil.copy(source.with_name("protogen_lm_eval.pth"), tmp_path)
+    if is_there:
+        shutil.copy(source, tmp_path / "protogen_lm_eval_hook.py")
+    code = f"import site, sys; before = {{*sys.modules}}; site.addsitedir({str(tmp_path)!r}); "
+    code += "print(*{*sys.modules} - before, *sys.meta_path)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+    assert done.stderr == ""
+    names, finder = done.stdout.split()[:2]
+    assert names == "protogen_lm_eval_hook" if is_there else "protogen" not in done.stdout
+    assert ("ModelsFinder" in finder) == is_there
 
 
 def test_one_and_two_processes_answer_alike(llama_checkpoint, task, tmp_path):
