@@ -4,7 +4,7 @@ import html
 import time
 from pathlib import Path
 
-import lm_eval
+import lm_eval.tasks
 import numpy as np
 import pandas as pd
 from lm_eval.api.model import LM
@@ -43,6 +43,20 @@ class WriterLM(LM):
         raise ValueError("this method writes answers, it cannot score given ones; take a task that generates.")
 
     loglikelihood_rolling = loglikelihood
+
+
+def task_manager(tasks: list[str], data_dir: str | None) -> TaskManager:
+    """
+    Finds these tasks. The harness takes 20 seconds to list all that it has, so they are sought among those here and the
+    ones that those are made of first.
+    """
+    here, harness = Path(__file__).parent, Path(lm_eval.tasks.__file__).parent
+    paths = [str(here), *(str(harness / name) for name in ("mmlu", "mmlu_pro", "gsm8k", "triviaqa"))]
+    metadata = {"data_dir": data_dir}
+    found = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
+    if {*tasks} <= {*found.all_tasks}:
+        return found
+    return TaskManager(include_path=str(here), metadata=metadata)
 
 
 def evaluate_cell(lm: LM, task: str, manager: TaskManager, **options) -> dict:

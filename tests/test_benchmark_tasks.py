@@ -6,11 +6,10 @@ from pathlib import Path
 import lm_eval
 import pytest
 import yaml
-from lm_eval.tasks import TaskManager
 
 from eval_tasks import benchmark_data
 from eval_tasks.baselines.writing import Written
-from eval_tasks.evaluation import WriterLM, evaluate_cell
+from eval_tasks.evaluation import WriterLM, evaluate_cell, task_manager
 from eval_tasks.slot_filling import INTENT, parse_reference
 from trainers.data import Example, split_by_instruction
 
@@ -56,7 +55,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def manager(data_dir):
-    return TaskManager(include_path=str(TASKS), metadata={"data_dir": data_dir})
+    return task_manager([], data_dir)
 
 
 @pytest.fixture(scope="module")

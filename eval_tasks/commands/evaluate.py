@@ -15,10 +15,8 @@ from pathlib import Path
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from transformers import AutoModel, AutoTokenizer
 
-import eval_tasks
 from eval_tasks.baselines.masked_diffusion import masked_diffusion
 from eval_tasks.evaluation import (
     WriterLM,
@@ -29,6 +27,7 @@ from eval_tasks.evaluation import (
     metric_table,
     quality_metrics,
     side_by_side,
+    task_manager,
     uncertainty_metrics,
 )
 from eval_tasks.protogen_lm import ProtoGenLM
@@ -93,7 +92,7 @@ def main(argv: list[str]) -> None:
     (arguments,) = RecipeParser(EvaluationArguments).parse(argv)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     output = Path(arguments.output_dir)
-    manager = TaskManager(include_path=str(Path(eval_tasks.__file__).parent), metadata={"data_dir": arguments.data_dir})
+    manager = task_manager(arguments.tasks, arguments.data_dir)
     options = {name: getattr(arguments, name) for name in ("limit", "num_fewshot", "gen_kwargs", "apply_chat_template")}
     cells, fluency = {}, None
     if arguments.open_tasks:
