@@ -1,5 +1,6 @@
 """Tiny random models and tokenizers, built here: the tests need no network and no pretrained weights."""
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -12,6 +13,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
@@ -145,6 +148,24 @@ def build(encoder_dir):
         return model, processor
 
     return build
+
+
+def in_two_processes(function, *arguments) -> str:
+    """
+    As `accelerate launch` starts them, but forked from this process, which has imported everything already; returns
+    what they print.
+    """
+
+    def run():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        rank = str(torch.distributed.get_rank())
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+        with Path(folder, rank).open("w") as out, contextlib.redirect_stdout(out):
+            function(*arguments)
+
+    with tempfile.TemporaryDirectory() as folder:
+        debug_launcher(run)
+        return "".join(path.read_text() for path in Path(folder).iterdir())
 
 
 def set_dropout(model, p):

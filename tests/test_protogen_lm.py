@@ -1,21 +1,24 @@
 """ProtoGen under lm-eval, against the harness's own model of the same decoder."""
 
 import importlib.util
+import inspect
 import json
 import math
-import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import lm_eval
 import pytest
 import torch
-from conftest import INSTRUCTIONS, WORDS
+from conftest import INSTRUCTIONS, WORDS, in_two_processes
 from lm_eval.api import registry
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from eval_tasks import lm_eval_hook
@@ -380,14 +383,24 @@ def task(tmp_path):
     return tmp_path / "tasks"
 
 
-def test_the_command_of_the_harness(llama_checkpoint, task, tmp_path):
+def harness(*arguments):
+    """`python -m eval_tasks ARGUMENTS`, of tasks in `--include_path` alone: the harness's own take long to list."""
+    defaults = inspect.signature(TaskManager.__init__).parameters.values()
+    defaults = tuple(False if each.name == "include_defaults" else each.default for each in defaults)[1:]
+    with (
+        mock.patch.object(TaskManager.__init__, "__defaults__", defaults),
+        mock.patch.object(sys, "argv", ["lm_eval", *map(str, arguments)]),
+    ):
+        runpy.run_module("eval_tasks", run_name="__main__")
+
+
+def test_the_command_of_the_harness(llama_checkpoint, task, tmp_path, capsys):
     """By name, as the entry point has it; each sample is logged with its uncertainty."""
-    command = [sys.executable, "-m", "eval_tasks", "run", "--model", "protogen", "--tasks", "tiny", "--limit", 2]
+    command = ["run", "--model", "protogen", "--tasks", "tiny", "--limit", 2]
     command += ["--model_args", f"pretrained={llama_checkpoint},mode=adaptive,confidence_threshold=0.5,block_size=4"]
     command += ["--include_path", task, "--output_path", tmp_path / "out", "--log_samples", "--batch_size", "auto"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "|tiny" in done.stdout
+    harness(*command)
+    assert "|tiny" in capsys.readouterr().out
     (path,) = (tmp_path / "out").rglob("samples_tiny_*.jsonl")
     samples = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(samples) == 2
@@ -420,16 +433,12 @@ def test_at_a_start_of_python_the_hook_is_all_that_is_imported(tmp_path, is_ther
 
 
 def test_one_and_two_processes_answer_alike(llama_checkpoint, task, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
-    launch += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
-    run = ["-m", "eval_tasks", "run", "--model", "protogen", "--tasks", "tiny", "--include_path", task, "--log_samples"]
-    run += ["--model_args", f"pretrained={llama_checkpoint},mode=verified"]
+    run = ["run", "--model", "protogen", "--tasks", "tiny", "--include_path", task, "--log_samples"]
+    run += ["--model_args", f"pretrained={llama_checkpoint},mode=verified", "--output_path"]
+    harness(*run, tmp_path / "one")
+    in_two_processes(harness, *run, tmp_path / "two")
     answers = []
-    for name, command in (("one", [sys.executable, *run]), ("two", [*launch, *run])):
-        command += ["--output_path", tmp_path / name]
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
+    for name in ("one", "two"):
         (path,) = (tmp_path / name).rglob("samples_tiny_*.jsonl")
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         # The harness has a process with fewer samples answer one of them again.

@@ -3,6 +3,7 @@
 import importlib.metadata
 import io
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from conftest import ANSWERS, INSTRUCTIONS, save_decoder, weights_hash
+from conftest import ANSWERS, INSTRUCTIONS, in_two_processes, save_decoder, weights_hash
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -343,14 +344,10 @@ def test_two_processes_fit_the_texts_that_one_fits(call, recipe, tmp_path):
     """And a run that goes on with another number of processes fits each text once."""
     call("fit", "--config", recipe, "--fit_num_texts", 9)
     alone = ProtoTokenBank(tmp_path / "run" / "bank")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
-    launch += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
-    launch += [ROOT / "scripts" / "train.py", "--config", recipe, "--stage", "fit", "--use_cpu", "true"]
-    call("fit", "--config", recipe, "--fit_num_texts", 2, "--output_dir", tmp_path / "two")
-    launch += ["--output_dir", tmp_path / "two", "--fit_num_texts", 9]
-    done = subprocess.run(list(map(str, launch)), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("fitting 7 texts; 2 are in the bank already") == 1
+    fit = ["fit", "--config", recipe, "--output_dir", tmp_path / "two"]
+    call(*fit, "--fit_num_texts", 2)
+    out = in_two_processes(command_line.main, [*map(str, fit), "--fit_num_texts", "9"])
+    assert out.count("fitting 7 texts; 2 are in the bank already") == 1
     two = ProtoTokenBank(tmp_path / "two" / "bank")
     two.verify()
     assert sorted(two.ids) == sorted(alone.ids)
@@ -360,23 +357,21 @@ def test_two_processes_fit_the_texts_that_one_fits(call, recipe, tmp_path):
         assert two.row(id)["steps"] == alone.row(id)["steps"]
 
 
-def test_killed_at_random_moments_every_text_is_there_once(recipe, tmp_path):
+def test_killed_at_random_moments_every_text_is_there_once(call, recipe, tmp_path):
     """SIGKILL, several times in one fit; what was stored has the accuracy that is recorded."""
-    command = [sys.executable, ROOT / "scripts" / "train.py", "--stage", "fit", "--config", recipe]
-    command += ["--fit_num_texts", 12, "--fit_slots", 2, "--fit_max_steps", 40]
-    command = list(map(str, command))
+    command = ["fit", "--config", recipe, "--fit_num_texts", 12, "--fit_slots", 2, "--fit_max_steps", 40]
     bank, kept = tmp_path / "run" / "bank", set()
     for wanted in (1, 5):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list(bank.glob("*.parquet"))) < wanted:
-            pass
+        process = multiprocessing.get_context("fork").Process(target=call, args=command)
+        process.start()
+        while process.is_alive() and len(list(bank.glob("*.parquet"))) < wanted:
+            process.join(0.02)
         process.kill()
-        process.wait()
+        process.join()
         found = ProtoTokenBank(bank)
         assert kept <= set(found.ids)
         kept = set(found.ids)
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert "mean reconstruction accuracy" in call(*command)
     found = ProtoTokenBank(bank)
     found.verify()
     assert len(found) == 12
