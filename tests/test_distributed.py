@@ -52,7 +52,7 @@ def exact_recipe(recipe, tmp_path):  # noqa: F811
     return recipe
 
 
-def losses(output_dir):
+def logged_losses(output_dir):
     log = json.loads((output_dir / "metrics.json").read_text())["log"]
     return [entry["loss"] for entry in log if "loss" in entry]
 
@@ -60,9 +60,13 @@ def losses(output_dir):
 def launch(how, recipe, output_dir, *options):  # noqa: F811
     command = [sys.executable, "-m", "accelerate.commands.launch", *how, "--main_process_port", 0]
     command += [ROOT / "scripts" / "train.py", "--config", recipe, "--output_dir", output_dir, "--use_cpu", "true"]
-    done = subprocess.run([*map(str, command), *map(str, options)], capture_output=True, text=True)
+    return subprocess.run([*map(str, command), *map(str, options)], capture_output=True, text=True, timeout=300)
+
+
+def losses(how, recipe, output_dir, *options):  # noqa: F811
+    done = launch(how, recipe, output_dir, *options)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return losses(output_dir)
+    return logged_losses(output_dir)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -71,12 +75,12 @@ def test_two_processes_learn_what_one_learns(exact_recipe, tmp_path, way):
     alone = ["--gradient_accumulation_steps", 2]
     if LAUNCH / "zero3.yaml" in way:
         # It draws the fresh weights in another order, in one process as in two.
-        one = launch([*way, "--num_processes", 1], exact_recipe, tmp_path / "one", *alone)
+        one = losses([*way, "--num_processes", 1], exact_recipe, tmp_path / "one", *alone)
     else:
         output = ["--output_dir", tmp_path / "one", "--use_cpu", "true"]
         command_line.main([*map(str, ["train", "--config", exact_recipe, *output, *alone])])
-        one = losses(tmp_path / "one")
-    two = launch(way, exact_recipe, tmp_path / "two")
+        one = logged_losses(tmp_path / "one")
+    two = losses(way, exact_recipe, tmp_path / "two")
     assert len(one) == 4
     assert two == pytest.approx(one, rel=1e-4)
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")]
@@ -89,6 +93,17 @@ def test_two_processes_learn_what_one_learns(exact_recipe, tmp_path, way):
 
     # From the first checkpoint on, as after an interruption.
     shutil.copytree(tmp_path / "two" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
-    assert launch(way, exact_recipe, tmp_path / "again") == two
+    assert losses(way, exact_recipe, tmp_path / "again") == two
     again = load_file(tmp_path / "again" / "model" / "model.safetensors")
     assert all(torch.equal(again[name], weight) for name, weight in weights[1].items())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_processes_stop_together_at_a_loss_that_is_not_finite(exact_recipe, tmp_path, way):
+    done = launch(way, exact_recipe, tmp_path / "run", "--learning_rate", 1e20, "--max_grad_norm", 0)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if "is not finite in step" in line]
+    assert len(errors) == 2, done.stderr[-4000:]
+    assert errors[0].split("error: ")[1] == errors[1].split("error: ")[1]
+    assert "last good checkpoint is none" in errors[0]
+    assert not (tmp_path / "run" / "checkpoint-4").exists()

@@ -248,6 +248,60 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(trainer_for, llama_di
     assert last_complete_checkpoint(tmp_path / "nothing") is None
 
 
+@pytest.mark.parametrize("bad", ["gradient", 0, 1])
+def test_training_stops_at_what_is_not_finite_and_goes_on_from_before(trainer_for, llama_dir, monkeypatch, bad):
+    """A gradient, or in a micro-batch a term of the loss that has none."""
+    options = {"losses": {"reconstruction": 1.0, "length_nll": 0.1}, "gradient_accumulation_steps": 2, "max_steps": 6}
+    options |= {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
+    uninterrupted = trainer_for(llama_dir, **options | {"save_strategy": "no"})
+    uninterrupted.train()
+    trainer, ids = trainer_for(llama_dir, **options), []
+    length_nll, training_step = trainer.losses["length_nll"], trainer.training_step
+
+    def watched(model, inputs, *args):
+        if trainer.state.global_step == 3:
+            ids.append(inputs["example_ids"])
+        return training_step(model, inputs, *args)
+
+    def forward(outputs, inputs):
+        loss = type(length_nll).forward(length_nll, outputs, inputs)
+        return loss.detach() * torch.nan if len(ids) == bad + 1 else loss
+
+    monkeypatch.setattr(trainer, "training_step", watched)
+    if bad == "gradient":
+        parameter = next(p for p in trainer.model.proto_predictor.parameters() if p.requires_grad)
+        parameter.register_hook(lambda grad: grad * torch.nan if ids else grad)
+    else:
+        monkeypatch.setattr(length_nll, "forward", forward)
+    with pytest.raises(ValueError, match="is not finite in step 4, with the examples") as stop:
+        trainer.train()
+    named, checkpoint = ids[0] + ids[1] if bad == "gradient" else ids[bad], f"{trainer.args.output_dir}/checkpoint-2"
+    assert ("the gradient" if bad == "gradient" else "the loss length_nll") in str(stop.value)
+    assert f"examples {', '.join(named)}; the last good checkpoint is {checkpoint}: lower" in str(stop.value)
+    assert len(losses_of(trainer)) == 3
+    assert last_complete_checkpoint(trainer.args.output_dir) == checkpoint
+    resumed = trainer_for(llama_dir, **options)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    weights = parameters_of(uninterrupted)
+    assert all(torch.equal(p, weights[name]) for name, p in parameters_of(resumed).items())
+
+
+@pytest.mark.parametrize("fields", [{"learning_rate": 1e20, "encoder_learning_rate": 1e20}, {"learning_rate": 1e38}])
+def test_no_log_says_that_a_loss_of_nan_is_none(trainer_for, llama_dir, fields):
+    trainer = trainer_for(llama_dir, **fields, save_strategy="steps", save_steps=1, max_steps=6)
+    with pytest.raises(ValueError, match=r"step \d.* is none: .*remove .*checkpoint-1, and run"):
+        trainer.train()
+    assert all(entry["loss"] > 0 for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_evaluation_stops_at_a_loss_that_is_not_finite(trainer_for, llama_dir):
+    trainer = trainer_for(llama_dir)
+    with torch.no_grad():
+        next(trainer.model.proto_predictor.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="eval_loss is not finite after step 0; the last good checkpoint is none"):
+        trainer.evaluate()
+
+
 @EVERY_LOSS
 def test_every_loss_is_logged_and_they_sum_to_the_total(trainer_for, llama_dir, bank, fields, losses):
     trainer = trainer_for(llama_dir, bank=bank, losses=json.dumps(losses), max_steps=2, fields=fields)

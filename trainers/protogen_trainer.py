@@ -1,11 +1,14 @@
 """The trainer: routes a batch through the model to weighted losses and logs each of them."""
 
+import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -66,15 +69,84 @@ class LengthGroupedEpochs(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
-class ExampleTrainer(Trainer):
-    """The transformers trainer for [`Example`]s: group_by_length knows their lengths, and its epochs resume."""
+def with_ids(collate: Callable, examples: list[Example]) -> dict:
+    return {**collate(examples), "example_ids": [example.id for example in examples]}
 
-    def _get_train_sampler(self, train_dataset=None):
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        lengths = [example.num_characters for example in train_dataset or self.train_dataset]
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedEpochs(lengths, batch_size, self.args.seed)
+
+class ExampleTrainer(Trainer):
+    """
+    The transformers trainer for [`Example`]s: group_by_length knows their lengths, and its epochs resume. Training and
+    evaluation stop at a loss or a gradient that is not finite, before anything is saved of it.
+    """
+
+    # What losses learn themselves is no part of the model.
+    loss_parameters: Sequence[nn.Parameter] = ()
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Ids and loss of each micro-batch since the optimizer's last step.
+        self._micro_batches: list[tuple[list[str], torch.Tensor]] = []
+
+    def get_train_dataloader(self):
+        collate, self.data_collator = self.data_collator, partial(with_ids, self.data_collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+
+    def training_step(self, model, inputs, *args):
+        ids = inputs.pop("example_ids")
+        loss = super().training_step(model, inputs, *args)
+        self._micro_batches.append((ids, loss))
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Called once an optimizer's step, before it; under DeepSpeed after it, but before anything is saved.
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self._check_finite(grad_norm)
+        return grad_norm
+
+    def _check_finite(self, grad_norm: torch.Tensor | float | None) -> None:
+        """Looks at one number from all processes, which costs one synchronisation; all of them stop together."""
+        ids, losses = zip(*self._micro_batches, strict=True)
+        self._micro_batches = []
+        gradients = [p.grad.sum() for p in self.loss_parameters if p.grad is not None]
+        # In float16 a gradient that overflows is skipped, and the loss is scaled down.
+        if grad_norm is not None and self.accelerator.mixed_precision != "fp16":
+            gradients.append(torch.as_tensor(grad_norm, device=losses[0].device))
+        is_bad = ~torch.isfinite(torch.stack([number.float() for number in (*losses, *gradients)]))
+        if not self.accelerator.reduce(is_bad.any().float()).item():
+            return
+        bad = is_bad.tolist()[: len(losses)]
+        named = [id for row, wrong in zip(ids, bad, strict=True) if wrong or not any(bad) for id in row]
+        found = gather_object([(any(bad), self._bad_loss() if any(bad) else "the gradient", named)])
+        # A loss that is not finite leaves no process a gradient that is.
+        found = [row for row in found if row[0]] or found
+        what = " and ".join(sorted({name for _, name, _ in found})) + " is not finite"
+        self._stop(f"{what} in step {self.state.global_step + 1}", [id for *_, row in found for id in row])
+
+    def _bad_loss(self) -> str:
+        return "the loss"
+
+    def _stop(self, reason: str, ids: list[str]) -> None:
+        """A checkpoint is good if a further step went well, which the newest of them may have prevented."""
+        checkpoints = complete_checkpoints(self.args.output_dir)
+        good = [path for path in checkpoints if step_of(path) < self.state.global_step]
+        advice = ["lower the learning rate", "look at the examples"][: 1 + bool(ids)]
+        advice += [f"remove {path}" for path in checkpoints[len(good) :]]
+        if ids:
+            reason += f", with the examples {', '.join(ids[:8])}{', ...' if len(ids) > 8 else ''}"
+        raise ValueError(
+            f"{reason}; the last good checkpoint is {good[-1] if good else 'none'}: {', '.join(advice)}, and run the "
+            "same command again."
+        )
+
+    def evaluate(self, *args, **kwargs):
+        metrics = super().evaluate(*args, **kwargs)
+        bad = [name for name, value in metrics.items() if name.endswith("_loss") and not math.isfinite(value)]
+        if bad:
+            self._stop(f"{bad[0]} is not finite after step {self.state.global_step}", [])
+        return metrics
 
 
 class ProtoGenTrainer(ExampleTrainer):
@@ -147,6 +219,7 @@ class ProtoGenTrainer(ExampleTrainer):
             self.add_callback(ProgressLines)
         use_grouped_attention(self.model.decoder)
         self.losses = nn.ModuleDict({name: LOSSES[name]() for name in self.args.losses}).to(self.args.device)
+        self.loss_parameters = list(self.losses.parameters())
         if self.args.encoder_learning_rate == 0 and self.model.encoder is not None:
             self.model.encoder.requires_grad_(False)
         self.average = None
@@ -165,6 +238,11 @@ class ProtoGenTrainer(ExampleTrainer):
             self.average.swap()
             self.average = None
         return output
+
+    def _bad_loss(self) -> str:
+        components = self._components[True].items()
+        bad = [name for name, sums in components if not torch.stack(sums).isfinite().all()]
+        return f"the loss {' and '.join(bad)}" if bad else "the loss"
 
     def evaluate(self, *args, **kwargs):
         with self.average.in_place() if self.average is not None else nullcontext():
@@ -315,8 +393,17 @@ def settle_losses(config: ProtoGenConfig, args: ProtoGenTrainingArguments) -> No
         raise ValueError("upsamples_prompt: true and the loss duration need each other.")
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint that was written to its end (the trainer's state comes last), or None."""
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def complete_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoints that were written to their end (the trainer's state comes last), by step."""
     states = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
-    folders = sorted((state.parent for state in states), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    return sorted((state.parent for state in states), key=step_of)
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest of [`complete_checkpoints`], or None."""
+    folders = complete_checkpoints(output_dir)
     return str(folders[-1]) if folders else None
