@@ -5,13 +5,13 @@ with the Hub's fields: `mmlu_test.jsonl` and `mmlu_dev.jsonl`, `mmlu_pro_test.js
 `dolly_german.jsonl`. `snips_test.jsonl` is always read from a folder: `scripts/data` in the repository.
 """
 
-import json
 from functools import lru_cache
 from pathlib import Path
 
 import datasets
 
 from trainers.data import is_held_out
+from trainers.text_files import read_json_rows
 
 # What models have to have held out at least.
 DOLLY_HELD_OUT = 0.1
@@ -22,13 +22,7 @@ def local_rows(data_dir: str, name: str) -> list[dict]:
     path = Path(data_dir) / f"{name}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}; data_dir is the folder with the tasks' .jsonl files.")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
-    return rows
+    return [row for _, row in read_json_rows(path)]
 
 
 def local_splits(data_dir: str, name: str, *splits: str) -> datasets.DatasetDict:

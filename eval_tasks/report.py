@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from trainers.devices import best_device
+from trainers.text_files import read_json
 
 RESULT_FIELDS = ("command", "date", "versions", "machine", "device", "model", "revision", "data", "seed", "metrics")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
@@ -78,7 +79,7 @@ def read_result(path: str | Path) -> dict:
         FileNotFoundError: if it is missing.
         ValueError: if it is not a result file.
     """
-    content = json.loads(Path(path).read_text())
+    content = read_json(path)
     missing = [name for name in RESULT_FIELDS if name not in content]
     if missing:
         raise ValueError(f"{path} is not a result file: it lacks {', '.join(missing)}.")

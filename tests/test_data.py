@@ -11,6 +11,7 @@ from trainers.data import (
     Example,
     ProtoGenCollator,
     batch_durations,
+    categories_of,
     category_id,
     held_out_of,
     load_examples,
@@ -84,13 +85,94 @@ def test_a_context_may_be_missing_unless_its_column_is_named(tmp_path):
     ("rows", "error", "message"),
     [
         ([{"question": "who", "response": "x"}], ValueError, "has no column instruction; it has question"),
-        ([*ROWS[:2], ROWS[0] | {"instruction": " "}], ValueError, "row 2 of .* has an empty instruction"),
-        ([ROWS[0] | {"response": None}, ROWS[1]], ValueError, "row 0 of .* has an empty response"),
+        ([*ROWS[:2], ROWS[0] | {"instruction": " "}], ValueError, "rows.jsonl, line 3: instruction is empty"),
+        ([ROWS[0] | {"response": None}, ROWS[1]], ValueError, "rows.jsonl, line 1: response is empty"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, rows, error, message):
     with pytest.raises(error, match=message):
         load_examples(write(tmp_path, rows))
+
+
+GOOD = '{"instruction": "who", "context": "", "response": "cat"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", GOOD + "\n{bad\n", "x.jsonl, line 3: this is no JSON"),
+        ("x.jsonl", GOOD + GOOD[:20], "x.jsonl, line 2: this is no JSON"),
+        ("x.jsonl", "instruction,context,response\na,,b\n", "x.jsonl, line 1: this is no JSON"),
+        ("x.jsonl", GOOD + '["a"]\n', "x.jsonl, line 2: a row must be a JSON object"),
+        ("x.jsonl", '{"instruction": "a", "instruction": "b"}\n', "line 1: .*the key 'instruction' is there twice"),
+        ("x.jsonl", '{"instruction": "\\ud83d", "response": "x"}', "line 1: instruction has half a character"),
+        ("x.jsonl", GOOD + '{"instruction": "a", "response": ["b"]}', r"line 2: response must be text, not \['b'\]"),
+        ("x.jsonl", GOOD + '{"instruction": "a", "response": true}', "line 2: response must be text, not True"),
+        ("x.jsonl", '{"instruction": "a", "context": ["b"], "response": "c"}', "line 1: context must be text"),
+        ("x.jsonl", GOOD.encode("utf-16"), "x.jsonl, line 1: this is not UTF-8"),
+        ("x.jsonl", GOOD.encode() + "{grün".encode("latin-1"), "x.jsonl, line 2: this is not UTF-8"),
+        ("x.jsonl", "[" * 100_000, "x.jsonl.*no JSON that can be read"),
+        ("x.json", "[" + GOOD + ", {]", "x.json, line 2: this is no JSON"),
+        ("x.json", '[{"instruction": "a", "response": ""}]', "x.json, row 1: response is empty"),
+        ("x.jsonl", "", "x.jsonl has no rows"),
+        ("x.jsonl", "\n\n", "x.jsonl has no rows"),
+        ("x.csv", "instruction,response\n", "x.csv has no rows"),
+        ("x.csv", "instruction,response\na,b\n\nc\n", "x.csv, line 4: the row has 1 cells and the file 2 columns"),
+        ("x.csv", "instruction,response\na,b,c\n", "x.csv, line 2: the row has 3 cells and the file 2 columns"),
+        ("x.csv", 'instruction,response\na,"b\n', "x.csv, line 2: this is no CSV"),
+        ("x.jsonl.gz", b"\x1f\x8b", "x.jsonl.gz is none of .jsonl, .json, .csv, .parquet"),
+        ("x.tsv", "instruction\tresponse\n", "x.tsv is none of"),
+        ("x.parquet", "PAR1", "x.parquet is no Parquet file"),
+    ],
+)
+def test_bad_files_are_named_with_the_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError, match=message):
+        load_examples(DataArguments(data=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "answers"),
+    [
+        ("x.csv", "instruction,context,response\n2+2,,4\n3+3,,007\n", ["4", "007"]),
+        ("x.csv", "instruction,context,response\na,NA,NA\nb,null,None\n", ["NA", "None"]),
+        ("x.csv", '\ufeffinstruction,response\r\na,"b\nc"\r\nd,e\r\n', ["b\nc", "e"]),
+        (
+            "x.jsonl",
+            '\ufeff{"instruction": "a", "response": 0}\r\n\r\n{"instruction": 5, "response": 1.5}',
+            ["0", "1.5"],
+        ),
+        ("X.JSONL", GOOD, ["cat"]),
+        ("x.json", f"\n[{GOOD}]", ["cat"]),
+        (
+            "x.jsonl",
+            '{"instruction": "a", "response": "2020-01-01 00:00:00", "context": null}',
+            ["2020-01-01 00:00:00"],
+        ),
+    ],
+)
+def test_cells_are_the_text_that_they_are(tmp_path, name, content, answers):
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    assert [example.answer for example in load_examples(DataArguments(data=str(path)))] == answers
+
+
+def test_contexts_are_not_lost_and_categories_are_text(tmp_path):
+    rows = [ROWS[0] | {"context": "NA", "category": 1}, ROWS[1] | {"category": 2}]
+    examples = load_examples(write(tmp_path, rows))
+    assert [(e.context, e.category) for e in examples] == [("NA", "1"), ("", "2")]
+    assert categories_of(examples) == ["1", "2"]
+    with pytest.raises(ValueError, match="m_scope=per_category needs a category; the example .*'name 2' has none"):
+        categories_of([*examples, Example("c", "name 2", "", "x")])
+
+
+def test_a_missing_split_is_named(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict({"train": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match="has no split test; it has train"):
+        load_examples(DataArguments(data=str(tmp_path / "data"), data_split="test"))
 
 
 def test_a_missing_file_is_said_so(tmp_path):

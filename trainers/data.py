@@ -5,8 +5,11 @@ import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 from modeling_protogen.configuration_protogen import category_id
 from modeling_protogen.objectives import IGNORE_INDEX
@@ -14,6 +17,7 @@ from modeling_protogen.processing_protogen import ProtoGenProcessor
 
 from .alignment import Joins, durations, joins_of
 from .proto_bank import ProtoTokenBank, stack_entries
+from .text_files import Row, read_csv_rows, read_json_rows, text_of
 
 
 @dataclass
@@ -82,31 +86,56 @@ class Example:
 
 def load_examples(args: DataArguments) -> list[Example]:
     """
-    Reads the data; rows that repeat another one whole are dropped.
+    Reads the data; rows that repeat another one whole are dropped. Files are read as the text that they hold.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a column is missing, or an instruction or answer is empty.
+        ValueError: if a file cannot be read, a column or a split is missing, or a cell is empty or no text.
     """
     path = Path(args.data)
-    formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    if path.suffix in formats:
+    reader = READERS.get(path.suffix.lower())
+    if reader is not None:
         if not path.is_file():
             raise FileNotFoundError(f"data file {path} does not exist.")
-        rows = load_dataset(formats[path.suffix], data_files=str(path), split="train")
-    elif path.is_dir():
-        rows = load_from_disk(str(path))
-        rows = rows[args.data_split] if isinstance(rows, dict) else rows
+        rows = reader(path)
+        if not rows:
+            raise ValueError(f"data file {path} has no rows.")
+    elif path.is_file():
+        raise ValueError(f"data file {path} is none of {', '.join(READERS)}: convert or unpack it.")
     else:
-        rows = load_dataset(args.data, revision=args.data_revision, split=args.data_split)
-
+        rows = loaded_dataset(args)
     return examples_of(
         rows, args.data, args.instruction_field, args.context_field, args.answer_field, args.category_field
     )
 
 
+def read_parquet(path: Path) -> Dataset:
+    try:
+        return Dataset(pq.read_table(path))
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} is no Parquet file that can be read: {error}") from error
+
+
+READERS = {".jsonl": read_json_rows, ".json": read_json_rows, ".csv": read_csv_rows, ".parquet": read_parquet}
+
+
+def loaded_dataset(args: DataArguments) -> Dataset:
+    """The split of a folder that datasets has written, or of a data set on the Hub."""
+    if not Path(args.data).is_dir():
+        try:
+            return load_dataset(args.data, revision=args.data_revision, split=args.data_split)
+        except DatasetGenerationError as error:
+            raise ValueError(f"{args.data} cannot be read: {error.__cause__ or error}") from error
+    found = load_from_disk(args.data)
+    if not isinstance(found, dict):
+        return found
+    if args.data_split not in found:
+        raise ValueError(f"{args.data} has no split {args.data_split}; it has {', '.join(found)}. Set data_split.")
+    return found[args.data_split]
+
+
 def examples_of(
-    rows: Dataset,
+    rows: Dataset | list[Row],
     name: str = "the dataset",
     instruction_field: str = "instruction",
     context_field: str | None = "context",
@@ -115,34 +144,55 @@ def examples_of(
 ) -> list[Example]:
     """
     The examples of a table; rows that repeat another one whole are dropped. The category may be missing, and so
-    may a column called `context`.
+    may a column called `context`. Numbers are taken as text.
 
     Args:
-        rows (`datasets.Dataset`)
-        name (`str`): what errors call it.
+        rows (`datasets.Dataset` or `list[tuple[str, dict]]`): a table, or rows with what errors call each.
+        name (`str`): what errors call the table.
         answer_field (`str`, *optional*): None where a teacher gives all answers.
 
     Raises:
-        ValueError: if a column is missing, or an instruction or answer is empty.
+        ValueError: if a column is missing, an instruction or answer is empty, or a cell is no text.
     """
+    if isinstance(rows, Dataset):
+        columns = rows.column_names
+        rows = ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))
+    else:
+        columns = dict.fromkeys(column for _, row in rows for column in row)
     needed = [column for column in (instruction_field, answer_field) if column]
-    named = {*needed, context_field} - {None, "", "context"}
-    missing = sorted(named - set(rows.column_names))
+    missing = sorted({*needed, context_field} - {None, "", "context", *columns})
     if missing:
         raise ValueError(
-            f"{name} has no column {', '.join(missing)}; it has {', '.join(rows.column_names)}. "
+            f"{name} has no column {', '.join(missing)}; it has {', '.join(columns)}. "
             "Set instruction_field, context_field and answer_field, or rename its columns."
         )
     examples = {}
-    for number, row in enumerate(rows):
-        for column in needed:
-            if not row[column] or not row[column].strip():
-                raise ValueError(f"row {number} of {name} has an empty {column}; remove or fill it.")
-        instruction, answer = row[instruction_field], row[answer_field] if answer_field else ""
-        context = row.get(context_field) or ""
+    for where, row in rows:
+        wanted = (instruction_field, context_field, answer_field, category_field)
+        cells = [text_of(row.get(column), f"{where}: {column}") for column in wanted]
+        instruction, context, answer, category = cells
+        for column, cell in zip(wanted, cells, strict=True):
+            if column in needed and not cell.strip():
+                raise ValueError(f"{where}: {column} is empty; remove the row or fill it.")
         id = stable_hash("\0".join((instruction, context, answer)))[:16]
-        examples[id] = Example(id, instruction.strip(), context.strip(), answer.strip(), row.get(category_field))
+        examples[id] = Example(id, instruction.strip(), context.strip(), answer.strip(), category or None)
     return list(examples.values())
+
+
+def categories_of(examples: list[Example]) -> list[str]:
+    """
+    Their categories, sorted.
+
+    Raises:
+        ValueError: if an example has none.
+    """
+    for example in examples:
+        if example.category is None:
+            raise ValueError(
+                "m_scope=per_category needs a category; the example with the instruction "
+                f"{example.instruction[:60]!r} has none."
+            )
+    return sorted({example.category for example in examples})
 
 
 def stable_hash(text: str) -> str:

@@ -6,11 +6,11 @@ Decoders by name: a Hub id, a folder or an `embedded:` name, or a variant of one
     NAME@untrained-gpt_neox:256x6    a GPTNeoX of 6 layers of width 256 with random weights, and NAME's tokenizer
 """
 
-import json
 import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +26,7 @@ from modeling_protogen.frozen_decoder import keep_special_tokens
 
 from .devices import best_device, fastest_dtype
 from .embedded import PREFIX, resolve
+from .text_files import read_json
 
 VARIANTS = re.compile(r"first:(?P<layers>\d+)|untrained|untrained-gpt_neox:(?P<width>\d+)x(?P<depth>\d+)")
 
@@ -80,7 +81,10 @@ def load_protogen(
     name = decoder or (own if own.startswith(PREFIX) else None)
     moved = {"decoder_name_or_path": resolve(name)} if name else {}
     dtype = getattr(torch, fastest_dtype() if dtype == "auto" else dtype)
-    return ProtoGenForConditionalGeneration.from_pretrained(folder, dtype=dtype, **moved).eval()
+    try:
+        return ProtoGenForConditionalGeneration.from_pretrained(folder, dtype=dtype, **moved).eval()
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {folder} are damaged: {error}; get them again.") from error
 
 
 def load_processor_of(folder: str | Path, decoder: str | None = None) -> ProtoGenProcessor:
@@ -93,7 +97,7 @@ def load_processor_of(folder: str | Path, decoder: str | None = None) -> ProtoGe
     path = Path(folder) / PROCESSOR_NAME
     if not path.is_file() or (path.parent / "decoder_tokenizer").is_dir():
         return ProtoGenProcessor.from_pretrained(folder)
-    fields = json.loads(path.read_text())
+    fields = read_json(path)
     names = ("max_prompt_length", "max_answer_length", "prompt_template", "answer_format")
     options = {name: fields[name] for name in names}
     name = decoder or ProtoGenForConditionalGeneration.config_class.from_pretrained(folder).decoder_name_or_path

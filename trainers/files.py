@@ -9,6 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .text_files import parse_json, read_text
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary_path)`, forces the file to disk, renames it to `path`, and forces that to disk too."""
@@ -29,8 +31,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def read_lines(path: Path) -> list[dict]:
     """The rows of a JSONL file, none if it does not exist; a last line that a kill cut off is no row."""
-    text = path.read_text() if path.is_file() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+    text = read_text(path) if path.is_file() else ""
+    return [parse_json(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n")[:-1], start=1)]
 
 
 def append_lines(path: Path, rows: list[dict]) -> None:

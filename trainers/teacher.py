@@ -15,6 +15,7 @@ from modeling_protogen.configuration_protogen import as_list
 
 from .data import Example
 from .files import append_lines, locked, read_lines, write_atomically
+from .text_files import read_json
 
 INFO_NAME = "teacher.json"
 
@@ -53,7 +54,7 @@ def read_teacher_answers(folder: str | Path, info: TeacherInfo) -> dict[str, lis
     path = folder / INFO_NAME
     if not path.is_file():
         raise FileNotFoundError(f"no teacher answers in {folder}; write them first (protogen teacher).")
-    there = json.loads(path.read_text())
+    there = read_json(path)
     differing = [
         f"{name}: there {there[name]!r}, wanted {value!r}"
         for name, value in asdict(info).items()

@@ -1,7 +1,6 @@
 """Fitting: against the paper's loop in time, its memory, and killed again and again."""
 
 import argparse
-import json
 import random
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from trainers.decoders import load_frozen_decoder
 from trainers.embedded import decoder_revision
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
 from trainers.proto_bank import BankInfo, ProtoTokenBank
+from trainers.text_files import read_json
 
 PROTOGEN = [sys.executable, "-m", "eval_tasks.command_line"]
 
@@ -107,7 +107,7 @@ def fit(arguments) -> None:
 def papers_fits(decoder, texts, arguments) -> list[dict]:
     """The paper's loop over the texts, minutes each; a file beside the result keeps what is done."""
     path = Path(arguments.result).with_suffix(".paper.json")
-    done = json.loads(path.read_text()) if path.is_file() else {}
+    done = read_json(path) if path.is_file() else {}
     keys = [f"{arguments.decoder} {arguments.dtype} {arguments.seed} {text.id} {len(text.token_ids)}" for text in texts]
     for key, text in zip(keys, tqdm(texts, desc="the paper's loop", unit="text"), strict=True):
         if key not in done:
@@ -159,7 +159,7 @@ def fit_kill(arguments) -> None:
 
     bank = ProtoTokenBank(run / "bank")
     bank.verify()
-    summary = json.loads((run / "fit.json").read_text())
+    summary = read_json(run / "fit.json")
     _, decoder = load_frozen_decoder(bank.info.decoder, "bfloat16")
     fitter = ProtoTokenFitter(decoder, bank.info, FittingArguments())
     mismatches = sum(

@@ -1,12 +1,12 @@
 """How well a trained model predicts lengths."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
 
 from eval_tasks import report
 from trainers.embedded import decoder_revision
+from trainers.text_files import read_json
 
 
 def add_commands(commands) -> None:
@@ -21,7 +21,7 @@ def length(arguments) -> None:
     path = run / "calibration.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: train first.")
-    made_with = json.loads((run / "metrics.json").read_text())["run"]
+    made_with = read_json(run / "metrics.json")["run"]
     count = (pd.read_csv(run / "answers.csv")["answer_start"] == 0).sum()
     content = report.result(
         command=arguments.command_line,
@@ -29,6 +29,6 @@ def length(arguments) -> None:
         revision=decoder_revision(made_with["decoder"]),
         data=f"{count // 2} held-out instructions of {made_with['data']}; calibrated on {count - count // 2} others",
         seed=made_with["seed"],
-        metrics=json.loads(path.read_text())["metrics"],
+        metrics=read_json(path)["metrics"],
     )
     report.write_result(arguments.result, content)

@@ -1,6 +1,5 @@
 """A finished quickstart: its metrics, and one-step answers against greedy ones in time."""
 
-import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import AutoModel, AutoProcessor
 from eval_tasks import report
 from eval_tasks.latency import interleaved_seconds, ratio_with_interval
 from trainers.devices import fastest_dtype
+from trainers.text_files import read_json
 
 
 def add_commands(commands) -> None:
@@ -31,7 +31,7 @@ def quickstart(arguments) -> None:
         path = run / f"{name}.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: fit and train first (scripts/quickstart.sh does).")
-        parts[name] = json.loads(path.read_text())
+        parts[name] = read_json(path)
     before, after = parts["metrics"]["before"], parts["metrics"]["after"]
     if before is None:
         raise ValueError(f"{run} was not evaluated before training: its recipe needs eval_on_start: true.")

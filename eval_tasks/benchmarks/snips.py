@@ -1,6 +1,5 @@
 """Commands to JSON: one-step answers beside the same decoder fine-tuned or prompted, token by token, and rivals."""
 
-import json
 import time
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from trainers.decoders import load_processor_of, load_protogen
 from trainers.devices import best_device
 from trainers.files import read_lines
 from trainers.losses.token_head import head_tokens
+from trainers.text_files import read_json
 
 BATCH_SIZE = 32
 
@@ -96,7 +96,7 @@ def snips(arguments) -> None:
     metrics["trained_parameters_in_slot_adapters"] = sum(p.numel() for p in adapters)
     metrics |= learning(run, arguments.result)
     write_answers(Path(arguments.result).with_suffix(".md"), examples, records)
-    training = json.loads((run / "metrics.json").read_text())["run"]
+    training = read_json(run / "metrics.json")["run"]
     content = report.result(
         command=arguments.command_line,
         model=f"{training['decoder']}, {training['decoder_dtype']}, frozen; slot adapters of rank "
@@ -241,7 +241,7 @@ def uncertainty_metrics(model, processor, run: Path, records: pd.DataFrame, refe
 
 def learning(run: Path, result: str) -> dict[str, float]:
     """Exact match on held-out commands against the examples seen; draws it beside the result."""
-    training = json.loads((run / "metrics.json").read_text())
+    training = read_json(run / "metrics.json")
     batch = training["run"]["examples_a_step"]
     points = {entry["step"] * batch: entry["eval_exact_match"] for entry in training["log"] if "eval_loss" in entry}
     curves(

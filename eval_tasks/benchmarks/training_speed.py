@@ -1,6 +1,5 @@
 """What a training step costs: tokens a second, use of the processor, and how much of the time is not the decoder's."""
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from trainers.devices import best_device, synchronize
 from trainers.embedded import decoder_revision
 from trainers.prompt_store import PromptStore
 from trainers.protogen_trainer import ProtoGenTrainer
+from trainers.text_files import read_json
 from trainers.training_args import ProtoGenTrainingArguments
 
 # Dense bfloat16 operations a second, from the makers' data sheets.
@@ -176,7 +176,7 @@ def training_speed(arguments) -> None:
     run = Path(arguments.run)
     if not (run / "metrics.json").is_file():
         raise FileNotFoundError(f"there is no trained model in {run}; train one first.")
-    made_with = json.loads((run / "metrics.json").read_text())["run"]
+    made_with = read_json(run / "metrics.json")["run"]
     processor, warm_up = ProtoGenProcessor.from_pretrained(run / "model"), 2
     examples = [e for e in load_examples(DataArguments(data=arguments.data)) if processor.fits(e.instruction)]
     examples = list(islice(cycle(examples), (warm_up + arguments.steps) * arguments.batch_size))

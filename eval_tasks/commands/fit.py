@@ -12,7 +12,7 @@ from eval_tasks.recipes import SHARED, RecipeParser
 from eval_tasks.report import write_json
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.arguments import BankArguments, FitInputArguments, ModelArguments, bank_info, open_accelerator
-from trainers.data import DataArguments, Example, fitting_targets, load_examples, split_by_instruction
+from trainers.data import DataArguments, Example, categories_of, fitting_targets, load_examples, split_by_instruction
 from trainers.decoders import load_decoder
 from trainers.fit_bank import fit_bank, with_predicted_starts
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
@@ -100,9 +100,7 @@ def texts_to_fit(
     targets = fitting_targets(tokenizer, examples, fit_args.fit_max_length)
     groups = {example.id: "" for example in examples}
     if model_args.m_scope == "per_category":
-        missing = [example.id for example in examples if example.category is None]
-        if missing:
-            raise ValueError(f"m_scope=per_category needs a category; example {missing[0]} has none.")
+        categories_of(examples)
         groups = {example.id: example.category for example in examples}
     texts = [Text(id, token_ids, groups[id]) for id, token_ids in targets.items()]
     if inputs.warm_start:

@@ -5,7 +5,6 @@ copy of the code, and what tells how it was made.
     protogen pack runs/snips scripts/data/snips_smollm2_135m
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from transformers import HfArgumentParser
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from trainers.text_files import read_json
 
 
 def main(arguments: list[str]) -> None:
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
     arguments = parser.parse_args(arguments)
     if arguments.folder.exists():
         raise FileExistsError(f"{arguments.folder} exists; remove it, or give another folder.")
-    metrics = json.loads((arguments.run / "metrics.json").read_text())
+    metrics = read_json(arguments.run / "metrics.json")
     model = ProtoGenForConditionalGeneration.from_pretrained(arguments.run / "model")
     # The name that the recipe has, which is the same on every machine.
     model.config.decoder_name_or_path = metrics["run"]["decoder"]

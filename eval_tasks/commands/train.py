@@ -25,6 +25,7 @@ from trainers.data import (
     DataArguments,
     Example,
     ProtoGenCollator,
+    categories_of,
     load_examples,
     split_by_instruction,
     with_continuations,
@@ -148,7 +149,7 @@ def prepared_model(
         model_args.first_tokens = "decoder" if target_args.targets == "teacher" else "slots"
     categories = None
     if model_args.m_scope == "per_category":
-        categories = sorted({example.category for example in load_examples(data_args)})
+        categories = categories_of(load_examples(data_args))
     model = build_model(model_args, categories)
     model.config.validation_share = data_args.validation_share
     if inputs.start_from:
