@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -18,6 +19,7 @@ from trainers.arguments import (
 )
 from trainers.data import DataArguments
 from trainers.fitting import FittingArguments
+from trainers.text_files import read_text
 from trainers.training_args import ProtoGenTrainingArguments
 
 from .studies.controlled_world import WorldArguments
@@ -57,16 +59,39 @@ def recipe_path(name: str) -> Path:
     return path
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """Refuses keys that come twice and keys that are no text."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name = self.construct_object(key, deep=True)
+            if not isinstance(name, str) or name in seen:
+                problem = "is there twice" if isinstance(name, str) else "is no text: quote it"
+                raise yaml.MarkedYAMLError(problem=f"the key {name!r} {problem}", problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(name: str) -> dict:
     """
     The keys and values of a recipe.
 
     Raises:
         FileNotFoundError: if it is missing.
-        ValueError: if it is no mapping.
+        ValueError: if it is no YAML mapping of text to values, or has a key twice.
     """
     path = recipe_path(name)
-    recipe = yaml.safe_load(path.read_text())
+    text = read_text(path)
+    try:
+        recipe = yaml.load(text, RecipeLoader)
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(f"recipe {path}, line {error.problem_mark.line + 1}: {error.problem}.") from error
+    # Dates and numbers that look right and are not are Python's errors.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"recipe {path} is no YAML that can be read: {' '.join(str(error).split())}.") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"recipe {path} must be a YAML mapping of arguments.")
     return recipe
@@ -79,7 +104,7 @@ def options_of(values: dict) -> list[str]:
         if isinstance(value, list):
             arguments += [f"--{key}", *map(str, value)]
         elif value is not None:
-            arguments.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+            arguments.append(f"--{key}={json.dumps(value, default=str) if isinstance(value, dict) else value}")
     return arguments
 
 
@@ -114,16 +139,27 @@ class RecipeParser(HfArgumentParser):
         *parsed, _, unknown = self.parse_args_into_dataclasses(
             recipe + arguments, return_remaining_strings=True, look_for_args_file=False
         )
+        if unknown and not unknown[0].startswith("--"):
+            raise ValueError(f"{unknown[0]!r} on the command line is no option and no value of one.")
         if unknown:
             self._reject(unknown[0].removeprefix("--").split("=")[0], "on the command line")
         return tuple(parsed)
 
     def _recipe_arguments(self, name: str) -> list[str]:
-        recipe, own = read_recipe(name), keys_of(self.dataclass_types)
+        recipe, own, where = read_recipe(name), keys_of(self.dataclass_types), f"recipe {recipe_path(name)}"
         for key in recipe:
             if key not in own | self.passed_over:
-                self._reject(key, f"in recipe {recipe_path(name)}")
-        return options_of({key: value for key, value in recipe.items() if key in own})
+                self._reject(key, f"in {where}")
+        recipe = {key: value for key, value in recipe.items() if key in own}
+        types = {name: type for own in self.dataclass_types for name, type in get_type_hints(own).items()}
+        for key, value in recipe.items():
+            if isinstance(value, list) and self._option_string_actions[f"--{key}"].nargs is None:
+                raise ValueError(f"{where}: {key} takes one value, not the list {value}.")
+            if value is None and type(None) not in get_args(types[key]):
+                raise ValueError(f"{where}: {key} needs a value; leave the key out for the default.")
+        # The command line has no word for None.
+        self.set_defaults(**{key: value for key, value in recipe.items() if value is None})
+        return options_of(recipe)
 
     def _reject(self, key: str, where: str):
         nearest = difflib.get_close_matches(key, keys_of(self.dataclass_types), n=1)

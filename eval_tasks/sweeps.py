@@ -13,7 +13,6 @@ Sweeps: runs of one recipe that each change something, and what comes of it. A s
 """
 
 import importlib
-import json
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,8 +29,10 @@ from modeling_protogen.proto_tokens import flatten_proto_tokens
 from trainers.data import DataArguments, load_examples, split_by_instruction
 from trainers.embedded import decoder_revision
 from trainers.proto_bank import ProtoTokenBank, stack_entries
+from trainers.text_files import read_json
 
 from . import report
+from .command_line import COMMANDS
 from .one_step import one_step_records
 from .plots import curves, exact_points
 from .recipes import RECIPES, keys_of, options_of, read_recipe
@@ -57,10 +58,19 @@ class Sweep:
     report: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        unknown = {*self.compared_with, *self.compared_with.values()} - {*self.runs}
+        for key in ("runs", "before", "fixed", "compared_with"):
+            value = getattr(self, key)
+            inner = value.values() if key in ("runs", "before") and isinstance(value, dict) else ()
+            if not all(isinstance(part, dict) for part in (value, *inner)):
+                shape = " of mappings; write {} for one that says nothing" if key in ("runs", "before") else ""
+                raise ValueError(f"sweep {self.name}: {key} must be a mapping{shape}, not {value}.")
+        for command in (self.command, *self.before):
+            if str(command) not in COMMANDS:
+                raise ValueError(f"sweep {self.name}: {command} is no command; there are {', '.join(COMMANDS)}.")
+        unknown = {*self.compared_with, *map(str, self.compared_with.values())} - {*self.runs}
         if unknown:
             raise ValueError(f"sweep {self.name}: compared_with names {', '.join(sorted(unknown))}, which is no run.")
-        if self.gather not in GATHER:
+        if not isinstance(self.gather, str) or self.gather not in GATHER:
             raise ValueError(f"sweep {self.name}: gather={self.gather} is not one of {', '.join(GATHER)}.")
 
     @property
@@ -183,7 +193,7 @@ def gather_answers(sweep: Sweep, command: str) -> dict:
     starts = tables[next(iter(runs))].loc[common, "answer_start"]
     parts = {"": list(starts.index[starts == 0]), "_later": list(starts.index[starts > 0])}
     for run, folder in runs.items():
-        training = json.loads((folder / "metrics.json").read_text())
+        training = read_json(folder / "metrics.json")
         measured = gains(tables[run], tables.get(sweep.reference(run)), parts)
         # Which agree without any learning.
         measured["own_tokens"] = ProtoGenConfig.from_pretrained(folder / "model").num_autoregressive_tokens
@@ -230,7 +240,7 @@ def gains(table: pd.DataFrame, reference: pd.DataFrame | None, parts: dict[str, 
 
 def gather_fits(sweep: Sweep, command: str) -> dict:
     """Accuracy, steps and time of fits of the same texts."""
-    runs = {run: json.loads((path / "fit.json").read_text()) for run, path in finished(sweep, "fit.json").items()}
+    runs = {run: read_json(path / "fit.json") for run, path in finished(sweep, "fit.json").items()}
     metrics = {}
     for name, run in runs.items():
         if run["texts_fitted"] != run["texts"]:

@@ -1,6 +1,7 @@
 """Arguments of `ProtoGenTrainer`."""
 
 import json
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,7 @@ from transformers import TrainingArguments
 from modeling_protogen.objectives import LOSS_WEIGHTS
 
 from .losses import LOSSES, needs_of
+from .text_files import parse_json
 
 
 @dataclass
@@ -18,7 +20,7 @@ class ProtoGenTrainingArguments(TrainingArguments):
 
     Other defaults than there: `ddp_find_unused_parameters=True`, `remove_unused_columns=False` (the collator reads
     whole examples), `optim="adamw_torch_fused"`, `report_to="none"`, `save_total_limit=2`, `disable_tqdm=False` at any
-    verbosity, and memory pinned only where there is an accelerator.
+    verbosity, `logging_nan_inf_filter=False`, and memory pinned only where there is an accelerator.
 
     Raises:
         ValueError: if a loss is unknown or no weight is positive.
@@ -62,7 +64,9 @@ class ProtoGenTrainingArguments(TrainingArguments):
     optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimiser, as in transformers."})
     report_to: str = field(default="none", metadata={"help": "Where to log: none, tensorboard, wandb, ..."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
-
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Log the mean of earlier losses for one that is not finite."}
+    )
     disable_tqdm: bool | None = field(default=False, metadata={"help": "Hide the progress bar."})
 
     def __post_init__(self):
@@ -71,10 +75,17 @@ class ProtoGenTrainingArguments(TrainingArguments):
         # transformers refuses bf16 on a CPU that was not asked for.
         self.use_cpu = self.use_cpu or not has_accelerator
         if isinstance(self.losses, str):
-            self.losses = json.loads(self.losses)
+            self.losses = parse_json(self.losses, f"losses={self.losses}")
+            if not isinstance(self.losses, dict):
+                raise ValueError(
+                    f"losses={json.dumps(self.losses)} must be a mapping such as {json.dumps(LOSS_WEIGHTS)}."
+                )
         unknown = sorted(set(self.losses or ()) - set(LOSSES))
         if unknown:
             raise ValueError(f"unknown losses: {', '.join(unknown)}; the losses are {', '.join(LOSSES)}.")
+        for name, weight in (self.losses or {}).items():
+            if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not math.isfinite(weight):
+                raise ValueError(f"losses: the weight of {name} must be a number, not {weight!r}.")
         if self.losses is not None and not any(weight > 0 for weight in self.losses.values()):
             raise ValueError("no loss has a positive weight.")
         if not 0 <= self.ema_decay < 1:
