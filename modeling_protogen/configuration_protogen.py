@@ -1,5 +1,9 @@
 """Configuration of a ProtoGen model."""
 
+from math import isfinite
+from types import UnionType
+from typing import Union, get_args, get_origin
+
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -22,13 +26,27 @@ UNCERTAINTY_SCORES = ("confidence", "least_confidence", "sequence", "entropy", "
 def category_id(category: str | None, categories: list[str]) -> int:
     """Position of a category; a ValueError says which ones there are."""
     if category not in categories:
-        raise ValueError(f"unknown category {category!r}; the model knows {', '.join(categories)}.")
+        raise ValueError(f"unknown category {category!r}; the model knows {', '.join(categories) or 'none'}.")
     return categories.index(category)
 
 
 def as_list(token_ids: int | list[int] | None) -> list[int]:
     """Token ids as transformers' configurations have them: one, several or none."""
     return [] if token_ids is None else [token_ids] if isinstance(token_ids, int) else list(token_ids)
+
+
+def is_of(value: object, kind: object) -> bool:
+    """Whether a value is of an annotated type, or will do for it: an integer for a float, a list for a tuple."""
+    origin, parts = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, UnionType):
+        return any(is_of(value, part) for part in parts)
+    if origin in (int, float):
+        return isinstance(value, (int, origin)) and not isinstance(value, bool) and isfinite(value)
+    if origin in (list, tuple):
+        return isinstance(value, (list, tuple)) and all(is_of(part, parts[0]) for part in value)
+    if origin is dict and parts:
+        return isinstance(value, dict) and all(is_of(part, parts[1]) for part in value.values())
+    return isinstance(value, origin)
 
 
 def require(condition: bool, message: str) -> None:
@@ -139,6 +157,9 @@ class ProtoGenConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        for name, kind in ProtoGenConfig.__annotations__.items():
+            value, wanted = getattr(self, name), kind.__name__ if isinstance(kind, type) else kind
+            require(is_of(value, kind), f"{name}={str(value)[:60]!r} must be {wanted}.")
         if self.max_answer_length is None:
             self.max_answer_length = self.chunk_size * self.max_chunks
         if self.latent_source == "none":
@@ -168,6 +189,7 @@ class ProtoGenConfig(PreTrainedConfig):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative.")
         require(0 <= self.predictor_dropout < 1, f"predictor_dropout={self.predictor_dropout} must lie in 0..1.")
         require(self.log_length_scale > 0, f"log_length_scale={self.log_length_scale} must be positive.")
+        require(len(self.log_length_variance_range) == 2, "log_length_variance_range must have two numbers.")
         low, high = self.log_length_variance_range
         require(low < high, f"log_length_variance_range={low, high} is empty.")
 
