@@ -36,6 +36,7 @@ from eval_tasks.report import result, write_csv, write_json, write_result
 from trainers.decoders import load_decoder
 from trainers.devices import best_device
 from trainers.embedded import resolve
+from trainers.text_files import parse_json, read_json
 
 
 @dataclass
@@ -47,7 +48,8 @@ class EvaluationArguments:
     methods: str = field(
         metadata={
             "help": "From a name to `kind` (protogen, hf or masked_diffusion) and arguments: those of ProtoGenLM, of "
-            "HFLM, or of masked_diffusion with `pretrained` and `batch_size`; JSON on the command line."
+            "HFLM, or of masked_diffusion with `pretrained`, `revision`, `trust_remote_code` and `batch_size`; JSON on "
+            "the command line."
         },
     )
     baseline: str = field(metadata={"help": "Method that the others are compared with, question by question."})
@@ -68,7 +70,12 @@ class EvaluationArguments:
     acceptable_error: float = field(default=0.7, metadata={"help": "An answer with at most this error is acceptable."})
 
     def __post_init__(self):
-        self.methods = json.loads(self.methods)
+        self.methods = parse_json(self.methods, "methods")
+        if not isinstance(self.methods, dict):
+            raise ValueError(f"methods must be a mapping from names, not {json.dumps(self.methods)}.")
+        for name, settings in self.methods.items():
+            if not isinstance(settings, dict) or not {"kind", "pretrained"} <= settings.keys():
+                raise ValueError(f"the method {name} must be a mapping with kind and pretrained, not {settings}.")
         if self.baseline not in self.methods:
             raise ValueError(f"baseline={self.baseline} is not one of the methods {', '.join(self.methods)}.")
 
@@ -81,11 +88,31 @@ def load_method(kind: str, pretrained: str, **settings):
     if kind == "hf":
         return HFLM(resolve(pretrained), device=device, **settings)
     if kind == "masked_diffusion":
-        batch_size = settings.pop("batch_size", 1)
-        model = AutoModel.from_pretrained(pretrained, trust_remote_code=True, dtype=torch.bfloat16).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=True)
-        return WriterLM(masked_diffusion(model, tokenizer, **settings), batch_size)
+        return masked_diffusion_lm(pretrained, device, **settings)
     raise ValueError(f"kind={kind} is not one of protogen, hf, masked_diffusion.")
+
+
+def masked_diffusion_lm(
+    pretrained: str,
+    device: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    batch_size: int = 1,
+    **settings,
+) -> WriterLM:
+    """
+    Args:
+        pretrained (`str`): Hub id or folder.
+        device (`str`)
+        revision (`str`, *optional*): Hub revision: a commit keeps its code as it was read.
+        trust_remote_code (`bool`, defaults to False): run the code that comes with the model.
+        batch_size (`int`, defaults to 1)
+        **settings: as of [`masked_diffusion`].
+    """
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model = AutoModel.from_pretrained(pretrained, dtype=torch.bfloat16, **source).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(pretrained, **source)
+    return WriterLM(masked_diffusion(model, tokenizer, **settings), batch_size)
 
 
 def main(argv: list[str]) -> None:
@@ -103,7 +130,7 @@ def main(argv: list[str]) -> None:
             path = output / "cells" / f"{method}--{task}.json"
             made_with = {"settings": settings, "data_dir": arguments.data_dir, **options}
             if path.is_file():
-                cell = json.loads(path.read_text())
+                cell = read_json(path)
                 if cell["made_with"] != made_with:
                     raise ValueError(f"{path} was made with {cell['made_with']}; remove it or use another output_dir.")
             else:
