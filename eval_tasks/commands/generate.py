@@ -7,48 +7,83 @@ Answers instructions, each batch in one pass of the decoder, or in another mode.
     protogen generate runs/embedded/model "Name three birds." --mode verified --max-new-tokens 128 --stream
 
 A `.jsonl` file has `instruction` and, if any, `context`; any other file and standard input have one instruction a line.
+A line that cannot be answered is named on standard error, and the exit code is 1 then; the others are answered.
 """
 
 import argparse
 import json
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import TextStreamer
 
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.configuration_protogen import category_id
 from modeling_protogen.generation_protogen import MODES, ProtoGenGenerateOutput
 from trainers.decoders import load_processor_of, load_protogen
 from trainers.devices import best_device
+from trainers.text_files import json_object, numbered_lines, parse_json, read_text, text_of
 
 
-def read_prompts(arguments) -> list[dict[str, str]]:
-    """Prompts from the command line, a file or standard input, as dicts with `instruction` and `context`."""
-    if arguments.prompt is not None:
-        return [{"instruction": arguments.prompt, "context": arguments.context}]
+@dataclass
+class Prompt:
+    """One of a file or of standard input; `where` is its file and line."""
+
+    where: str
+    instruction: str
+    context: str
+
+
+def read_prompts(arguments) -> tuple[list[Prompt], list[str]]:
+    """
+    Prompts of a file or of standard input, and what is wrong with the other lines.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is nothing to read.
+    """
     if arguments.file is None:
         if sys.stdin.isatty():
             raise ValueError("no prompt: give one as an argument, with --file, or on standard input.")
-        lines = sys.stdin.read().split("\n")
+        name, text = "standard input", sys.stdin.read().removeprefix("\ufeff")
     else:
-        path = Path(arguments.file)
-        if not path.is_file():
-            raise FileNotFoundError(f"prompt file {path} does not exist.")
-        lines = path.read_text().split("\n")
-    lines = [line for line in lines if line.strip()]
-    if arguments.file is None or Path(arguments.file).suffix != ".jsonl":
-        return [{"instruction": line} for line in lines]
-    prompts = []
-    for number, line in enumerate(lines, start=1):
+        name = arguments.file
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"prompt file {name} does not exist.")
+        text = read_text(name)
+    is_json = Path(name).suffix.lower() == ".jsonl"
+    prompts, problems = [], []
+    for where, line in numbered_lines(text, name):
         try:
-            prompt = json.loads(line)
-            prompts.append({"instruction": prompt["instruction"], "context": prompt.get("context")})
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{arguments.file}, line {number}: needs a JSON object with an instruction.") from error
-    return prompts
+            row = json_object(parse_json(line, where), where) if is_json else {"instruction": line}
+            prompts.append(prompt_of(row, where))
+        except ValueError as error:
+            problems.append(str(error))
+    if not prompts and not problems:
+        raise ValueError(f"{name} has no prompts.")
+    return prompts, problems
+
+
+def prompt_of(row: dict, where: str) -> Prompt:
+    instruction, context = (text_of(row.get(name), f"{where}: {name}") for name in ("instruction", "context"))
+    if not instruction.strip():
+        raise ValueError(f"{where}: instruction is missing or empty.")
+    return Prompt(where, instruction, context)
+
+
+def fitting_prompts(prompts: list[Prompt], processor: ProtoGenProcessor) -> tuple[list[Prompt], list[str]]:
+    """The prompts that the processor takes, and what it says of the others."""
+    taken, problems = [], []
+    for prompt in prompts:
+        try:
+            processor([prompt.instruction], [prompt.context])
+            taken.append(prompt)
+        except ValueError as error:
+            problems.append(f"{prompt.where}: {error}")
+    return taken, problems
 
 
 def measures_of(output: ProtoGenGenerateOutput, row: int) -> dict[str, float]:
@@ -82,22 +117,52 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     option("--confidence-threshold", type=float, help="refine, adaptive: probability of a sure token")
     option("--max-new-tokens", type=int, help="tokens at most")
     option("--block-size", type=int, help="adaptive, verified: tokens of a draft at most")
+    parser.add_argument("--seed", type=int, help="draw the same tokens again")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
     parser.add_argument("--decoder", help="load a thin checkpoint's decoder from here")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
-    return parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size {arguments.batch_size} must be at least 1.")
+    if not 0 <= getattr(arguments, "confidence_threshold", 0) <= 1:
+        raise ValueError(f"--confidence-threshold {arguments.confidence_threshold} must lie in 0..1: a probability.")
+    if arguments.stream and arguments.json:
+        raise ValueError("--stream prints text as it is written and --json whole objects: choose one of them.")
+    return arguments
 
 
 def main(argv: list[str]) -> None:
     arguments = parsed(argv)
-    prompts = read_prompts(arguments)
+    if arguments.prompt is None:
+        prompts, problems = read_prompts(arguments)
+    else:
+        prompts, problems = [prompt_of(vars(arguments) | {"instruction": arguments.prompt}, "the prompt")], []
     if not Path(arguments.model).is_dir() and arguments.model.count("/") != 1:
         raise FileNotFoundError(f"there is no model folder {arguments.model}, and it is no Hub id either.")
     device = best_device()
     processor = load_processor_of(arguments.model, arguments.decoder)
     model = load_protogen(arguments.model, arguments.dtype, arguments.decoder).to(device)
+    if arguments.prompt is None:
+        prompts, refused = fitting_prompts(prompts, processor)
+        problems += refused
+    for problem in problems:
+        print(f"not answered: {problem}", file=sys.stderr)
+    if arguments.seed is not None:
+        torch.manual_seed(arguments.seed)
+    answer(arguments, model, processor, prompts)
+    if problems:
+        sys.exit(f"error: {len(problems)} of {len(prompts) + len(problems)} prompts were not answered, see above.")
 
+
+def answer(
+    arguments: argparse.Namespace,
+    model: ProtoGenForConditionalGeneration,
+    processor: ProtoGenProcessor,
+    prompts: list[Prompt],
+) -> None:
+    """Prints the answers, batch after batch."""
+    device = model.device
     names = {"mode", "temperature", "top_p", "max_new_tokens"}.union(*MODES.values())
     options = {name: value for name, value in vars(arguments).items() if name in names}
     if {"temperature", "top_p"} & options.keys():
@@ -114,7 +179,7 @@ def main(argv: list[str]) -> None:
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         began = time.perf_counter()
-        inputs = processor([p["instruction"] for p in batch], [p.get("context") for p in batch]).to(device)
+        inputs = processor([p.instruction for p in batch], [p.context for p in batch]).to(device)
         if arguments.category is not None:
             index = category_id(arguments.category, model.config.categories or [])
             inputs["category_ids"] = torch.full((len(batch),), index, device=device)
@@ -126,12 +191,13 @@ def main(argv: list[str]) -> None:
         for row, (prompt, answer) in enumerate(zip(batch, answers, strict=True)):
             metrics = measures_of(output, row) | {"milliseconds": round(milliseconds, 1)}
             if arguments.json:
-                report = {"instruction": prompt["instruction"], "answer": answer, **metrics}
+                report = {"instruction": prompt.instruction, "answer": answer, **metrics}
                 print(json.dumps(report, ensure_ascii=False))
             else:
                 if len(prompts) > 1:
-                    print(f"> {prompt['instruction']}")
+                    print(f"> {prompt.instruction}")
                 if not arguments.stream:
                     print(answer)
                 words = [f"{name.replace('_', ' ')} {value:g}" for name, value in metrics.items()]
                 print(f"[{', '.join(words)}]\n")
+        sys.stdout.flush()
