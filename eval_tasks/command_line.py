@@ -2,6 +2,7 @@
 `protogen COMMAND ...`. A command is imported when it is called: `generate` needs nothing but torch and transformers.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -51,18 +52,67 @@ def main(argv: list[str] | None = None) -> None:
             run(command, arguments)
         else:
             print(usage())
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on")
     except BrokenPipeError:  # Who reads has seen enough, as `head` has.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         sys.exit(1)
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
-        if "--debug" in argv:
+    except Exception as error:
+        if "--debug" in argv or not isinstance(error, expected_errors()):
             raise
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        if isinstance(error, ModuleNotFoundError):
-            message = f"{error}; `protogen {command}` needs more: pip install 'protogen[train,eval]'"
-        sys.exit(f"error: {message}\n(--debug shows where)")
+        if is_full(error):
+            drop_output()
+        sys.exit(f"error: {message(command, error)}\n(--debug shows where)")
+
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """
+    What input, files or the machine can cause, whoever notices it: ours are ValueError, FileNotFoundError and
+    RuntimeError, and libraries have more. Mistakes in the code (TypeError, AttributeError, IndexError, ...) stay
+    tracebacks. Imported when there is an error: importing takes seconds.
+    """
+    import pickle
+
+    from jinja2 import TemplateError
+    from safetensors import SafetensorError
+
+    return (
+        ValueError,
+        OSError,
+        KeyError,  # a name that is in no file or table
+        RuntimeError,  # torch: memory, devices, files of other shapes or cut off
+        ImportError,  # an extra that is not installed
+        SafetensorError,  # weights cut off or not written whole
+        TemplateError,  # a chat template that is none, or refuses a chat
+        pickle.UnpicklingError,  # a checkpoint's file that is none
+        EOFError,  # ... or is empty
+    )
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a disk is full; libraries that write files say so in words of their own."""
+    words = ("No space left on device", "unexpected pos")  # the second is torch's
+    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or any(word in str(error) for word in words)
+
+
+def message(command: str, error: Exception) -> str:
+    if is_full(error):
+        where = error.filename if isinstance(error, OSError) and error.filename else "what it was writing"
+        return f"no space left on the disk for {where}; make room and run the same command again"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}; `protogen {command}` needs more: pip install 'protogen[train,eval]'"
+    if isinstance(error, KeyError):  # a name, or a sentence
+        text = str(error.args[0]) if error.args else ""
+        return text if " " in text else f"there is no {text!r}"
+    if isinstance(error, (ValueError, OSError, RuntimeError)) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def drop_output() -> None:
+    """What standard output still holds has nowhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(command: str, arguments: list[str]) -> None:
