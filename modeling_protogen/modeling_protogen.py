@@ -134,6 +134,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         decoder_revision: str | None = None,
         encoder_dtype: torch.dtype = torch.float32,
         decoder_dtype: torch.dtype | str = "auto",
+        trust_remote_code: bool = False,
         **config_kwargs,
     ) -> "ProtoGenForConditionalGeneration":
         """
@@ -148,6 +149,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             encoder_dtype (`torch.dtype`, defaults to float32): dtype of all that is trained.
             decoder_dtype (`torch.dtype` or `"auto"`): dtype of the frozen decoder; bfloat16 is much faster than float32
                 where the processor has it.
+            trust_remote_code (`bool`, defaults to False): run the code that comes with either of them.
             **config_kwargs: fields of [`ProtoGenConfig`].
 
         Raises:
@@ -157,11 +159,18 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         if encoder_name_or_path is not None:
             cut = {} if encoder_num_layers is None else {"num_hidden_layers": encoder_num_layers}
             encoder = AutoModel.from_pretrained(
-                encoder_name_or_path, revision=encoder_revision, dtype=encoder_dtype, **cut
+                encoder_name_or_path,
+                revision=encoder_revision,
+                dtype=encoder_dtype,
+                trust_remote_code=trust_remote_code,
+                **cut,
             )
             config_kwargs["encoder_config"] = encoder.config.to_dict()
         decoder = AutoModelForCausalLM.from_pretrained(
-            decoder_name_or_path, revision=decoder_revision, dtype=decoder_dtype
+            decoder_name_or_path,
+            revision=decoder_revision,
+            dtype=decoder_dtype,
+            trust_remote_code=trust_remote_code,
         )
         check_decoder(decoder)
         if "proto_token_std" not in config_kwargs:

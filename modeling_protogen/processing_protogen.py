@@ -75,19 +75,24 @@ class ProtoGenProcessor(ProcessorMixin):
         *,
         encoder_revision: str | None = None,
         decoder_revision: str | None = None,
+        trust_remote_code: bool = False,
         max_input_length: int | None = None,
         **kwargs,
     ) -> "ProtoGenProcessor":
         """
-        Loads both tokenizers. The encoder's window is the one in its tokenizer and configuration, or the smaller
-        `max_input_length`; `encoder_name_or_path=None` is for a model without an encoder.
+        Loads both tokenizers, and with `trust_remote_code` runs code that comes with them. The encoder's window is the
+        one in its tokenizer and configuration, or the smaller `max_input_length`; `encoder_name_or_path=None` is for a
+        model without an encoder.
         """
-        decoder_tokenizer = AutoTokenizer.from_pretrained(decoder_name_or_path, revision=decoder_revision)
+        decoder_tokenizer = AutoTokenizer.from_pretrained(
+            decoder_name_or_path, revision=decoder_revision, trust_remote_code=trust_remote_code
+        )
         if encoder_name_or_path is None:
             # A second object: saving takes each one apart by itself.
             return cls(copy.deepcopy(decoder_tokenizer), decoder_tokenizer, for_encoder=False, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(encoder_name_or_path, revision=encoder_revision)
-        config = AutoConfig.from_pretrained(encoder_name_or_path, revision=encoder_revision)
+        source = {"revision": encoder_revision, "trust_remote_code": trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(encoder_name_or_path, **source)
+        config = AutoConfig.from_pretrained(encoder_name_or_path, **source)
         # RoBERTa counts positions from its padding id on, so the last two are out of reach.
         offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
         window = min(tokenizer.model_max_length, config.max_position_embeddings - offset)

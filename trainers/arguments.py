@@ -141,6 +141,9 @@ class ModelArguments:
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that comes with encoder or decoder; give their revisions too."}
+    )
     arrangement: str = config_field("arrangement")
     num_e_tokens: int = config_field("num_e_tokens")
     chunk_size: int = config_field("chunk_size")
@@ -221,6 +224,7 @@ def load_processor(model_args: ModelArguments, max_answer_length: int) -> ProtoG
         resolve(model_args.decoder),
         encoder_revision=model_args.encoder_revision,
         decoder_revision=model_args.decoder_revision,
+        trust_remote_code=model_args.trust_remote_code,
         max_input_length=model_args.max_input_length,
         max_prompt_length=model_args.max_prompt_length,
         max_answer_length=max_answer_length,

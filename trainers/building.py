@@ -30,7 +30,9 @@ def build_model(model_args: ModelArguments, categories: list[str] | None) -> Pro
     for name in (*of_processor, "encoder_lora_rank"):
         fields.pop(name)
     if is_deepspeed_zero3_enabled():
-        fields["proto_token_std"] = FITTED_SIZE * spread_embedding_std(decoder, model_args.decoder_revision)
+        fields["proto_token_std"] = FITTED_SIZE * spread_embedding_std(
+            decoder, model_args.decoder_revision, model_args.trust_remote_code
+        )
     return ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(
         encoder, decoder, decoder_dtype=dtype, categories=categories, **fields
     )
@@ -55,11 +57,11 @@ def start_deepspeed_on_cpus() -> None:
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
-def spread_embedding_std(decoder: str, revision: str | None) -> float:
+def spread_embedding_std(decoder: str, revision: str | None, trust_remote_code: bool) -> float:
     """Standard deviation of the decoder's input embeddings, which ZeRO-3 spreads over the processes."""
     import deepspeed
 
-    model = AutoModelForCausalLM.from_pretrained(decoder, revision=revision)
+    model = AutoModelForCausalLM.from_pretrained(decoder, revision=revision, trust_remote_code=trust_remote_code)
     with deepspeed.zero.GatheredParameters(model.get_input_embeddings().weight):
         return embedding_std(model)
 

@@ -32,35 +32,38 @@ VARIANTS = re.compile(r"first:(?P<layers>\d+)|untrained|untrained-gpt_neox:(?P<w
 
 
 def load_decoder(
-    name: str, revision: str | None, dtype: str, device: torch.device
+    name: str, revision: str | None, dtype: str, device: torch.device, trust_remote_code: bool = False
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """
-    The decoder's tokenizer and the decoder.
+    The decoder's tokenizer and the decoder, whose own code runs with `trust_remote_code` alone.
 
     Raises:
         ValueError: if the variant is not one of those above, or has more layers than the model.
     """
     name, _, variant = name.partition("@")
     path, dtype = resolve(name), getattr(torch, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(path, **source)
     wanted = VARIANTS.fullmatch(variant)
     if not variant:
-        decoder = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
+        decoder = AutoModelForCausalLM.from_pretrained(path, **source, dtype=dtype)
     elif not wanted:
         raise ValueError(f"unknown variant {variant!r} of {name}; there are first:LAYERS, untrained and "
                          "untrained-gpt_neox:WIDTHxLAYERS.")  # fmt: skip
     elif wanted["layers"]:
-        config, layers = AutoConfig.from_pretrained(path, revision=revision), int(wanted["layers"])
+        config, layers = AutoConfig.from_pretrained(path, **source), int(wanted["layers"])
         if not 1 <= layers <= config.num_hidden_layers:
             raise ValueError(f"{name} has {config.num_hidden_layers} layers; first:{layers} cannot be taken of it.")
-        decoder = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, num_hidden_layers=layers)
+        decoder = AutoModelForCausalLM.from_pretrained(path, **source, dtype=dtype, num_hidden_layers=layers)
     else:
-        config = AutoConfig.from_pretrained(path, revision=revision)
+        config = AutoConfig.from_pretrained(path, **source)
         if wanted["width"]:
             config = gpt_neox_config(int(wanted["width"]), int(wanted["depth"]), config)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            decoder = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
+            decoder = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            ).to(dtype)
     keep_special_tokens(decoder)
     return tokenizer, decoder.to(device)
 

@@ -58,6 +58,7 @@ class EvaluationArguments:
     )
     sentence_encoder: str = field(default="embedded:minilm-l6", metadata={"help": "Judges what answers mean."})
     fluency_decoder: str = field(default="embedded:smollm2-135m", metadata={"help": "Judges how likely they are."})
+    fluency_decoder_revision: str | None = field(default=None, metadata={"help": "Hub revision of it."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder of .jsonl files; the Hub by default."})
     limit: int | None = field(default=None, metadata={"help": "Questions of each task, of each part of a group."})
     num_fewshot: int | None = field(default=None, metadata={"help": "Examples in the prompt; the task's by default."})
@@ -123,7 +124,9 @@ def main(argv: list[str]) -> None:
     options = {name: getattr(arguments, name) for name in ("limit", "num_fewshot", "gen_kwargs", "apply_chat_template")}
     cells, fluency = {}, None
     if arguments.open_tasks:
-        fluency = load_decoder(arguments.fluency_decoder, None, "float32", torch.device("cpu"))
+        fluency = load_decoder(
+            arguments.fluency_decoder, arguments.fluency_decoder_revision, "float32", torch.device("cpu")
+        )
     for method, settings in arguments.methods.items():
         lm = None
         for task in arguments.tasks:

@@ -32,7 +32,13 @@ def finetune(
     if folder.is_dir():
         print(f"already trained: {folder}; remove it to train again")
         return
-    _, decoder = load_decoder(model_args.decoder, model_args.decoder_revision, model_args.decoder_dtype, args.device)
+    _, decoder = load_decoder(
+        model_args.decoder,
+        model_args.decoder_revision,
+        model_args.decoder_dtype,
+        args.device,
+        model_args.trust_remote_code,
+    )
     longest = model_args.max_answer_length or model_args.chunk_size * model_args.max_chunks
     processor = load_processor(model_args, longest)
     examples, _ = instructions_to_learn(data_args, target_args, processor, teacher_folder(target_args, args))

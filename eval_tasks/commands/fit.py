@@ -48,7 +48,11 @@ def fit(
             print(f"removed damaged shard {path.stem}; its texts are fitted again")
     accelerator.wait_for_everyone()
     tokenizer, decoder = load_decoder(
-        model_args.decoder, model_args.decoder_revision, model_args.decoder_dtype, accelerator.device
+        model_args.decoder,
+        model_args.decoder_revision,
+        model_args.decoder_dtype,
+        accelerator.device,
+        model_args.trust_remote_code,
     )
     bank = ProtoTokenBank(folder, bank_info(model_args, decoder))
     bank.verify()

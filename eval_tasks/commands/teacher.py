@@ -32,7 +32,11 @@ def teacher(
     """Lets the decoder write instructions, where asked, and answer all of them, into the folder of teacher answers."""
     accelerator = open_accelerator(args)
     tokenizer, decoder = load_decoder(
-        model_args.decoder, model_args.decoder_revision, model_args.decoder_dtype, accelerator.device
+        model_args.decoder,
+        model_args.decoder_revision,
+        model_args.decoder_dtype,
+        accelerator.device,
+        model_args.trust_remote_code,
     )
     processor = load_processor(model_args, target_args.teacher_max_length)
     folder = teacher_folder(target_args, args)

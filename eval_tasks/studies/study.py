@@ -91,7 +91,9 @@ class StudyContext:
     def load_decoder(self, name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         """A decoder's tokenizer and the decoder; `name` as in `trainers.decoders`."""
         model = self.model_args
-        return load_decoder(name, model.decoder_revision, model.decoder_dtype, self.accelerator.device)
+        return load_decoder(
+            name, model.decoder_revision, model.decoder_dtype, self.accelerator.device, model.trust_remote_code
+        )
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
