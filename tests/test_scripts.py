@@ -465,6 +465,131 @@ def test_per_category_m(call, recipe, tmp_path):
     assert "unknown category 'closed'; the model knows open" in call("generate", model, "who", "--category", "closed")
 
 
+BAD_RECIPES = [
+    ("a: b: c: [", "bad.yaml, line 1: mapping values are not allowed here"),
+    ("data: x\ndata: y", "bad.yaml, line 2: the key 'data' is there twice"),
+    ("5: 3", "bad.yaml, line 1: the key 5 is no text"),
+    ("null: 3", "bad.yaml, line 1: the key None is no text"),
+    ("!!python/object/apply:os.system [ls]", "bad.yaml, line 1: could not determine a constructor"),
+    ("chunk_size: [8, 9]", "bad.yaml: chunk_size takes one value, not the list [8, 9]"),
+    ("chunk_size: null", "bad.yaml: chunk_size needs a value"),
+    ("losses: [siglip]", "bad.yaml: losses takes one value"),
+    ("losses: siglip", "losses=siglip: this is no JSON"),
+    ("losses: 3", "losses must be a mapping such as"),
+    ("losses: {siglip: a}", "losses: the weight of siglip must be a number, not 'a'"),
+    ("seed: 2020-99-01", "bad.yaml is no YAML that can be read: month must be in 1..12"),
+]
+BAD_OPTIONS = [
+    (["--batch-size", 0], "--batch-size 0 must be at least 1"),
+    (["--batch-size", -1], "--batch-size -1 must be at least 1"),
+    (["--confidence-threshold", 7], "--confidence-threshold 7.0 must lie in 0..1"),
+    (["--stream", "--json"], "choose one of them"),
+]
+
+
+@pytest.fixture
+def model_folder(build, llama_dir, tmp_path):
+    model, processor = build(llama_dir)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_lines_that_cannot_be_answered_are_named_and_the_others_answered(call, model_folder, tmp_path, capsys):
+    path = tmp_path / "prompts.JSONL"
+    rows = [{"instruction": f"who {number}"} for number in range(20)]
+    rows[17]["instruction"] = ""
+    path.write_text(
+        "\ufeff" + "\n".join(map(json.dumps, rows)) + "\n\n{bad\n" + json.dumps({"instruction": "cat " * 40})
+    )
+    options = ("--dtype", "float32", "--json")
+    assert call("generate", model_folder, "--file", path, *options).startswith(
+        "error: 3 of 22 prompts were not answered"
+    )
+    out, err = capsys.readouterr()
+    answered = [json.loads(line)["instruction"] for line in out.splitlines()]
+    assert answered == [row["instruction"] for row in rows if row["instruction"]]
+    for number, problem in ((18, "instruction is missing or empty"), (22, "this is no JSON"), (23, "encoder reads 32")):
+        assert f"not answered: {path}, line {number}: " in err
+        assert problem in err
+    one = json.loads(call("generate", model_folder, *options, "who 3"))["answer"]
+    assert one == json.loads(out.splitlines()[3])["answer"], "options may stand before the prompt"
+    assert json.loads(call("generate", model_folder, *options, stdin="\ufeffwho 3\n"))["answer"] == one
+    assert "standard input has no prompts" in call("generate", model_folder, *options, stdin="\n")
+    drawn = [call("generate", model_folder, "who", *options, "--temperature", 3, "--seed", s) for s in (1, 1, 2)]
+    first, again, other = (json.loads(line)["answer"] for line in drawn)
+    assert first == again != other
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_is_named(model_folder):
+    """A process of its own: standard output is a file."""
+    command = [
+        sys.executable,
+        "-m",
+        "eval_tasks.command_line",
+        "generate",
+        str(model_folder),
+        "who",
+        "--dtype",
+        "float32",
+    ]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "error: no space left on the disk" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"1234"), "are damaged"),
+        (
+            lambda folder: (folder / "decoder_tokenizer" / "chat_template.jinja").write_text("{% for %}"),
+            "TemplateSyntaxError: Expected an expression",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text(
+                (folder / "config.json").read_text().replace('"chunk_size": 8', '"chunk_size": "8"')
+            ),
+            "chunk_size='8' must be int",
+        ),
+    ],
+    ids=["weights", "template", "config"],
+)
+def test_a_damaged_model_is_one_clear_line(call, model_folder, damage, message):
+    damage(model_folder)
+    found = call("generate", model_folder, "who")
+    assert found.startswith("error: ")
+    assert message in found
+
+
+@pytest.mark.parametrize("error", [TypeError, AttributeError, IndexError, AssertionError])
+def test_mistakes_in_the_code_stay_tracebacks(call, monkeypatch, error):
+    monkeypatch.setattr(command_line, "run", mock.Mock(side_effect=error("a mistake")))
+    with pytest.raises(error):
+        call("fit")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (KeyError("test"), "error: there is no 'test'"),
+        (KeyError("there is no such task"), "error: there is no such task"),
+        (OSError(28, "No space left on device", "run/x"), "error: no space left on the disk for run/x; make room"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2"), "error: no space left"),
+        (EOFError(), "error: EOFError"),
+        (KeyboardInterrupt(), "interrupted; run the same command again to go on"),
+    ],
+)
+def test_expected_errors_are_one_line(call, monkeypatch, error, line):
+    monkeypatch.setattr(command_line, "run", mock.Mock(side_effect=error))
+    monkeypatch.setattr(command_line, "drop_output", mock.Mock())
+    assert call("fit").startswith(line)
+
+
 def test_errors_are_one_clear_line(call, recipe, tmp_path, capsys):
     def error(script, *arguments):
         message = call(script, *arguments)
@@ -480,6 +605,9 @@ def test_errors_are_one_clear_line(call, recipe, tmp_path, capsys):
     )
     (tmp_path / "list.yaml").write_text("- a\n")
     assert "must be a YAML mapping" in error("train", "--config", tmp_path / "list.yaml")
+    for text, message in BAD_RECIPES:
+        (tmp_path / "bad.yaml").write_text(text)
+        assert message in error("train", "--config", tmp_path / "bad.yaml")
     assert "does not exist; recipes there: bad, list, recipe" in error("train", "--config", tmp_path / "no.yaml")
     assert "there is no command 'fly'" in error("fly", "--config", recipe)
     assert "data file" in error("train", "--config", recipe, "--data", tmp_path / "none.jsonl")
@@ -489,10 +617,8 @@ def test_errors_are_one_clear_line(call, recipe, tmp_path, capsys):
 
     assert "there is no model folder" in error("generate", tmp_path / "none", "who")
     assert "prompt file" in error("generate", tmp_path, "--file", tmp_path / "none.txt")
-    (tmp_path / "prompts.jsonl").write_text('{"instruction": "who"}\n{"question": "what"}\n')
-    assert "prompts.jsonl, line 2: needs a JSON object" in error(
-        "generate", tmp_path, "--file", tmp_path / "prompts.jsonl"
-    )
+    for option, message in BAD_OPTIONS:
+        assert message in error("generate", tmp_path, "who", *option)
     assert "is missing: fit and train first" in error("bench", "quickstart", "--run", tmp_path / "run")
     assert "unknown embedded model 'embedded:gpt'" in error("train", "--config", recipe, "--decoder", "embedded:gpt")
 
@@ -531,7 +657,7 @@ def test_losses_against_a_bank_need_one(call, recipe, tmp_path):
 def test_bad_prompts_are_one_clear_line(call, recipe, tmp_path):
     call("train", "--config", recipe, "--max_steps", 1)
     model = tmp_path / "run" / "model"
-    assert call("generate", model, " ").startswith("error: instruction 0 is empty")
+    assert call("generate", model, " ").startswith("error: the prompt: instruction is missing or empty")
     assert "the encoder reads 32" in call("generate", model, "cat " * 40)
     for length in (0, 9):
         assert "length must lie in 1..8 tokens" in call("generate", model, "who", "--length", length)

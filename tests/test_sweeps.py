@@ -103,3 +103,20 @@ def test_a_run_is_a_process_with_a_log_of_its_own(monkeypatch, tmp_path, capfd):
         assert "no */answers.csv in" in str(exit.value)
     assert "recipe " in capfd.readouterr().err
     assert "none.yaml does not exist" in (tmp_path / "runs" / "tiny" / "a.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("runs: [a]", "runs must be a mapping of mappings"),
+        ("runs: {a: }", "runs must be a mapping of mappings"),
+        ("runs: {a: {}}\nfixed: [a]", "fixed must be a mapping, not"),
+        ("runs: {a: {}}\ncompared_with: [a]", "compared_with must be a mapping, not"),
+        ("runs: {a: {}}\nbefore: {fly: {}}", "fly is no command; there are generate"),
+        ("runs: {1: {}}", "line 3: the key 1 is no text"),
+    ],
+)
+def test_what_is_no_sweep_is_named(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(f"recipe: embedded\ngather: answers\n{text}\n")
+    with pytest.raises(ValueError, match=message):
+        read_sweep(str(tmp_path / "bad.yaml"))
