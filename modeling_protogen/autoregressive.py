@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from .frozen_decoder import crop_cache, logits_after, move_right, states_of
+from .frozen_decoder import check_positions, crop_cache, logits_after, move_right, states_of
 from .proto_tokens import position_ids
 from .slot_adapters import slots_at_the_end
 
@@ -31,6 +31,7 @@ def teacher_forced_logits(
         `torch.Tensor` of shape `(answer_tokens, vocab)`, answer after answer.
     """
     mask = torch.cat([prompt_mask.long(), is_token[:, :-1].long()], dim=1)
+    check_positions(decoder, mask)
     # The prompt's last position predicts the first token, each token the next.
     predicts = torch.cat([torch.zeros_like(prompt_mask[:, :-1], dtype=torch.bool), is_token], dim=1)
     return logits_after(
@@ -117,6 +118,7 @@ class DecoderState:
             num_slots = slots.shape[1]
             embeds = torch.cat([embeds, slots.to(embeds.dtype)], dim=1)
             whole = torch.cat([whole, slot_mask.long()], dim=1)
+        check_positions(self.decoder, whole)
         with slots_at_the_end(num_slots):
             output = self.decoder(
                 inputs_embeds=embeds,

@@ -7,6 +7,7 @@ A cache is a `DynamicCache()`, in which layers with a sliding window keep all th
 outside of it: what a text takes back may move others into it.
 """
 
+import hashlib
 import inspect
 
 import torch
@@ -83,18 +84,47 @@ def check_decoder(decoder: PreTrainedModel) -> None:
             f"({', '.join(sorted(kind.__name__ for kind in other))}), as a recurrent state, which cannot be cut back "
             "to a prefix; choose a causal language model with attention in all of its layers."
         )
-    if decoder.base_model is decoder:
-        raise ValueError(f"{name} cannot be the frozen decoder: it has no base model, whose last states can be read.")
     if is_deepspeed_zero3_enabled():  # Spread over processes, it cannot run yet.
         return
     ids = torch.arange(4, device=decoder.device)[None]
     expected = decoder(ids, use_cache=False).logits
-    found = logits_of(decoder, decoder.base_model(ids, use_cache=False).last_hidden_state)
+    output = decoder.base_model(ids, use_cache=False)
+    if "last_hidden_state" not in output:
+        raise ValueError(
+            f"{name} cannot be the frozen decoder: its base model, {type(decoder.base_model).__name__}, gives no "
+            "last_hidden_state; choose another causal language model."
+        )
+    found = logits_of(decoder, output.last_hidden_state)
     if not torch.allclose(found, expected, atol=1e-2, rtol=1e-2):
         raise ValueError(
             f"{name} cannot be the frozen decoder: it changes its logits after the output layer in a way that is not "
             "known here; `logits_of` in modeling_protogen/frozen_decoder.py is where to add it."
         )
+
+
+def decoder_fingerprint(decoder: PreTrainedModel) -> str:
+    """
+    Identifies a decoder by its weights, wherever they were loaded from: SHA-256 of at most 1,024 evenly spaced
+    elements of each parameter, as bfloat16, so that float32 and bfloat16 copies agree.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(decoder.named_parameters()):
+        values = parameter.detach().flatten()
+        sample = values[:: max(1, len(values) // 1024)][:1024].to("cpu", torch.bfloat16)
+        digest.update(name.encode())
+        digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint_if_exact(decoder: PreTrainedModel) -> str | None:
+    """
+    [`decoder_fingerprint`], or None of weights that are not all here as they were trained: quantised, rounded to
+    float16 (which bfloat16 does not follow from), on a disk, or spread by ZeRO-3.
+    """
+    has_all = all(p.dtype in (torch.float32, torch.bfloat16) and not p.is_meta for p in decoder.parameters())
+    # What transformers loads without quantising has no `hf_quantizer` at all.
+    is_exact = has_all and getattr(decoder, "hf_quantizer", None) is None and not is_deepspeed_zero3_enabled()
+    return decoder_fingerprint(decoder) if is_exact else None
 
 
 def padded_left(part: torch.Tensor, length: int) -> torch.Tensor:
@@ -174,6 +204,27 @@ def bucket_by_length(mask: torch.Tensor) -> list[tuple[torch.LongTensor, int]]:
     return [(torch.stack(rows), lengths[rows[-1]].item()) for rows in groups]
 
 
+def check_positions(decoder: PreTrainedModel, mask: torch.Tensor) -> None:
+    """
+    Args:
+        mask (`torch.Tensor` of shape `(batch, length)`): which positions the decoder is about to have read.
+
+    Raises:
+        ValueError: if the decoder looks positions up in a table, and a row has more than there are. (Rotary ones
+            have no end.)
+    """
+    config = decoder.config.get_text_config()
+    last = getattr(config, "max_position_embeddings", None)
+    if last is None or getattr(config, "rope_parameters", None) is not None or mask.shape[1] <= last:
+        return
+    longest = int(mask.sum(1).max())
+    if longest > last:
+        raise ValueError(
+            f"the decoder has {last} positions, and a prompt with its answer takes {longest}: shorten one of them; the "
+            "processor's max_prompt_length bounds prompts."
+        )
+
+
 def states_of(output: ModelOutput, layers: list[int]) -> torch.Tensor:
     """
     A pass's hidden states of these layers, 0 being the first layer's input: `(batch, length, layers, dim)`, narrower
@@ -195,6 +246,7 @@ def read_prefix(
 
     def read(rows, length):
         ids, mask = prefix_ids[rows, -length:], prefix_mask[rows, -length:]
+        check_positions(decoder, mask)
         cache = DynamicCache()
         output = decoder.base_model(
             input_ids=ids,
@@ -247,6 +299,7 @@ def joined_inputs(
     if prefix_mask is None:
         prefix_mask = torch.ones_like(prefix_ids)
     mask = torch.cat([prefix_mask.long(), layout.mask.long()], dim=1)
+    check_positions(decoder, mask)
     prefix = decoder.get_input_embeddings()(prefix_ids)
     inputs = {
         "inputs_embeds": torch.cat([prefix, slots.to(decoder.dtype)], dim=1),

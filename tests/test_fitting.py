@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from conftest import weights_hash
 from transformers import AutoModelForCausalLM
 
-from modeling_protogen.frozen_decoder import answer_logits, sink_ids
+from modeling_protogen.frozen_decoder import answer_logits, decoder_fingerprint, sink_ids
 from modeling_protogen.proto_tokens import build_layout, fill_slots
 from trainers import fitting
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text, TextFit, passes
-from trainers.proto_bank import BankInfo, ProtoTokenBank, decoder_fingerprint
+from trainers.proto_bank import BankInfo, ProtoTokenBank
 
 TEXTS = [Text("a", [5, 9, 4]), Text("b", [7, 7, 3, 12, 2]), Text("c", [20]), Text("d", [11, 6, 30, 8])]
 

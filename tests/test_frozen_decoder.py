@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from modeling_protogen import ProtoGenConfig, ProtoGenForConditionalGeneration
 from modeling_protogen.autoregressive import DecoderState, teacher_forced_logits
-from modeling_protogen.frozen_decoder import check_decoder, logits_of
+from modeling_protogen.frozen_decoder import check_decoder, decoder_fingerprint, logits_of
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text, TextFit
-from trainers.proto_bank import BankInfo, decoder_fingerprint
+from trainers.proto_bank import BankInfo
 
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4}
 LLAMA = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
@@ -20,6 +20,7 @@ FAMILIES = {
     "gpt_neox": LLAMA,
     "llama": LLAMA,
     "gpt2": GPT,
+    "codegen": GPT | {"rotary_dim": 4},
     "opt": OPT,
     "opt narrow": OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False},
     "bloom": {"n_layer": 2, "n_head": 4},
@@ -193,20 +194,35 @@ REFUSED = {
     # Has attention and a recurrent state in each layer.
     "falcon_h1": HYBRID | {"mamba_d_ssm": 64},
     "lfm2": LLAMA | {"layer_types": ["conv", "full_attention"]},
+    "llama4_text": LLAMA | {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
 }
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_what_cannot_be_cut_back_to_a_prefix_is_refused(family):
-    message = "cannot be the frozen decoder: (its forward takes no past_key_values|.* as a recurrent state)"
+def test_what_cannot_serve_is_refused(family):
+    message = "its forward takes no past_key_values|as a recurrent state|gives no last_hidden_state"
     with pytest.raises(ValueError, match=message):
         check_decoder(tiny(family, REFUSED[family]))
 
 
-def test_a_model_without_a_base_model_is_refused():
-    fields = LLAMA | {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48}
-    with pytest.raises(ValueError, match="it has no base model"):
-        check_decoder(tiny("llama4_text", fields))
+@pytest.mark.parametrize("mode", ["one_step", "verified", "adaptive"])
+@pytest.mark.parametrize("latent_source", ["decoder", "none"])
+def test_more_positions_than_there_are_is_one_clear_error(mode, latent_source):
+    decoder = tiny("gpt2", GPT | {"n_positions": 16})
+    config = ProtoGenConfig(
+        decoder_config=decoder.config.to_dict(),
+        latent_source=latent_source,
+        decoder_sees_prompt=True,
+        chunk_size=TOKENS,
+        predictor_dim=64,
+    )
+    model = ProtoGenForConditionalGeneration(config, decoder=decoder).eval()
+    ids = torch.full((2, 20), 5)
+    mask = (torch.arange(20) >= torch.tensor([[17], [13]])).long()  # Padding takes none.
+    options = {"max_new_tokens": 4} if mode != "one_step" else {"length": 4}
+    assert model.generate(decoder_prompt_ids=ids, decoder_prompt_mask=mask, mode=mode, **options).shape[0] == 2
+    with pytest.raises(ValueError, match="the decoder has 16 positions, and a prompt with its answer takes"):
+        model.generate(decoder_prompt_ids=ids, decoder_prompt_mask=torch.ones_like(ids), mode=mode, **options)
 
 
 def test_a_head_that_is_not_known_is_refused(decoder, tmp_path, monkeypatch):

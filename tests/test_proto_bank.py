@@ -10,12 +10,12 @@ from conftest import save_decoder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from modeling_protogen.frozen_decoder import decoder_fingerprint
 from trainers import proto_bank
 from trainers.proto_bank import (
     BankEntry,
     BankInfo,
     ProtoTokenBank,
-    decoder_fingerprint,
     merge_banks,
     remove_damaged_shards,
 )

@@ -12,10 +12,11 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import TrainerCallback
 
 from eval_tasks.text_metrics import one_step_metrics
+from modeling_protogen.frozen_decoder import decoder_fingerprint
 from trainers.data import Example, ProtoGenCollator, examples_of
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
 from trainers.losses import LOSSES
-from trainers.proto_bank import BankInfo, ProtoTokenBank, decoder_fingerprint
+from trainers.proto_bank import BankInfo, ProtoTokenBank
 from trainers.protogen_trainer import LengthGroupedEpochs, ProtoGenTrainer, last_complete_checkpoint
 from trainers.training_args import ProtoGenTrainingArguments
 

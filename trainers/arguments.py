@@ -8,11 +8,12 @@ from accelerate import Accelerator
 
 from modeling_protogen import ProtoGenConfig, ProtoGenProcessor
 from modeling_protogen.configuration_protogen import FIRST_TOKENS, LATENT_SOURCES
+from modeling_protogen.frozen_decoder import decoder_fingerprint
 from modeling_protogen.processing_protogen import ANSWER_FORMATS
 
 from .devices import fastest_dtype
 from .embedded import resolve
-from .proto_bank import BankInfo, decoder_fingerprint
+from .proto_bank import BankInfo
 from .training_args import ProtoGenTrainingArguments
 
 

@@ -10,10 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from modeling_protogen.frozen_decoder import padded_left, read_prefix
+from modeling_protogen.frozen_decoder import decoder_fingerprint, padded_left, read_prefix
 
 from .files import write_atomically
-from .proto_bank import decoder_fingerprint
 
 INFO_NAME = "prompts.json"
 KEYS_AND_VALUES, STATES = "keys_and_values", "states"

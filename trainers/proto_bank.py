@@ -12,7 +12,6 @@ into one that names those it replaces, so that they count no more from the momen
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -25,7 +24,6 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
 from .files import file_sha256, locked, write_atomically
 
@@ -74,20 +72,6 @@ class BankEntry:
     m: torch.Tensor
     accuracy: float
     steps: int
-
-
-def decoder_fingerprint(decoder: PreTrainedModel) -> str:
-    """
-    Identifies a decoder by its weights, wherever they were loaded from: SHA-256 of at most 1,024 evenly spaced
-    elements of each parameter, as bfloat16, so that float32 and bfloat16 copies agree.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(decoder.named_parameters()):
-        values = parameter.detach().flatten()
-        sample = values[:: max(1, len(values) // 1024)][:1024].to("cpu", torch.bfloat16)
-        digest.update(name.encode())
-        digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def stack_entries(entries: list[BankEntry]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from eval_tasks.recipes import SHARED, RecipeParser
 from modeling_protogen import ProtoGenProcessor
+from modeling_protogen.frozen_decoder import decoder_fingerprint
 from trainers.arguments import ModelArguments, TargetArguments, load_processor, open_accelerator
 from trainers.data import DataArguments, Example, load_examples, split_by_instruction
 from trainers.decoders import load_decoder
-from trainers.proto_bank import decoder_fingerprint
 from trainers.synthetic_instructions import INSTRUCTIONS_NAME, normalized, synthetic_examples, write_instructions
 from trainers.teacher import TeacherInfo, prompt_template, write_teacher_answers
 from trainers.training_args import ProtoGenTrainingArguments
