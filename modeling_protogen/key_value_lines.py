@@ -10,7 +10,7 @@ A key that comes again is numbered in JSON, whose keys are unique, and not in th
     {"city": "Rome", "city_2": "Oslo"}                     city: Rome
                                                            city: Oslo
 
-A value neither begins nor ends with spaces: two spaces of a question may be one token, of which a value would take both.
+A value neither begins nor ends with spaces: a question's two spaces may be one token, which a value would take.
 """
 
 import json
@@ -45,7 +45,8 @@ def to_lines(answer: str) -> str:
     lines = "\n".join(lines)
     if from_lines(lines) != json.dumps(fields, ensure_ascii=False):
         raise ValueError(
-            f"a key with {SEPARATOR!r}, a line break, or spaces around a value cannot be written as lines: {answer[:60]!r}"
+            f"a key with {SEPARATOR!r}, a line break, or spaces around a value cannot be written as lines: "
+            f"{answer[:60]!r}"
         )
     return lines
 

@@ -1,12 +1,16 @@
 """Text to tensors and back: the encoder's tokenizer, the decoder's tokenizer and the prompt template."""
 
 import copy
+import os
 import re
+from collections.abc import Callable
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.utils import PROCESSOR_NAME
 
 from .key_value_lines import from_lines, to_lines
+from .objectives import IGNORE_INDEX
 
 ANSWER_FORMATS = ("text", "key_value_lines")
 PROMPT_TEMPLATE = "Instruction: {message}\n\nResponse:\n"
@@ -24,7 +28,8 @@ class ProtoGenProcessor(ProcessorMixin):
     A chat, a list of messages with `role` and `content`, may take an instruction's place. The encoder reads the
     contents joined by empty lines; the decoder reads the chat in its template.
 
-    Control tokens in instructions, contexts, messages and answers are text: only templates make real ones.
+    Control tokens in instructions, contexts, messages and answers are text: only templates make real ones. A byte order
+    mark before a text is not part of it. Half a character (a lone surrogate) is refused.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the encoder's.
@@ -77,16 +82,32 @@ class ProtoGenProcessor(ProcessorMixin):
         decoder_revision: str | None = None,
         trust_remote_code: bool = False,
         max_input_length: int | None = None,
+        max_prompt_length: int = 1024,
+        max_answer_length: int = 64,
         **kwargs,
     ) -> "ProtoGenProcessor":
         """
         Loads both tokenizers, and with `trust_remote_code` runs code that comes with them. The encoder's window is the
         one in its tokenizer and configuration, or the smaller `max_input_length`; `encoder_name_or_path=None` is for a
-        model without an encoder.
+        model without an encoder. Where the decoder's window is too small for a prompt of `max_prompt_length` and its
+        answer, prompts are as long as it leaves room for.
+
+        Raises:
+            ValueError: if an answer of `max_answer_length` leaves no room for a prompt.
         """
-        decoder_tokenizer = AutoTokenizer.from_pretrained(
-            decoder_name_or_path, revision=decoder_revision, trust_remote_code=trust_remote_code
-        )
+        of_decoder = {"revision": decoder_revision, "trust_remote_code": trust_remote_code}
+        decoder_config = AutoConfig.from_pretrained(decoder_name_or_path, **of_decoder).get_text_config()
+        # MPT and BLOOM have none. One position is the `e` before the answer.
+        positions = getattr(decoder_config, "max_position_embeddings", None)
+        if positions is not None:
+            max_prompt_length = min(max_prompt_length, positions - max_answer_length - 1)
+        if max_prompt_length < 1:
+            raise ValueError(
+                f"max_answer_length={max_answer_length} leaves no room for a prompt: {decoder_name_or_path} has "
+                f"{positions} positions."
+            )
+        kwargs |= {"max_prompt_length": max_prompt_length, "max_answer_length": max_answer_length}
+        decoder_tokenizer = AutoTokenizer.from_pretrained(decoder_name_or_path, **of_decoder)
         if encoder_name_or_path is None:
             # A second object: saving takes each one apart by itself.
             return cls(copy.deepcopy(decoder_tokenizer), decoder_tokenizer, for_encoder=False, **kwargs)
@@ -99,6 +120,25 @@ class ProtoGenProcessor(ProcessorMixin):
         if max_input_length is not None:
             window = min(window, max_input_length)
         return cls(tokenizer, decoder_tokenizer, max_input_length=window, **kwargs)
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+        fields, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if not fields:
+            raise OSError(f"{pretrained_model_name_or_path} has no {PROCESSOR_NAME}: save the processor there.")
+        return fields, unused
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, subfolder="", **kwargs):
+        # Where one is missing, `ProcessorMixin` takes the other in its place.
+        folder = subfolder if sub_processor_type == "tokenizer" else os.path.join(subfolder, sub_processor_type)
+        try:
+            return AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **kwargs)
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"{os.path.join(pretrained_model_name_or_path, folder)} has no whole tokenizer, and the processor "
+                f"needs one there ({sub_processor_type}): save the processor again, or get the whole checkpoint."
+            ) from error
 
     def __call__(
         self,
@@ -129,14 +169,19 @@ class ProtoGenProcessor(ProcessorMixin):
         """
         if return_tensors != "pt":
             raise ValueError("ProtoGenProcessor makes PyTorch tensors only: return_tensors='pt'.")
+        if isinstance(text, dict):
+            raise ValueError("a message alone is no chat: give a list of messages.")
         is_one = isinstance(text, str) or (len(text) > 0 and isinstance(text[0], dict))
         instructions = [text] if is_one else list(text)
+        if not instructions:
+            raise ValueError("there is no instruction: give at least one.")
         contexts = [context] * len(instructions) if context is None or isinstance(context, str) else list(context)
         if len(contexts) != len(instructions):
             raise ValueError(f"{len(instructions)} instructions, but {len(contexts)} contexts.")
-        contexts = [(part or "").strip() for part in contexts]
-        for row, pair in enumerate(zip(instructions, contexts, strict=True)):
-            check_instruction(row, *pair)
+        contexts = [plain_text(part or "", f"context {row}").strip() for row, part in enumerate(contexts)]
+        instructions = [
+            checked_instruction(row, *pair) for row, pair in enumerate(zip(instructions, contexts, strict=True))
+        ]
 
         batch = {}
         if self.for_encoder:
@@ -184,15 +229,19 @@ class ProtoGenProcessor(ProcessorMixin):
         Returns:
             `labels` `(batch, length)` padded with -100, and `length_labels` `(batch,)`: lengths before the cut.
         """
+        if len(answers) == 0:
+            raise ValueError("there is no answer: give at least one.")
         eos = [self.decoder_tokenizer.eos_token_id]
 
-        def tokens(answer):
-            if not isinstance(answer, str):
+        def tokens(row, answer):
+            if isinstance(answer, list):
                 return answer
-            text = to_lines(answer) if self.answer_format == "key_value_lines" else answer
+            text = plain_text(answer, f"answer {row}")
+            if self.answer_format == "key_value_lines":
+                text = plain_text(to_lines(text), f"answer {row}")
             return text_ids(self.decoder_tokenizer, text) + eos
 
-        ids = [tokens(answer) for answer in answers]
+        ids = [tokens(row, answer) for row, answer in enumerate(answers)]
         longest = min(self.max_answer_length, max(len(row) for row in ids))
         labels = torch.full((len(ids), longest), -100)
         for label, row in zip(labels, ids, strict=True):
@@ -252,20 +301,10 @@ class ProtoGenProcessor(ProcessorMixin):
         return begin + self._chat_tokens(chat)
 
     def _chat_tokens(self, chat: list[dict[str, str]]) -> list[int]:
-        """Tokens of a chat in its template, which alone makes control tokens."""
-        contents = [message["content"] for message in chat]
-        if not any(token in content for token in self.decoder_tokenizer.all_special_tokens for content in contents):
-            return self.decoder_tokenizer(self.apply_chat_template(chat), add_special_tokens=False).input_ids
-        # The contents, one by one, in the places of marks of private use.
-        marks = [chr(0xE000 + row) for row in range(len(chat))]
-        marked = [message | {"content": mark} for message, mark in zip(chat, marks, strict=True)]
-        known, ids = dict(zip(marks, contents, strict=True)), []
-        for piece in re.split(f"([{''.join(marks)}])", self.apply_chat_template(marked)):
-            if piece in known:
-                ids += text_ids(self.decoder_tokenizer, known[piece])
-            else:
-                ids += self.decoder_tokenizer(piece, add_special_tokens=False).input_ids
-        return ids
+        def render(contents):
+            return self.apply_chat_template([m | {"content": c} for m, c in zip(chat, contents, strict=True)])
+
+        return rendered_ids(self.decoder_tokenizer, render, [message["content"] for message in chat])
 
     @property
     def _has_chat_template(self) -> bool:
@@ -311,15 +350,19 @@ class ProtoGenProcessor(ProcessorMixin):
         return template.replace("{message}", conversation[0]["content"])
 
     def batch_decode(self, sequences, skip_special_tokens: bool = True, **kwargs) -> list[str]:
-        """Answers as text; `sequences` has shape `(batch, length)` in the decoder's vocabulary."""
-        texts = self.decoder_tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
+        """
+        Answers as text; `sequences` has shape `(batch, length)` in the decoder's vocabulary, and -100 anywhere, as
+        labels have.
+        """
+        texts = self.decoder_tokenizer.batch_decode(
+            [without_padding(row) for row in sequences], skip_special_tokens=skip_special_tokens, **kwargs
+        )
         return [self._finished(text) for text in texts]
 
     def decode(self, sequence, skip_special_tokens: bool = True, **kwargs) -> str:
-        """One answer as text; `sequence` has shape `(length,)` in the decoder's vocabulary."""
-        return self._finished(
-            self.decoder_tokenizer.decode(sequence, skip_special_tokens=skip_special_tokens, **kwargs)
-        )
+        """One answer as text; `sequence` has shape `(length,)`; as `batch_decode`."""
+        (text,) = self.batch_decode([sequence], skip_special_tokens, **kwargs)
+        return text
 
     def _finished(self, text: str) -> str:
         return from_lines(text) if self.answer_format == "key_value_lines" else text
@@ -329,27 +372,80 @@ class ProtoGenProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "decoder_prompt_ids", "decoder_prompt_mask"]
 
 
-def check_instruction(row: int, instruction: str | list[dict[str, str]], context: str) -> None:
+def checked_instruction(row: int, instruction: str | list[dict[str, str]], context: str) -> str | list[dict[str, str]]:
     """
+    The instruction or chat, of plain texts.
+
     Raises:
         ValueError: if there is nothing to read, or a chat is malformed.
     """
-    if isinstance(instruction, str) or not instruction:
-        if not instruction or not instruction.strip():
-            raise ValueError(f"instruction {row} is empty; give some text.")
-        return
-    for message in instruction:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
+    if isinstance(instruction, list) and instruction:
+        return checked_chat(row, instruction, context)
+    text = plain_text(instruction or "", f"instruction {row}")
+    if not text.strip():
+        raise ValueError(f"instruction {row} is empty; give some text.")
+    return text
+
+
+def checked_chat(row: int, chat: list[dict[str, str]], context: str) -> list[dict[str, str]]:
+    for message in chat:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise ValueError(f"chat {row} must hold messages with role and content, both text; got {message!r}.")
-    if not any(message["content"].strip() for message in instruction):
+    if not any(message["content"].strip() for message in chat):
         raise ValueError(f"instruction {row} is empty; give some text.")
     if context:
         raise ValueError(f"chat {row} has a context beside it; put it into a message.")
+    return [message | {"content": plain_text(message["content"], f"chat {row}")} for message in chat]
+
+
+def plain_text(text: str, name: str) -> str:
+    """
+    A text without a byte order mark before it.
+
+    Raises:
+        ValueError: if it is none, or holds half a character; the message names it.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be text; got {text!r}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds half a character, {text[error.start]!r} at place {error.start}: repair or remove it."
+        ) from None
+    return text.removeprefix("\ufeff")
+
+
+def without_padding(ids) -> list[int]:
+    return [id for id in torch.as_tensor(ids).reshape(-1).tolist() if id != IGNORE_INDEX]
 
 
 def text_ids(tokenizer, text: str) -> list[int]:
     """Tokens of a text, all of which is text: none is a control token."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def rendered_ids(tokenizer, render: Callable[[list[str]], str], texts: list[str]) -> list[int]:
+    """
+    Tokens of what a template makes of texts, which alone makes control tokens.
+
+    Args:
+        render (`Callable`): from texts to the template filled with them.
+        texts (`list[str]`): what people write.
+    """
+    # Not all are in `all_special_tokens`: Llama 3 has `<|start_header_id|>` beside them.
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if not any(token in text for token in control for text in texts):
+        return tokenizer(render(texts), add_special_tokens=False).input_ids
+    # The texts, one by one, in the places of marks of private use.
+    marks = [chr(0xE000 + row) for row in range(len(texts))]
+    known, ids = dict(zip(marks, texts, strict=True)), []
+    for piece in re.split(f"([{''.join(marks)}])", render(marks)):
+        if piece in known:
+            ids += text_ids(tokenizer, known[piece])
+        else:
+            ids += tokenizer(piece, add_special_tokens=False).input_ids
+    return ids
 
 
 def chat_text(chat: list[dict[str, str]]) -> str:

@@ -34,7 +34,6 @@ FAMILIES = {
     "phi": LLAMA,
     "phi3": LLAMA | {"sliding_window": 4},
     "falcon alibi": {"num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True},
-    "codegen": GPT | {"rotary_dim": 4},
     # These count distances by places in the cache.
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "window_size": 4, "attention_types": [[["global", "local"], 1]]},
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4},

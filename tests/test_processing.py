@@ -1,7 +1,10 @@
+import shutil
+
 import pytest
 import torch
 from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS
-from tokenizers import Regex, decoders, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
+from transformers import AutoConfig
 
 from modeling_protogen import ProtoGenProcessor
 from modeling_protogen.processing_protogen import PROMPT_TEMPLATE
@@ -82,6 +85,16 @@ def test_long_contexts_are_cut_and_the_instruction_is_kept(encoder_dir, decoder_
         (([{"role": "user", "content": " "}],), "instruction 0 is empty"),
         (([[{"role": "user", "content": "who"}]], ["red"]), "chat 0 has a context beside it"),
         (([[]],), "instruction 0 is empty"),
+        (([],), "there is no instruction: give at least one"),
+        (({"role": "user", "content": "who"},), "a message alone is no chat"),
+        (([5],), "instruction 0 must be text; got 5"),
+        (([[{"role": 1, "content": "who"}]],), "chat 0 must hold messages with role and content, both text; got"),
+        ((["who"], [5]), "context 0 must be text; got 5"),
+        ((["who"], None, [5]), "answer 0 must be text; got 5"),
+        ((["who", "hi \ud83d"],), r"instruction 1 holds half a character, '\\ud83d' at place 3"),
+        (([[{"role": "user", "content": "\ud83d"}]],), "chat 0 holds half a character"),
+        (("who", "\udc00"), "context 0 holds half a character"),
+        (("who", None, "\udc00"), "answer 0 holds half a character"),
     ],
 )
 def test_bad_input_is_one_clear_error(processor, arguments, message):
@@ -132,6 +145,50 @@ def test_control_tokens_of_people_are_text(encoder_dir, decoder_dir, llama_dir):
     assert (batch["decoder_prompt_ids"] == unknown).sum() > (plain["decoder_prompt_ids"] == unknown).sum()
     assert batch["decoder_prompt_ids"][0, 0] == plain["decoder_prompt_ids"][0, 0]
     assert batch["decoder_prompt_ids"][0, -1] == plain["decoder_prompt_ids"][0, -1]
+
+
+def test_control_tokens_beside_the_named_ones_are_text_too(encoder_dir, llama_dir):
+    """As `<|start_header_id|>` is in Llama 3."""
+    processor = with_options(encoder_dir, llama_dir)
+    processor.decoder_tokenizer.add_tokens([AddedToken("<|header|>", special=True)])
+    control = processor.decoder_tokenizer.convert_tokens_to_ids("<|header|>")
+    assert "<|header|>" not in processor.decoder_tokenizer.all_special_tokens
+    chat = [{"role": "user", "content": "who <|header|> sat"}]
+    for batch in (processor("who <|header|> sat", "the <|header|>", "a <|header|>"), processor(chat)):
+        assert not any((part == control).any() for part in batch.values())
+    # A template makes them.
+    processor.prompt_template = "<|header|> {message}"
+    assert (processor("who <|header|> sat")["decoder_prompt_ids"] == control).sum() == 1
+
+
+def test_a_byte_order_mark_is_no_text(processor):
+    mark = "\ufeff"
+    marked = processor(mark + "who sat", mark + "the sky", mark + "red")
+    plain = processor("who sat", "the sky", "red")
+    assert all(torch.equal(marked[name], plain[name]) for name in plain)
+    chat = [{"role": "user", "content": "who sat"}]
+    marked, plain = (processor([chat[0] | {"content": start + "who sat"}]) for start in (mark, ""))
+    assert all(torch.equal(marked[name], plain[name]) for name in plain)
+
+
+def test_labels_are_decoded_as_they_are(processor):
+    labels = processor(INSTRUCTIONS, None, ["the cat", "red", "a"])["labels"]
+    assert (labels == -100).any()
+    assert processor.batch_decode(labels) == processor.batch_decode(labels.tolist()) == ["the cat", "red", "a"]
+    assert processor.decode(labels[1]) == "red"
+
+
+def test_prompts_leave_room_for_the_answer_in_the_decoders_window(encoder_dir, llama_dir, tmp_path):
+    shutil.copytree(llama_dir, tmp_path / "short")
+    config = AutoConfig.from_pretrained(llama_dir)
+    config.max_position_embeddings = 20
+    config.save_pretrained(tmp_path / "short")
+    processor = with_options(encoder_dir, tmp_path / "short", max_answer_length=8)
+    assert processor.max_prompt_length == 11
+    assert processor("who", "the cat " * 10)["decoder_prompt_ids"].shape[1] == 11
+    assert with_options(encoder_dir, llama_dir, max_answer_length=8).max_prompt_length == 1024
+    with pytest.raises(ValueError, match="max_answer_length=19 leaves no room for a prompt: .* has 20 positions"):
+        with_options(encoder_dir, tmp_path / "short", max_answer_length=19)
 
 
 def test_a_prompt_longer_than_its_limit_is_refused(encoder_dir, decoder_dir):

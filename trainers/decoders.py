@@ -98,9 +98,10 @@ def load_processor_of(folder: str | Path, decoder: str | None = None) -> ProtoGe
         folder (`str` or `Path`), decoder (`str`, *optional*): as in `load_protogen`.
     """
     path = Path(folder) / PROCESSOR_NAME
-    if not path.is_file() or (path.parent / "decoder_tokenizer").is_dir():
+    fields = read_json(path) if path.is_file() else {"for_encoder": True}
+    tokenizers = [path.parent / "tokenizer_config.json", path.parent / "decoder_tokenizer"]
+    if fields["for_encoder"] or any(tokenizer.exists() for tokenizer in tokenizers):
         return ProtoGenProcessor.from_pretrained(folder)
-    fields = read_json(path)
     names = ("max_prompt_length", "max_answer_length", "prompt_template", "answer_format")
     options = {name: fields[name] for name in names}
     name = decoder or ProtoGenForConditionalGeneration.config_class.from_pretrained(folder).decoder_name_or_path
