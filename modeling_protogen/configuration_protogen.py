@@ -6,6 +6,7 @@ from typing import Union, get_args, get_origin
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import CONFIG_NAME
 
 from .proto_tokens import ARRANGEMENTS
 
@@ -59,9 +60,12 @@ class ProtoGenConfig(PreTrainedConfig):
     Configuration of [`ProtoGenForConditionalGeneration`].
 
     Args:
-        encoder_config, decoder_config (`dict` or `PreTrainedConfig`, *optional*): of the two models.
+        encoder_config, decoder_config (`dict` or `PreTrainedConfig`, *optional*): of the two models. The decoder's is
+            needed, the encoder's where there is an encoder.
         decoder_name_or_path (`str`, *optional*): Hub id or folder that the frozen decoder came from.
         decoder_revision (`str`, *optional*): its revision: commit, tag or branch.
+        decoder_fingerprint (`str`, *optional*): [`decoder_fingerprint`] of its weights, which a decoder that is
+            attached later must have.
         thin (`bool`, defaults to False): whether checkpoints leave the frozen decoder out; loading attaches it again
             from `decoder_name_or_path`.
         arrangement (`str`, defaults to `"e_mN"`): how `e` and `m` are laid out over the decoder's positions: one of
@@ -118,15 +122,17 @@ class ProtoGenConfig(PreTrainedConfig):
     """
 
     model_type = "protogen"
+    # Transformers wants a type by default; without its configuration no model is built here.
     sub_configs_defaults = {
-        "encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
-        "decoder_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="bert", optional=True),
+        "decoder_config": SubConfigSpec(config_class=AutoConfig, model_type="llama", optional=True),
     }
 
     encoder_config: dict | PreTrainedConfig | None = None
     decoder_config: dict | PreTrainedConfig | None = None
     decoder_name_or_path: str | None = None
     decoder_revision: str | None = None
+    decoder_fingerprint: str | None = None
     thin: bool = False
     arrangement: str = "e_mN"
     num_e_tokens: int = 1
@@ -172,10 +178,36 @@ class ProtoGenConfig(PreTrainedConfig):
             "AutoProcessor": "processing_protogen.ProtoGenProcessor",
         }
         kwargs.pop("auto_map", None)
+        self._check_models()
         super().__post_init__(**kwargs)
         self._check_values()
         self._check_layout()
         self._check_predictor()
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not fields:
+            raise OSError(f"{pretrained_model_name_or_path} has no {CONFIG_NAME}: it is no model, or not all of one.")
+        return fields, unused
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # Where the model that is being loaded finds its decoder is for the model to know, and no other configuration.
+        if not (kwargs.get("return_unused_kwargs") and "decoder_name_or_path" in kwargs):
+            return super().from_dict(config_dict, **kwargs)
+        found_at = {"decoder_name_or_path": kwargs.pop("decoder_name_or_path")}
+        config, unused = super().from_dict(config_dict, **kwargs)
+        return config, unused | found_at
+
+    def _check_models(self):
+        for name, is_needed in (("decoder_config", True), ("encoder_config", self.has_encoder)):
+            config = getattr(self, name)
+            require(config is not None or not is_needed, f"{name} is missing, and without it there is no model.")
+            require(
+                config is None or isinstance(config, PreTrainedConfig) or "model_type" in config,
+                f"{name} has no model_type, so nothing says which model it describes.",
+            )
 
     def _check_values(self):
         choices = {"arrangement": ARRANGEMENTS, "m_scope": M_SCOPES, "sink": SINKS, "latent_source": LATENT_SOURCES}
@@ -306,7 +338,8 @@ class ProtoGenConfig(PreTrainedConfig):
     @property
     def answer_pad_token_id(self) -> int:
         """What fills the rows of `generate`'s sequences after the answer's end."""
-        pad = self.decoder_text_config.pad_token_id
+        # CodeGen and RWKV know none.
+        pad = getattr(self.decoder_text_config, "pad_token_id", None)
         return pad if pad is not None else self.eos_token_ids[0] if self.eos_token_ids else 0
 
 

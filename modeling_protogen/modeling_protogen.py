@@ -1,7 +1,8 @@
 """ProtoGen: an encoder predicts `e`, `m` and the answer's length; a frozen decoder writes the answer in one pass."""
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from .frozen_decoder import (
     bucket_by_length,
     check_decoder,
     embedding_std,
+    fingerprint_if_exact,
     keep_special_tokens,
     logits_of,
     read_prefix,
@@ -25,6 +27,12 @@ from .objectives import IGNORE_INDEX, LOSS_WEIGHTS, duration_nll, error_nll, len
 from .proto_predictor import Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
 from .proto_tokens import Layout, build_layout, fill_slots
 from .slot_adapters import SlotAdapters
+
+# What a thin checkpoint's decoder is loaded with as well.
+LOADING_OPTIONS = (
+    *("quantization_config", "device_map", "max_memory", "offload_folder", "offload_buffers"),
+    *("cache_dir", "force_download", "proxies", "local_files_only", "token"),
+)
 
 
 @dataclass
@@ -153,8 +161,12 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             **config_kwargs: fields of [`ProtoGenConfig`].
 
         Raises:
+            TypeError: if a field is none of the configuration's.
             ValueError: if the decoder cannot serve ([`check_decoder`]).
         """
+        unknown = config_kwargs.keys() - {field.name for field in fields(cls.config_class)}
+        if unknown:
+            raise TypeError(f"{cls.config_class.__name__} has no {', '.join(sorted(unknown))}.")
         encoder = None
         if encoder_name_or_path is not None:
             cut = {} if encoder_num_layers is None else {"num_hidden_layers": encoder_num_layers}
@@ -177,52 +189,83 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             config_kwargs["proto_token_std"] = FITTED_SIZE * embedding_std(decoder)
         config = cls.config_class(
             decoder_config=decoder.config.to_dict(),
-            decoder_name_or_path=decoder_name_or_path,
+            # A folder is found again from elsewhere.
+            decoder_name_or_path=os.path.abspath(decoder_name_or_path)
+            if os.path.isdir(decoder_name_or_path)
+            else decoder_name_or_path,
             decoder_revision=decoder_revision,
+            decoder_fingerprint=fingerprint_if_exact(decoder),
             **config_kwargs,
         )
         return cls._from_config(config, encoder=encoder, decoder=decoder, dtype=encoder_dtype)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, decoder_name_or_path=None, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        decoder_name_or_path=None,
+        decoder_kwargs=None,
+        ignore_other_decoder=False,
+        output_loading_info=False,
+        **kwargs,
+    ):
         """
-        As [`PreTrainedModel.from_pretrained`]; for a thin checkpoint the decoder is loaded from
-        `config.decoder_name_or_path` at `config.decoder_revision`, in the same dtype and device map.
+        As [`PreTrainedModel.from_pretrained`], but what is not all there is refused. For a thin checkpoint the decoder
+        is loaded from `config.decoder_name_or_path` at `config.decoder_revision`, as this model is: in the same
+        dtype, with the same attention and the same `LOADING_OPTIONS`.
 
         Args:
             decoder_name_or_path (`str`, *optional*): load the decoder from here instead.
+            decoder_kwargs (`dict`, *optional*): options of loading that decoder alone. `trust_remote_code` is one of
+                them: what is given for this model does not run a decoder's code.
+            ignore_other_decoder (`bool`, defaults to False): take a decoder whose weights are not those that the
+                checkpoint was trained with.
 
         Raises:
             OSError: if the decoder cannot be found.
-            ValueError: if it is not of the shape that the checkpoint was trained with.
+            ValueError: if the checkpoint lacks weights or has others, or the decoder is not the one that it was trained
+                with.
         """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        ignores_mismatches = kwargs.pop("ignore_mismatched_sizes", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
+        )
+        check_complete(pretrained_model_name_or_path, info, ignores_mismatches)
         if model.decoder is None:
             config = model.config
             name = decoder_name_or_path or config.decoder_name_or_path
+            options = {key: kwargs[key] for key in LOADING_OPTIONS if key in kwargs}
+            options |= {
+                "attn_implementation": config.decoder_config._attn_implementation,
+                "revision": None if decoder_name_or_path else config.decoder_revision,
+                "dtype": kwargs.get("dtype") or model.dtype,
+            }
             try:
-                decoder = AutoModelForCausalLM.from_pretrained(
-                    name,
-                    revision=None if decoder_name_or_path else config.decoder_revision,
-                    dtype=kwargs.get("dtype") or model.dtype,
-                    device_map=kwargs.get("device_map"),
-                    **{key: kwargs[key] for key in ("cache_dir", "local_files_only", "token") if key in kwargs},
-                )
+                decoder = AutoModelForCausalLM.from_pretrained(name, **options | (decoder_kwargs or {}))
             except OSError as error:
                 raise OSError(
                     f"{pretrained_model_name_or_path} is a thin checkpoint and its decoder {name!r} cannot be loaded; "
                     "pass decoder_name_or_path=... to load it from another place."
                 ) from error
-            model.attach_decoder(decoder)
-        return loaded
+            model.attach_decoder(decoder, ignore_other_decoder)
+        return (model, info) if output_loading_info else model
 
-    def attach_decoder(self, decoder: PreTrainedModel):
+    def attach_decoder(self, decoder: PreTrainedModel, ignore_other_decoder: bool = False):
         """
         Attaches the frozen decoder to a model that was loaded without one.
 
+        Args:
+            decoder (`PreTrainedModel`)
+            ignore_other_decoder (`bool`, defaults to False): take one of the same shape with other weights.
+
         Raises:
-            ValueError: if its width or vocabulary is not the one in the configuration.
+            ValueError: if its width, its vocabulary or its weights are not those that this model was trained with.
+                Weights that are quantised, in float16 or not in memory are not compared.
         """
         found_config, expected_config = decoder.config.get_text_config(), self.config.decoder_text_config
         for field in ("model_type", "hidden_size", "vocab_size"):
@@ -232,6 +275,13 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                     f"this model was trained for a decoder with {field}={expected}"
                     f" ({self.config.decoder_name_or_path}); the one given has {field}={found}."
                 )
+        found, expected = fingerprint_if_exact(decoder), self.config.decoder_fingerprint
+        if not ignore_other_decoder and None not in (found, expected) and found != expected:
+            raise ValueError(
+                f"this model was trained for {self.config.decoder_name_or_path} (fingerprint {expected[:16]}) and the "
+                f"decoder given, {decoder.name_or_path}, has other weights ({found[:16]}): give the one that it was "
+                "trained with, or ignore_other_decoder=True to take this one."
+            )
         self.decoder = decoder
         # What post_init gathers from the children.
         self.all_tied_weights_keys.update(
@@ -512,6 +562,32 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 terms["duration"] = output.duration_nll
             output.loss = sum(LOSS_WEIGHTS[name] * term for name, term in terms.items())
         return output
+
+
+def check_complete(name: str, info: dict, ignores_mismatches: bool) -> None:
+    """
+    Args:
+        name (`str`): of the checkpoint.
+        info (`dict`): what `from_pretrained` says of loading it.
+        ignores_mismatches (`bool`): whether weights of other shapes may stay as they are drawn.
+
+    Raises:
+        ValueError: if weights are missing or have other shapes, which would be drawn at random, or are of no use.
+    """
+    # An encoder's or a decoder's own checkpoint may hold more than the model needs.
+    ours = {key for key in info["unexpected_keys"] if not key.startswith(("encoder.", "decoder."))}
+    shapes = set() if ignores_mismatches else {key for key, *_ in info["mismatched_keys"]}
+    found = {"lacks": info["missing_keys"], "has in other shapes": shapes, "has beyond its configuration": ours}
+    wrong = [f"{what} {listed(sorted(keys))}" for what, keys in found.items() if keys]
+    if wrong:
+        raise ValueError(
+            f"the weights and the configuration of {name} do not go together: it {' and '.join(wrong)}; "
+            "get the whole checkpoint again, or save it again."
+        )
+
+
+def listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 ProtoGenForConditionalGeneration.register_for_auto_class("AutoModel")

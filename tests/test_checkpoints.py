@@ -1,16 +1,20 @@
 """Saving and loading: full and thin, with our code and through `trust_remote_code` in a process without it."""
 
 import json
+import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from conftest import CONTEXTS, INSTRUCTIONS, save_decoder, stir_slot_adapters, weights_hash
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from trainers.decoders import load_processor_of
 
 REMOTE = """
 import json, sys
@@ -162,6 +166,133 @@ def test_a_missing_decoder_says_how_to_go_on(build, llama_dir, tmp_path):
         ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "model")
     found = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "model", decoder_name_or_path=str(llama_dir))
     assert torch.equal(answers(found, processor)["sequences"], answers(model, processor)["sequences"])
+
+
+def changed_decoder(decoder_dir, folder):
+    """Of the same shape, one weight of which differs."""
+    decoder = AutoModelForCausalLM.from_pretrained(decoder_dir)
+    with torch.no_grad():
+        decoder.base_model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    decoder.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("auto_class", [ProtoGenForConditionalGeneration, AutoModel])
+def test_a_decoder_with_other_weights_is_refused(build, llama_dir, tmp_path, auto_class):
+    model, _ = build(llama_dir, thin=True)
+    model.save_pretrained(tmp_path / "model")
+    load = partial(auto_class.from_pretrained, tmp_path / "model")
+    other = changed_decoder(llama_dir, tmp_path / "other")
+    message = f"trained for {llama_dir} .*the decoder given, {other}, has other weights"
+    with pytest.raises(ValueError, match=message):
+        load(decoder_name_or_path=other)
+    with pytest.raises(ValueError, match=message):
+        model.attach_decoder(AutoModelForCausalLM.from_pretrained(other))
+    taken = load(decoder_name_or_path=other, ignore_other_decoder=True)
+    assert weights_hash(taken.decoder) == weights_hash(AutoModelForCausalLM.from_pretrained(other))
+    # Where it was found is no other configuration.
+    assert taken.config.decoder_name_or_path == str(llama_dir)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        load(dtype=dtype)
+    # Without a fingerprint, as older checkpoints are, any one of the shape is taken.
+    model.config.decoder_fingerprint = None
+    model.save_pretrained(tmp_path / "model")
+    load(decoder_name_or_path=other)
+
+
+def without(folder, prefix, **added):
+    """Takes the weights with a prefix out of a checkpoint, and puts others in."""
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        kept = {key: file.get_tensor(key) for key in file.keys() if not key.startswith(prefix)}  # noqa: SIM118
+    save_file(kept | added, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("prefix", "added", "message"),
+    [
+        ("proto_predictor.queries", {}, "it lacks proto_predictor.queries;"),
+        ("encoder.embeddings.word", {}, "it lacks encoder.embeddings.word_embeddings.weight;"),
+        ("decoder.", {}, "it lacks decoder.lm_head.weight, decoder.model.embed_tokens.weight, .* and 18 more;"),
+        ("none", {"proto_predictor.queries": torch.ones(1, 2)}, "it has in other shapes proto_predictor.queries;"),
+        ("none", {"slot_adapters.x": torch.ones(1)}, "it has beyond its configuration slot_adapters.x;"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_is_not_whole_is_refused(build, llama_dir, tmp_path, prefix, added, message):
+    model, _ = build(llama_dir)
+    model.save_pretrained(tmp_path)
+    without(tmp_path, prefix, **added)
+    with pytest.raises(ValueError, match=message):
+        ProtoGenForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_its_configuration_is_refused(build, llama_dir, tmp_path):
+    build(llama_dir)[0].save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(OSError, match=r"has no config\.json"):
+        ProtoGenForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("thin", [False, True])
+@pytest.mark.parametrize("auto_class", [ProtoGenForConditionalGeneration, AutoModel])
+def test_the_decoder_is_loaded_as_the_model_is(build, llama_dir, tmp_path, thin, auto_class):
+    build(llama_dir, thin=thin)[0].save_pretrained(tmp_path)
+    model = auto_class.from_pretrained(tmp_path, attn_implementation="eager")
+    assert model.encoder.config._attn_implementation == model.decoder.config._attn_implementation == "eager"
+
+
+def test_options_reach_a_thin_checkpoints_decoder(build, llama_dir, tmp_path, monkeypatch):
+    build(llama_dir, thin=True)[0].save_pretrained(tmp_path)
+    load, seen = AutoModelForCausalLM.from_pretrained, {}
+
+    def loaded(*args, **kwargs):
+        seen.update(kwargs)
+        return load(llama_dir)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    options = {"device_map": "cpu", "offload_folder": str(tmp_path / "offload"), "local_files_only": True}
+    ProtoGenForConditionalGeneration.from_pretrained(tmp_path, **options, trust_remote_code=True)
+    assert seen.items() >= options.items()
+    # A decoder's code runs only where that is asked for.
+    assert "trust_remote_code" not in seen
+    own = {"trust_remote_code": True, "quantization_config": "any"}
+    ProtoGenForConditionalGeneration.from_pretrained(tmp_path, decoder_kwargs=own)
+    assert seen.items() >= own.items()
+
+
+def test_a_relative_decoder_folder_is_found_from_elsewhere(build, llama_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(llama_dir.parent)
+    model, _ = build(llama_dir.name, thin=True)
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    again = ProtoGenForConditionalGeneration.from_pretrained("model")
+    assert weights_hash(again) == weights_hash(model)
+
+
+def test_unknown_fields_are_refused(build, llama_dir):
+    with pytest.raises(TypeError, match="ProtoGenConfig has no chunksize"):
+        build(llama_dir, chunksize=4)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("decoder_tokenizer", "decoder_tokenizer has no whole tokenizer"),
+        ("decoder_tokenizer/tokenizer.json", "decoder_tokenizer has no whole tokenizer"),
+        ("tokenizer.json", r"needs one there \(tokenizer\)"),
+        ("processor_config.json", r"has no processor_config\.json"),
+    ],
+)
+@pytest.mark.parametrize("load", [ProtoGenProcessor.from_pretrained, AutoProcessor.from_pretrained, load_processor_of])
+def test_a_processor_that_is_not_whole_is_refused(build, llama_dir, tmp_path, missing, message, load):
+    model, processor = build(llama_dir)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(OSError, match=message):
+        load(tmp_path)
 
 
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(build, llama_dir, tmp_path):

@@ -27,6 +27,18 @@ def test_defaults_and_round_trip(tmp_path):
     assert (again.encoder_config.hidden_size, again.decoder_config.hidden_size) == (32, 16)
 
 
+def test_there_is_no_model_by_default(tmp_path):
+    with pytest.raises(ValueError, match="decoder_config is missing"):
+        ProtoGenConfig()
+    with pytest.raises(ValueError, match="decoder_config has no model_type"):
+        ProtoGenConfig(latent_source="none", decoder_sees_prompt=True, decoder_config={"hidden_size": 16})
+    with pytest.raises(ValueError, match="encoder_config is missing"):
+        ProtoGenConfig(decoder_config=dict(DECODER))
+    assert ProtoGenConfig(decoder_config=dict(DECODER), latent_source="decoder").encoder_config is None
+    with pytest.raises(OSError, match=r"has no config\.json"):
+        ProtoGenConfig.from_pretrained(tmp_path)
+
+
 def test_eos_and_pad_come_from_the_decoder():
     assert config(decoder={"eos_token_id": [2, 7]}, eos_token_id=99).eos_token_ids == [2, 7]
     assert config(decoder={"eos_token_id": [2, 7]}).answer_pad_token_id == 2
