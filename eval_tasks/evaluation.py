@@ -13,6 +13,8 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from modeling_protogen.processing_protogen import text_ids
+
 from . import plots
 from .abstention import coverage_curve, equal_bins, expected_calibration_error, ranking_metrics
 from .baselines.writing import Writer
@@ -116,7 +118,7 @@ def add_open_metrics(cell: dict, sentence_encoder: str, tokenizer: PreTrainedTok
     texts = [sample[name] for name in ("answer", "target") for sample in samples]
     answers, targets = np.split(sentence_embeddings(sentence_encoder, texts), 2)
     for sample, similarity in zip(samples, (answers * targets).sum(1), strict=True):
-        ids = tokenizer(sample["answer"], add_special_tokens=False).input_ids
+        ids = text_ids(tokenizer, sample["answer"])
         sample["metrics"]["embedding_similarity"] = float(similarity)
         sample["metrics"]["bits_a_token"] = information_bits(decoder, ids) / len(ids)
 

@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from modeling_protogen.configuration_protogen import category_id
 from modeling_protogen.objectives import IGNORE_INDEX
-from modeling_protogen.processing_protogen import ProtoGenProcessor
+from modeling_protogen.processing_protogen import ProtoGenProcessor, text_ids
 
 from .alignment import Joins, durations, joins_of
 from .proto_bank import ProtoTokenBank, stack_entries
@@ -238,7 +238,7 @@ def fitting_targets(tokenizer, examples: list[Example], max_length: int) -> dict
     for example in examples:
         ids = example.answer_ids
         if ids is None:
-            ids = [*tokenizer(example.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            ids = [*text_ids(tokenizer, example.answer), tokenizer.eos_token_id]
         targets[example.id] = ids[:max_length]
     return targets
 

@@ -14,7 +14,14 @@ def encoder_decoder(
 
     def write(instructions, contexts, max_new_tokens, exactly=False):
         texts = list(map(user_message, instructions, contexts))
-        inputs = tokenizer(texts, padding=True, truncation=True, max_length=max_input_length, return_tensors="pt")
+        inputs = tokenizer(
+            texts,
+            split_special_tokens=True,
+            padding=True,
+            truncation=True,
+            max_length=max_input_length,
+            return_tensors="pt",
+        )
         token_ids = generated(model, inputs.to(model.device), max_new_tokens, exactly, **options)
         return Written(tokenizer.batch_decode(token_ids, skip_special_tokens=True), token_ids)
 

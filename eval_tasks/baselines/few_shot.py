@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 from modeling_protogen import ProtoGenProcessor
 from modeling_protogen.autoregressive import up_to_eos
 from modeling_protogen.configuration_protogen import as_list
-from modeling_protogen.processing_protogen import PROMPT_TEMPLATE, pad_left, user_message
+from modeling_protogen.processing_protogen import PROMPT_TEMPLATE, pad_left, rendered_ids, text_ids, user_message
 
 from .writing import Writer, Written
 
@@ -23,22 +23,27 @@ def few_shot(decoder: PreTrainedModel, processor: ProtoGenProcessor, shown: Sequ
     template = processor.prompt_template or PROMPT_TEMPLATE
     tokenizer, eos = processor.decoder_tokenizer, as_list(decoder.generation_config.eos_token_id)
 
-    def prompt(instruction, context):
-        return template.replace("{message}", user_message(instruction, context))
+    def render(texts):
+        """Messages and answers in turn, the last message without one."""
+        *prompts, last = [template.replace("{message}", message) for message in texts[::2]]
+        return "".join(f"{prompt}{answer}\n\n" for prompt, answer in zip(prompts, texts[1::2], strict=True)) + last
 
-    answers = processor.encode_answers([example.answer for example in shown])["labels"]
-    before = "".join(
-        f"{prompt(example.instruction, example.context)}{tokenizer.decode(row[row >= 0], skip_special_tokens=True)}\n\n"
-        for example, row in zip(shown, answers, strict=True)
-    )
+    labels = processor.encode_answers([example.answer for example in shown])["labels"]
+    answers = [tokenizer.decode(row[row >= 0], skip_special_tokens=True) for row in labels]
+    before = [
+        text
+        for example, answer in zip(shown, answers, strict=True)
+        for text in (user_message(example.instruction, example.context), answer)
+    ]
 
     def ends_with_empty_line(ids, scores, **kwargs):
         # An answer has none inside.
         return torch.tensor(["\n\n" in end for end in tokenizer.batch_decode(ids[:, -2:])], device=ids.device)
 
     def write(instructions, contexts, max_new_tokens):
-        asked = zip(instructions, contexts, strict=True)
-        ids, mask = pad_left([tokenizer(before + prompt(*pair)).input_ids for pair in asked])
+        begin = tokenizer("").input_ids
+        asked = map(user_message, instructions, contexts)
+        ids, mask = pad_left([begin + rendered_ids(tokenizer, render, [*before, message]) for message in asked])
         inputs = {"input_ids": ids.to(decoder.device), "attention_mask": mask.to(decoder.device)}
         with torch.no_grad():
             written = decoder.generate(
@@ -51,7 +56,7 @@ def few_shot(decoder: PreTrainedModel, processor: ProtoGenProcessor, shown: Sequ
         token_ids = up_to_eos(written[:, ids.shape[1] :], eos)
         whole = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         texts = [text.split("\n\n")[0].rstrip("\n") for text in whole]
-        lines = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        lines = [text_ids(tokenizer, text) for text in texts]
         return Written(processor.batch_decode(lines), token_ids)
 
     return write

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_protogen.autoregressive import up_to_eos
-from modeling_protogen.processing_protogen import pad_left, user_message
+from modeling_protogen.processing_protogen import pad_left, rendered_ids, user_message
 from modeling_protogen.sampling import Sampling, log_probability
 
 from .writing import Writer, Written
@@ -81,16 +81,18 @@ def masked_diffusion(
         tokens_per_step (`int`): tokens that stay in each pass; 1 is the best and the slowest.
     """
 
+    def prompt_ids(message):
+        if not tokenizer.chat_template:
+            return tokenizer(message, split_special_tokens=True).input_ids
+
+        def render(texts):
+            chat = [{"role": "user", "content": text} for text in texts]
+            return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+        return rendered_ids(tokenizer, render, [message])
+
     def write(instructions, contexts, max_new_tokens, exactly=False):
-        messages = list(map(user_message, instructions, contexts))
-        if tokenizer.chat_template:
-            messages = [
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
-                )
-                for message in messages
-            ]
-        rows = [tokenizer(m, add_special_tokens=not tokenizer.chat_template).input_ids for m in messages]
+        rows = [prompt_ids(message) for message in map(user_message, instructions, contexts)]
         ids, mask = (part.to(model.device) for part in pad_left(rows))
         block = min(block_size, max_new_tokens)
         length = -(-max_new_tokens // block) * block

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from eval_tasks.plots import bars, lines
 from eval_tasks.statistics import mean_with_interval
 from eval_tasks.text_metrics import information_bits
+from modeling_protogen.processing_protogen import text_ids
 
 from .reading import FittedTexts, Reconstructor, share_equal
 from .study import NoArguments, StudyContext, StudyResult
@@ -181,7 +182,7 @@ def study(context: StudyContext, _: NoArguments) -> StudyResult:
     """Which words go wrong, in the texts of one source or of several."""
     tokenizer = context.tokenizer
     corpora = {
-        source: Counter(id for e in examples for id in tokenizer(e.answer, add_special_tokens=False).input_ids)
+        source: Counter(id for e in examples for id in text_ids(tokenizer, e.answer))
         for source, examples in context.sources.items()
     }
     fitted = {source: context.fitted(source) for source in context.sources}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from modeling_protogen.processing_protogen import text_ids
 from trainers.data import DataArguments, Example, load_examples, stable_hash
 from trainers.fitting import Text
 
@@ -60,7 +61,7 @@ def source_texts(
     """
     texts, shortest = [], min_length or length
     for id, words, group in _candidates(source, examples, length, random.Random(f"{source} {seed}"), seed):
-        ids = tokenizer(words, add_special_tokens=False).input_ids[:length]
+        ids = text_ids(tokenizer, words)[:length]
         if len(ids) >= shortest:
             texts.append(Text(id, ids, group))
         if len(texts) == num_texts:
