@@ -1,9 +1,11 @@
 import contextlib
 import json
+import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import save_decoder
@@ -17,7 +19,7 @@ from trainers.proto_bank import (
     BankInfo,
     ProtoTokenBank,
     merge_banks,
-    remove_damaged_shards,
+    remove_damaged,
 )
 
 INFO = BankInfo(
@@ -87,7 +89,7 @@ def test_files_are_only_safetensors_parquet_and_json(bank):
 )
 def test_a_bank_for_another_decoder_or_arrangement_is_refused(bank, change):
     (name,) = change
-    with pytest.raises(ValueError, match=f"another decoder or arrangement .*{name}: bank .* wanted"):
+    with pytest.raises(ValueError, match=f"another decoder or arrangement .*{name}: there .* wanted"):
         ProtoTokenBank(bank.folder, replace(INFO, **change))
 
 
@@ -115,14 +117,154 @@ def test_a_damaged_shard_is_named_and_fitted_again_on_request(bank, damage):
         tensors.write_bytes(tensors.read_bytes()[:-1] + bytes([tensors.read_bytes()[-1] ^ 1]))
     with pytest.raises(ValueError, match=r"shard-000-00000.* --refit_damaged true"):
         ProtoTokenBank(bank.folder).verify()
-    assert remove_damaged_shards(bank.folder) == [index]
-    assert remove_damaged_shards(bank.folder) == []
+    assert remove_damaged(bank.folder, INFO) == [index]
+    assert remove_damaged(bank.folder, INFO) == []
     again = ProtoTokenBank(bank.folder)
     assert again.ids == ["c"]
     with again.writing():
         again.append([entry("a", 3)])
     assert same(ProtoTokenBank(bank.folder)["c"], entry("c", 5))
     assert same(ProtoTokenBank(bank.folder)["a"], entry("a", 3))
+
+
+def contents(bank):
+    entries = [bank[id] for id in bank.ids]
+    return {one.id: (one.token_ids, one.accuracy, one.steps, one.e.tolist(), one.m.tolist()) for one in entries}
+
+
+@pytest.mark.parametrize("name", ["shard-000-00000.parquet", "bank.json", "m.safetensors"])
+def test_a_flipped_bit_is_harmless_or_named_and_mended(tmp_path, name):
+    """Whatever file it is in: an index without a checksum would have other ids or tokens in a fifth of the cases."""
+    info, entries = replace(INFO, m_scope="shared"), {one.id: one for one in (entry("a", 3), entry("b", 9, 0.5))}
+    bank = filled(tmp_path, list(entries.values()), info=info)
+    bank.write_shared_m({"": torch.ones(1, 6)}, {"a": entries["a"].e})
+    expected, path = contents(bank), tmp_path / name
+    whole, refused = path.read_bytes(), 0
+    for at in range(0, len(whole), 1 + len(whole) // 150):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        try:
+            bank = ProtoTokenBank(tmp_path, info)
+            bank.verify()
+            assert contents(bank) == expected
+            assert torch.equal(bank.shared_m()[""], torch.ones(1, 6))
+            assert torch.equal(bank.settled_e()["a"], entries["a"].e)
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error)  # noqa: PT017
+            assert "--refit_damaged true" in str(error)  # noqa: PT017
+            if refused % 20 == 1:
+                assert path in remove_damaged(tmp_path, info)
+                bank = ProtoTokenBank(tmp_path, info)
+                bank.write_shared_m({"": torch.ones(1, 6)}, {"a": entries["a"].e})
+                with bank.writing():
+                    bank.append([one for id, one in entries.items() if id not in bank])
+                assert contents(ProtoTokenBank(tmp_path, info)) == expected
+                for shard in tmp_path.glob("shard*"):
+                    shard.rename(tmp_path / f"shard-000-00000{shard.suffix}")
+                whole = path.read_bytes()
+    assert refused > 20
+
+
+def without_checksums(folder):
+    """A bank as it was written before its index and `bank.json` had checksums."""
+    for path in folder.glob("*.parquet"):
+        index = pq.read_table(path)
+        kept = {name: index.schema.metadata[name] for name in (b"bytes", b"sha256", b"replaces")}
+        pq.write_table(index.replace_schema_metadata(kept), path)
+    (folder / "bank.json").write_text(json.dumps(asdict(ProtoTokenBank(folder).info)))
+
+
+def test_banks_of_before_are_opened_and_mended(bank):
+    expected = contents(bank)
+    without_checksums(bank.folder)
+    again = ProtoTokenBank(bank.folder, INFO)
+    again.verify()
+    assert contents(again) == expected
+    assert remove_damaged(bank.folder, INFO) == []
+    with again.writing():
+        again.append([entry("d", 2)])
+    assert contents(ProtoTokenBank(bank.folder)).items() > expected.items()
+
+
+def test_an_index_that_replaces_itself_loses_nothing(bank):
+    """Nor one that says it replaces a shard whose texts it has not."""
+    expected = contents(bank)
+    without_checksums(bank.folder)
+    path = bank.folder / "shard-000-00001.parquet"
+    index = pq.read_table(path)
+    replaces = json.dumps(["shard-000-00001", "shard-000-00000"])
+    pq.write_table(index.replace_schema_metadata(index.schema.metadata | {b"replaces": replaces.encode()}), path)
+    again = ProtoTokenBank(bank.folder)
+    with again.writing():
+        pass
+    assert contents(ProtoTokenBank(bank.folder)) == contents(again) == expected
+
+
+@pytest.mark.parametrize("end", ["parquet", "safetensors"])
+def test_a_link_to_nothing_is_named_and_mended(bank, end):
+    index = bank.folder / "shard-000-00000.parquet"
+    path = index.with_suffix(f".{end}")
+    path.unlink()
+    path.symlink_to("gone")
+    with pytest.raises(ValueError, match=rf"shard-000-00000\.{end} is damaged.* --refit_damaged true"):
+        ProtoTokenBank(bank.folder)
+    assert remove_damaged(bank.folder, INFO) == [index]
+    assert ProtoTokenBank(bank.folder).ids == ["c"]
+
+
+def test_nan_with_a_right_checksum_is_named_and_mended(bank, monkeypatch):
+    bad = entry("d", 3)
+    bad.e[0, 0, 0] = float("inf")
+    monkeypatch.setattr(proto_bank, "check_finite", lambda *_: None)
+    filled(bank.folder, [bad])
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"text d in shard .* has NaN or infinite .* --refit_damaged true"):
+        ProtoTokenBank(bank.folder).verify()
+    assert len(remove_damaged(bank.folder, INFO)) == 1
+    ProtoTokenBank(bank.folder).verify()
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"[1]", b'{"dim": 6}', b"\xff"], ids=["missing", "empty", "list", "short", "bytes"]
+)
+def test_a_lost_bank_json_is_named_and_written_again(bank, content):
+    expected, path = contents(bank), bank.folder / "bank.json"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    for info in (None, INFO):
+        with pytest.raises(ValueError, match=r"bank\.json is .*--refit_damaged true"):
+            ProtoTokenBank(bank.folder, info)
+    with pytest.raises(ValueError, match=r"bank\.json is lost, and its shards were fitted for something else"):
+        remove_damaged(bank.folder, replace(INFO, chunk_size=8))
+    assert remove_damaged(bank.folder, INFO) == [path]
+    assert contents(ProtoTokenBank(bank.folder, INFO)) == expected
+
+
+def test_a_lost_shared_m_takes_its_texts_with_it(tmp_path):
+    info = replace(INFO, m_scope="shared")
+    bank = filled(tmp_path, [entry("a", 3)], info=info)
+    with pytest.raises(ValueError, match=r"m\.safetensors is missing\. Fit its texts again"):
+        bank.verify()
+    assert remove_damaged(tmp_path, info) == [tmp_path / "shard-000-00000.parquet"]
+    assert len(ProtoTokenBank(tmp_path)) == 0
+
+
+def test_damage_is_not_gathered_under_a_new_checksum(bank):
+    path = bank.folder / "shard-000-00000.safetensors"
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match=r"shard-000-00000\.safetensors has a wrong checksum"), bank.writing():
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_file_modes_follow_the_umask(tmp_path):
+    umask = os.umask(0o027)
+    try:
+        filled(tmp_path, [entry("a", 3)])
+    finally:
+        os.umask(umask)
+    files = [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
 def test_nan_is_refused_on_the_way_in_and_out(bank):

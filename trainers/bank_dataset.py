@@ -1,8 +1,8 @@
 """A bank as a Hugging Face data set: parquet files that anyone can load, with a card; and back."""
 
 import dataclasses
-import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,7 +13,18 @@ import torch
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi, snapshot_download
 from transformers import PreTrainedTokenizerBase
 
-from .proto_bank import INFO_NAME, SHARD_TEXTS, SHARED_M_NAME, BankEntry, BankInfo, ProtoTokenBank
+from .files import written_aside
+from .proto_bank import (
+    INFO_NAME,
+    SHARD_TEXTS,
+    SHARED_M_NAME,
+    BankEntry,
+    BankInfo,
+    ProtoTokenBank,
+    read_info,
+    read_settled,
+    with_prefix,
+)
 
 FILE_TEXTS = 2048
 
@@ -75,25 +86,26 @@ def export_bank(
     if not len(bank):
         raise ValueError(f"the bank in {bank.folder} is empty.")
     bank.verify()
-    # Aside, then renamed: an interrupted export leaves nothing under the name.
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / "data").mkdir(parents=True)
+    with written_aside(folder) as aside:
+        (aside / "data").mkdir()
+        write_parquet_files(bank, aside / "data", tokenizer)
+        shutil.copy(bank.folder / INFO_NAME, aside)
+        if bank.shared_m() is not None:
+            shutil.copy(bank.folder / SHARED_M_NAME, aside)
+        bank_card(bank, repo_id, license).save(aside / "README.md")
+    return folder
+
+
+def write_parquet_files(bank: ProtoTokenBank, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Writes a bank's entries, FILE_TEXTS to a file; with a tokenizer also their texts."""
     num_files = -(-len(bank) // FILE_TEXTS)
     for number in range(num_files):
         ids = bank.ids[number * FILE_TEXTS : (number + 1) * FILE_TEXTS]
         table = entries_table([bank[id] for id in ids])
         if tokenizer is not None:
             table = table.append_column("text", [tokenizer.batch_decode(table["token_ids"].to_pylist())])
-        pq.write_table(table, aside / "data" / f"train-{number:05d}-of-{num_files:05d}.parquet")
-    shutil.copy(bank.folder / INFO_NAME, aside)
-    if bank.shared_m() is not None:
-        shutil.copy(bank.folder / SHARED_M_NAME, aside)
-    bank_card(bank, repo_id, license).save(aside / "README.md")
-    if folder.exists():
-        folder.rmdir()
-    aside.rename(folder)
-    return folder
+        path = folder / f"train-{number:05d}-of-{num_files:05d}.parquet"
+        pq.write_table(table, path, write_page_checksum=True)
 
 
 def entries_table(entries: list[BankEntry]) -> pa.Table:
@@ -163,15 +175,27 @@ def import_bank(source: str | Path, folder: str | Path, revision: str | None = N
     source = Path(source)
     if not (source / INFO_NAME).is_file():
         raise FileNotFoundError(f"{source} holds no exported bank: {INFO_NAME} is missing.")
-    bank = ProtoTokenBank(folder, BankInfo(**json.loads((source / INFO_NAME).read_text())))
+    bank = ProtoTokenBank(folder, read_info(source / INFO_NAME))
     with bank.writing():
-        if (source / SHARED_M_NAME).is_file() and bank.shared_m() is None:
-            shutil.copy(source / SHARED_M_NAME, bank.folder)
+        if bank.shared_m() is None and (settled := read_settled(source)):
+            bank.write_shared_m(with_prefix("m/", settled), with_prefix("e/", settled))
         for path in sorted((source / "data").glob("*.parquet")):
-            for batch in pq.ParquetFile(path).iter_batches(SHARD_TEXTS):
-                entries = [entry_of_row(row, bank.info) for row in batch.to_pylist()]
+            for entries in read_entries(path, bank.info):
                 bank.append([entry for entry in entries if entry.id not in bank])
     return bank
+
+
+def read_entries(path: Path, info: BankInfo) -> Iterator[list[BankEntry]]:
+    """
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    content = pa.BufferReader(path.read_bytes())
+    try:
+        for batch in pq.ParquetFile(content, page_checksum_verification=True).iter_batches(SHARD_TEXTS):
+            yield [entry_of_row(row, info) for row in batch.to_pylist()]
+    except Exception as error:  # What a reader of parquet says of flipped bits is of many kinds.
+        raise ValueError(f"{path} is damaged: {error}. Export or download it again.") from error
 
 
 def entry_of_row(row: dict, info: BankInfo) -> BankEntry:

@@ -46,10 +46,10 @@ def fit_bank(fitter: ProtoTokenFitter, bank: ProtoTokenBank, texts: list[Text], 
         pending.sort(key=lambda text: -len(text.token_ids))
         mine = pending[accelerator.process_index :: accelerator.num_processes]
         progress = Progress(len(mine), accelerator)
-        for ended in fitter.fit(mine, m):
-            bank.append(ended)
-            progress.step(ended)
-        progress.bar.close()
+        with progress.bar:
+            for ended in fitter.fit(mine, m):
+                bank.append(ended)
+                progress.step(ended)
     accelerator.wait_for_everyone()
     bank.reload()
     return len(pending)
@@ -59,10 +59,11 @@ def shared_m(
     fitter: ProtoTokenFitter, bank: ProtoTokenBank, texts: list[Text]
 ) -> tuple[dict[str, torch.Tensor], list[Text]]:
     """The bank's `m` of each group, settled and stored if it has none yet; and the texts, with starts from settling."""
-    m = bank.shared_m()
-    if m is None:
-        m, texts = fitter.settle(texts)
-        bank.write_shared_m(m)
+    if bank.shared_m() is None:
+        bank.write_shared_m(*fitter.settle(texts))
+    # As stored: a run that goes on starts where the first one did.
+    m, starts = bank.shared_m(), bank.settled_e()
+    texts = [with_settled_start(text, starts.get(text.id), bank.info.chunk_size) for text in texts]
     unknown = sorted({text.group for text in texts} - m.keys())
     if unknown:
         raise ValueError(
@@ -70,6 +71,12 @@ def shared_m(
             "settled on other data. Fit these into another bank."
         )
     return {group: vector.to(fitter.decoder.device) for group, vector in m.items()}, texts
+
+
+def with_settled_start(text: Text, e: torch.Tensor | None, chunk_size: int) -> Text:
+    """The text, starting from this `e` where there is one that is as long as the text is now."""
+    fits = e is not None and len(e) == -(-len(text.token_ids) // chunk_size)
+    return replace(text, start=(e, None)) if fits else text
 
 
 class Progress:

@@ -222,13 +222,14 @@ class ProtoTokenFitter:
             active = [fit for fit in active if fit not in ended]
             yield [self._confirmed(fit) for fit in ended]
 
-    def settle(self, texts: list[Text]) -> tuple[dict[str, torch.Tensor], list[Text]]:
+    def settle(self, texts: list[Text]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """
         Learns the `m` of each group together with an `e` for each text of a sample, `fit_settle_texts` a group, in
         `fit_settle_steps` steps; keeps the state with the best mean accuracy.
 
         Returns:
-            The `m` `(1, dim)` of each group, and the texts, those of the sample with their `e` as a start.
+            The `m` `(1, dim)` of each group, and of each text of the sample the `e` `(chunks, num_e_tokens, dim)`, from
+            which its fit may start.
         """
         fits = [TextFit(text) for text in self._sample(texts)]
         groups = sorted({fit.text.group for fit in fits})
@@ -263,8 +264,7 @@ class ProtoTokenFitter:
             for fit in fits:
                 self.update([fit.e], fit.optimizer, rate)
                 fit.step += 1
-        starts = {id: (e, None) for id, e in kept.items()}
-        return settled, [replace(text, start=starts.get(text.id, text.start)) for text in texts]
+        return settled, kept
 
     def _sample(self, texts: list[Text]) -> list[Text]:
         """`fit_settle_texts` of each group, the longest first; the same whatever the order of the texts."""

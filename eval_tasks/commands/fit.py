@@ -16,7 +16,7 @@ from trainers.data import DataArguments, Example, categories_of, fitting_targets
 from trainers.decoders import load_decoder
 from trainers.fit_bank import fit_bank, with_predicted_starts
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
-from trainers.proto_bank import ProtoTokenBank, remove_damaged_shards
+from trainers.proto_bank import ProtoTokenBank, remove_damaged, same_vectors
 from trainers.training_args import ProtoGenTrainingArguments
 
 ARGUMENTS = (
@@ -43,10 +43,6 @@ def fit(
 ) -> None:
     """Fits the training split's answers into the bank, but for those that are there; sums up in OUTPUT_DIR/fit.json."""
     folder, accelerator = bank_args.folder(args.output_dir), open_accelerator(args)
-    if inputs.refit_damaged and accelerator.is_main_process:
-        for path in remove_damaged_shards(folder):
-            print(f"removed damaged shard {path.stem}; its texts are fitted again")
-    accelerator.wait_for_everyone()
     tokenizer, decoder = load_decoder(
         model_args.decoder,
         model_args.decoder_revision,
@@ -54,15 +50,19 @@ def fit(
         accelerator.device,
         model_args.trust_remote_code,
     )
-    bank = ProtoTokenBank(folder, bank_info(model_args, decoder))
+    info = bank_info(model_args, decoder)
+    if inputs.refit_damaged and accelerator.is_main_process:
+        for path in remove_damaged(folder, info):
+            print(f"{path.name} was damaged, or rests on what was: it is made again")
+    accelerator.wait_for_everyone()
+    bank = ProtoTokenBank(folder, info)
     bank.verify()
-    if model_args.m_scope == "fixed" and bank.shared_m() is None:
-        if inputs.fixed_m is None:
-            raise ValueError("m_scope=fixed needs the vector: --fixed_m FILE.safetensors with a tensor m.")
-        bank.write_shared_m({"": load_file(inputs.fixed_m)["m"].view(1, bank.info.dim)})
+    if model_args.m_scope == "fixed":
+        fix_m(bank, inputs.fixed_m)
     examples, held_out = split_by_instruction(load_examples(data_args), data_args.validation_share)
     examples = examples[: fit_args.fit_num_texts] + held_out[: inputs.fit_num_validation]
     texts = texts_to_fit(inputs, model_args, fit_args, bank, tokenizer, examples, accelerator.device)
+    check_same_texts(bank, texts)
     there = sum(text.id in bank for text in texts)
     accelerator.print(f"fitting {len(texts) - there} texts; {there} are in the bank already")
     fitter = ProtoTokenFitter(decoder, bank.info, fit_args)
@@ -90,6 +90,38 @@ def fit(
         f"mean reconstruction accuracy {summary['reconstruction_accuracy']:.4f}, "
         f"{summary['perfect_texts']} of {summary['texts']} texts perfect; bank in {folder}"
     )
+
+
+def fix_m(bank: ProtoTokenBank, path: str | None) -> None:
+    """
+    Writes the vector that all of the bank's texts share, if it is not there yet.
+
+    Raises:
+        ValueError: if nothing says which one, or the bank has another one.
+    """
+    there = bank.shared_m()
+    if path is None and there is None:
+        raise ValueError("m_scope=fixed needs the vector: --fixed_m FILE.safetensors with a tensor m.")
+    given = None if path is None else {"": load_file(path)["m"].view(1, bank.info.dim).float()}
+    if there is None:
+        bank.write_shared_m(given)
+    elif given is not None and not same_vectors(there, given):
+        raise ValueError(f"the bank in {bank.folder} was fitted with another m than {path}: use another bank folder.")
+
+
+def check_same_texts(bank: ProtoTokenBank, texts: list[Text]) -> None:
+    """
+    Raises:
+        ValueError: if the bank holds a text with other tokens than it has now.
+    """
+    other = [text for text in texts if text.id in bank and bank.row(text.id)["token_ids"] != text.token_ids]
+    if other:
+        there = bank.row(other[0].id)["token_ids"]
+        raise ValueError(
+            f"{len(other)} of {len(texts)} texts are in the bank in {bank.folder} with other tokens, text "
+            f"{other[0].id} with {len(there)} where it has {len(other[0].token_ids)} now: use another bank folder, or "
+            "the fit_max_length it was fitted with."
+        )
 
 
 def texts_to_fit(
