@@ -89,6 +89,22 @@ def test_who_needs_fewer_states_gets_those(build, llama_dir, tmp_path, reads):
         store(model.decoder, *prompt, [1, 2])
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped bit", "prompts.json"])
+def test_a_damaged_file_is_named(build, llama_dir, tmp_path, damage):
+    model, processor = build(llama_dir, decoder_sees_prompt=True)
+    inputs = processor(INSTRUCTIONS, CONTEXTS)
+    prompt = inputs["decoder_prompt_ids"], inputs["decoder_prompt_mask"]
+    PromptStore(tmp_path, model.decoder, [2])(model.decoder, *prompt, [2])
+    (path,) = tmp_path.glob("*.json" if damage == "prompts.json" else "*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content if damage == "flipped bit" else content[:-1])
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged: .* Remove"):
+        PromptStore(tmp_path, model.decoder, [2])(model.decoder, *prompt, [2])
+    path.unlink()
+    PromptStore(tmp_path, model.decoder, [2])(model.decoder, *prompt, [2])
+
+
 def test_a_store_is_of_one_decoder_and_its_layers(decoder, tmp_path):
     PromptStore(tmp_path, decoder, [0, 2])
     message = "as another decoder or dtype read them, or other layers: use another folder"

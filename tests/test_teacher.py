@@ -94,6 +94,25 @@ def test_answers_of_another_teacher_are_refused(decoder, processor, tmp_path):
             write(decoder, processor, tmp_path, info=changed)
 
 
+def test_damaged_answers_are_named(decoder, processor, tmp_path):
+    write(decoder, processor, tmp_path)
+    answers, info = tmp_path / "answers-000.jsonl", tmp_path / "teacher.json"
+    whole = answers.read_text()
+    answers.write_text(whole.replace("[", "[9, ", 1))
+    with pytest.raises(ValueError, match="answers-000.jsonl, line 1 is damaged: remove the line"):
+        read_teacher_answers(tmp_path, INFO)
+    answers.write_text('{"id": "a"}\n')
+    with pytest.raises(ValueError, match="answers-000.jsonl, line 1 has no id and token_ids"):
+        read_teacher_answers(tmp_path, INFO)
+    answers.write_text(whole)
+    info.write_text("{")
+    with pytest.raises(ValueError, match="teacher.json is damaged: .*Restore it"):
+        read_teacher_answers(tmp_path, INFO)
+    info.unlink()
+    with pytest.raises(ValueError, match="holds answers and no teacher.json"):
+        write(decoder, processor, tmp_path)
+
+
 def test_the_template_is_what_stands_around_the_instruction(processor):
     assert prompt_template(processor).split() == ["<bos>", "<unk>", "<eos>", "answer"]
 

@@ -6,13 +6,11 @@ import uuid
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from modeling_protogen.frozen_decoder import decoder_fingerprint, padded_left, read_prefix
 
-from .files import write_atomically
+from .files import CheckedTensors, read_json, save_tensors, write_atomically
 
 INFO_NAME = "prompts.json"
 KEYS_AND_VALUES, STATES = "keys_and_values", "states"
@@ -40,7 +38,7 @@ class PromptStore:
         if not path.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda temporary: temporary.write_text(json.dumps(info, indent=2)))
-        elif json.loads(path.read_text()) != info:
+        elif read_json(path, "Remove the folder: its prompts are read again.") != info:
             raise ValueError(
                 f"{self.folder} holds prompts as another decoder or dtype read them, or other layers: "
                 "use another folder."
@@ -60,8 +58,8 @@ class PromptStore:
 
     def _open(self, path: Path) -> None:
         self._names.add(path.name)
-        file = safe_open(path, framework="pt")
-        self._files |= {name.partition(".")[0]: file for name in file.keys()}  # noqa: SIM118
+        file = CheckedTensors(path, "Remove it: its prompts are read again.")
+        self._files |= {name.partition(".")[0]: file for name in file.names}
 
     def __call__(
         self, decoder: PreTrainedModel, prefix_ids: torch.LongTensor, prefix_mask: torch.Tensor, layers: list[int]
@@ -70,7 +68,7 @@ class PromptStore:
         As [`read_prefix`].
 
         Raises:
-            ValueError: if states of a layer are asked for that the store does not keep.
+            ValueError: if states of a layer are asked for that the store does not keep, or a file is damaged.
         """
         lacking = sorted({*layers} - {*self.layers})
         if lacking:
@@ -83,7 +81,7 @@ class PromptStore:
             self._store([names[row] for row in missing], decoder, prefix_ids[missing], prefix_mask[missing])
 
         def stacked(kind):
-            parts = [self._files[name].get_tensor(f"{name}.{kind}") for name in names]
+            parts = [self._files[name][f"{name}.{kind}"] for name in names]
             return torch.stack([padded_left(part, prefix_ids.shape[1]) for part in parts]).to(prefix_ids.device)
 
         cache = DynamicCache()
@@ -104,7 +102,7 @@ class PromptStore:
             if self.layers:  # (layers, length, dim)
                 tensors[f"{name}.{STATES}"] = states[row, -length:].transpose(0, 1).contiguous().cpu()
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+        save_tensors(path, tensors)
         self._open(path)
 
 

@@ -13,7 +13,6 @@ appends a small shard whenever texts have ended, so that a kill costs no finishe
 into one that names those it replaces, so that they count no more from the moment it exists.
 """
 
-import hashlib
 import json
 import math
 import os

@@ -14,8 +14,7 @@ from modeling_protogen.autoregressive import up_to_eos
 from modeling_protogen.configuration_protogen import as_list
 
 from .data import Example
-from .files import append_lines, locked, read_lines, write_atomically
-from .text_files import read_json
+from .files import append_lines, differences, locked, read_json, read_lines, write_atomically
 
 INFO_NAME = "teacher.json"
 
@@ -34,6 +33,11 @@ class TeacherInfo:
     max_prompt_length: int
     # Tokens after which an answer is cut, EOS included.
     max_length: int
+
+    @property
+    def wanted(self) -> dict:
+        """What must agree. The fingerprint identifies the decoder; the same weights may have another name."""
+        return {name: value for name, value in asdict(self).items() if name not in ("decoder", "decoder_revision")}
 
 
 def prompt_template(processor: ProtoGenProcessor) -> str:
@@ -54,19 +58,16 @@ def read_teacher_answers(folder: str | Path, info: TeacherInfo) -> dict[str, lis
     path = folder / INFO_NAME
     if not path.is_file():
         raise FileNotFoundError(f"no teacher answers in {folder}; write them first (protogen teacher).")
-    there = read_json(path)
-    differing = [
-        f"{name}: there {there[name]!r}, wanted {value!r}"
-        for name, value in asdict(info).items()
-        # The fingerprint tells decoders apart, whatever they are called.
-        if name not in ("decoder", "decoder_revision") and there[name] != value
-    ]
-    if differing:
-        raise ValueError(
-            f"the teacher answers in {folder} are of another kind: {'; '.join(differing)}. Use another folder."
-        )
-    rows = [row for file in sorted(folder.glob("answers-*.jsonl")) for row in read_lines(file)]
-    return {row["id"]: row["token_ids"] for row in rows}
+    there = read_json(path, "Restore it, or use another folder.")
+    if differing := differences(there, info.wanted):
+        raise ValueError(f"the teacher answers in {folder} are of another kind: {differing}. Use another folder.")
+    answers = {}
+    for file in sorted(folder.glob("answers-*.jsonl")):
+        for number, row in enumerate(read_lines(file), start=1):
+            if {*row} != {"id", "token_ids"}:
+                raise ValueError(f"{file}, line {number} has no id and token_ids: remove it and run protogen teacher.")
+            answers[row["id"]] = row["token_ids"]
+    return answers
 
 
 def write_teacher_answers(
@@ -93,6 +94,8 @@ def write_teacher_answers(
     folder, rank = Path(folder), accelerator.process_index
     with locked(folder / f".lock-{rank}"):
         if accelerator.is_main_process and not (folder / INFO_NAME).is_file():
+            if any(folder.glob("answers-*.jsonl")):
+                raise ValueError(f"{folder} holds answers and no {INFO_NAME}. Restore it, or use another folder.")
             text = json.dumps(asdict(info), indent=2)
             write_atomically(folder / INFO_NAME, lambda path: path.write_text(text))
         accelerator.wait_for_everyone()
@@ -103,14 +106,13 @@ def write_teacher_answers(
         # Bucket prompts by length, the longest first, so that running out of memory shows at once.
         pending.sort(key=lambda example: -len(example.instruction + example.context))
         mine = pending[rank :: accelerator.num_processes]
-        progress = tqdm(total=len(mine), desc="teacher answers", disable=not accelerator.is_main_process)
-        for first in range(0, len(mine), batch_size):
-            part = mine[first : first + batch_size]
-            answers = greedy_answers(decoder, processor, part, info.max_length)
-            rows = [{"id": e.id, "token_ids": ids} for e, ids in zip(part, answers, strict=True)]
-            append_lines(folder / f"answers-{rank:03d}.jsonl", rows)
-            progress.update(len(part))
-        progress.close()
+        with tqdm(total=len(mine), desc="teacher answers", disable=not accelerator.is_main_process) as progress:
+            for first in range(0, len(mine), batch_size):
+                part = mine[first : first + batch_size]
+                answers = greedy_answers(decoder, processor, part, info.max_length)
+                rows = [{"id": e.id, "token_ids": ids} for e, ids in zip(part, answers, strict=True)]
+                append_lines(folder / f"answers-{rank:03d}.jsonl", rows)
+                progress.update(len(part))
     accelerator.wait_for_everyone()
     return read_teacher_answers(folder, info)
 
