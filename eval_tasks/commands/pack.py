@@ -12,6 +12,7 @@ import torch
 from transformers import HfArgumentParser
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from trainers.files import written_aside
 from trainers.text_files import read_json
 
 
@@ -27,16 +28,17 @@ def main(arguments: list[str]) -> None:
     # The name that the recipe has, which is the same on every machine.
     model.config.decoder_name_or_path = metrics["run"]["decoder"]
     model.config.decoder_config._name_or_path = metrics["run"]["decoder"]
-    model.to(torch.bfloat16).save_pretrained(arguments.folder / "model", thin=True)
-    processor = ProtoGenProcessor.from_pretrained(arguments.run / "model")
-    processor.save_pretrained(arguments.folder / "model")
-    for path in (arguments.folder / "model").glob("*.py"):
-        path.unlink()  # Beside this repository's code a copy of it would only grow old.
-    if not processor.for_encoder:  # Both tokenizers are the decoder's, which comes with the decoder.
-        shutil.rmtree(arguments.folder / "model" / "decoder_tokenizer")
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            (arguments.folder / "model" / name).unlink(missing_ok=True)
-    for name in ("metrics.json", "answers.csv"):
-        shutil.copy(arguments.run / name, arguments.folder / name)
+    with written_aside(arguments.folder) as folder:
+        model.to(torch.bfloat16).save_pretrained(folder / "model", thin=True)
+        processor = ProtoGenProcessor.from_pretrained(arguments.run / "model")
+        processor.save_pretrained(folder / "model")
+        for path in (folder / "model").glob("*.py"):
+            path.unlink()  # Beside this repository's code a copy of it would only grow old.
+        if not processor.for_encoder:  # Both tokenizers are the decoder's, which comes with the decoder.
+            shutil.rmtree(folder / "model" / "decoder_tokenizer")
+            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+                (folder / "model" / name).unlink(missing_ok=True)
+        for name in ("metrics.json", "answers.csv"):
+            shutil.copy(arguments.run / name, folder / name)
     megabytes = sum(path.stat().st_size for path in arguments.folder.rglob("*") if path.is_file()) / 1e6
     print(f"{arguments.folder}: {megabytes:.1f} MB")
