@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
@@ -11,6 +11,17 @@ from modeling_protogen.objectives import LOSS_WEIGHTS
 
 from .losses import LOSSES, needs_of
 from .text_files import parse_json
+
+# Arguments of transformers that would do nothing here, or harm, and why.
+REFUSED = {
+    "resume_from_checkpoint": "a command goes on from its output_dir by itself, and trainer.train() takes a checkpoint",
+    "label_smoothing_factor": "the losses know no label smoothing",
+    "neftune_noise_alpha": "the losses know no noise on embeddings",
+    "remove_unused_columns": "the collator reads whole examples",
+    "length_column_name": "lengths are those of instruction and context",
+    "save_only_model": "nothing could go on from such checkpoints",
+    "do_predict": "the held-out answers are always written",
+}
 
 
 @dataclass
@@ -23,7 +34,7 @@ class ProtoGenTrainingArguments(TrainingArguments):
     verbosity, `logging_nan_inf_filter=False`, and memory pinned only where there is an accelerator.
 
     Raises:
-        ValueError: if a loss is unknown or no weight is positive.
+        ValueError: if a loss is unknown, no weight is positive, or an argument would do nothing here.
     """
 
     # A dict once built; the command line gives JSON.
@@ -70,6 +81,10 @@ class ProtoGenTrainingArguments(TrainingArguments):
     disable_tqdm: bool | None = field(default=False, metadata={"help": "Hide the progress bar."})
 
     def __post_init__(self):
+        defaults = {known.name: known.default for known in fields(self)}
+        for name, reason in REFUSED.items():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name} cannot be set: {reason}.")
         has_accelerator = torch.accelerator.is_available()
         self.dataloader_pin_memory = self.dataloader_pin_memory and has_accelerator
         # transformers refuses bf16 on a CPU that was not asked for.
