@@ -15,6 +15,7 @@ class NearestBanked:
 
     def __init__(self, model: ProtoGenForConditionalGeneration, bank: ProtoTokenBank):
         check_same_vectors(model.config, bank.info)
+        bank.verify()
         self.model = model
         entries = [bank[id] for id in bank.ids]
 

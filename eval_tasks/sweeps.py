@@ -264,6 +264,7 @@ def gather_losses(sweep: Sweep, command: str) -> dict:
     """Models that each learned with one loss from one bank, `OUTPUT_DIR/bank` of the recipe."""
     runs, recipe = finished(sweep, "metrics.json"), read_recipe(sweep.recipe)
     bank = ProtoTokenBank(Path(recipe["output_dir"]) / "bank")
+    bank.verify()
     examples = load_examples(DataArguments(data=recipe["data"]))
     known, held_out = split_by_instruction(examples, recipe.get("validation_share", DataArguments.validation_share))
     known, held_out = ([example for example in part if example.id in bank] for part in (known, held_out))

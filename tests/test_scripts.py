@@ -253,7 +253,9 @@ def test_trained_models_are_compared(call, recipe, tmp_path, monkeypatch):
     assert 0 < metrics["model_flops_utilisation"] < 1
 
 
-def test_an_interrupted_fit_keeps_every_text_that_ended(call, recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("scope", ["per_example", "shared"])
+def test_an_interrupted_fit_keeps_every_text_that_ended(call, recipe, tmp_path, monkeypatch, scope):
+    """And ends as one that was not interrupted."""
     append, written = ProtoTokenBank.append, []
 
     def interrupted(self, entries):
@@ -263,7 +265,7 @@ def test_an_interrupted_fit_keeps_every_text_that_ended(call, recipe, tmp_path, 
         written.extend(entry.id for entry in entries)
 
     monkeypatch.setattr(ProtoTokenBank, "append", interrupted)
-    fit = ("--config", recipe, "--fit_slots", 2)
+    fit = ("--config", recipe, "--fit_slots", 2, "--m_scope", scope, "--fit_settle_steps", 5)
     assert call("fit", *fit) == "interrupted; run the same command again to go on"
     monkeypatch.undo()
     assert 2 <= len(written) < 5
@@ -273,6 +275,11 @@ def test_an_interrupted_fit_keeps_every_text_that_ended(call, recipe, tmp_path, 
     bank.verify()
     assert len(bank) == 5
     assert set(written) < set(bank.ids)
+    call("fit", *fit, "--output_dir", tmp_path / "whole")
+    whole = ProtoTokenBank(tmp_path / "whole" / "bank")
+    for id in whole.ids:
+        assert bank.row(id)["steps"] == whole.row(id)["steps"]
+        assert torch.equal(bank[id].e, whole[id].e)
 
 
 def test_damaged_shards_are_fitted_again_on_request(call, recipe, tmp_path):
@@ -284,10 +291,9 @@ def test_damaged_shards_are_fitted_again_on_request(call, recipe, tmp_path):
     content[-1] ^= 1
     shard.write_bytes(bytes(content))
     message = call("fit", *fit)
-    assert message.startswith("error: shards with a wrong checksum: ")
-    assert str(shard) in message
+    assert f"shard {shard} has a wrong checksum" in message
     out = call("fit", *fit, "--refit_damaged", "true")
-    assert f"removed damaged shard {shard.stem}" in out
+    assert f"{shard.stem}.parquet was damaged" in out
     assert "fitting 5 texts; 0" in out
     after = ProtoTokenBank(tmp_path / "run" / "bank")
     assert sorted(after.ids) == sorted(before.ids)
@@ -306,6 +312,9 @@ def test_fitting_with_an_m_that_texts_share(call, recipe, tmp_path, scope):
     ((group, m),) = bank.shared_m().items()
     assert group == ("open" if scope == "per_category" else "")
     assert scope != "fixed" or torch.equal(m, torch.ones(1, 24))
+    if scope == "fixed":
+        save_file({"m": torch.zeros(24)}, tmp_path / "zeros.safetensors")
+        assert "fitted with another m than" in call("fit", *fit[:-1], tmp_path / "zeros.safetensors")
     # Texts that come later use the m that is there.
     assert "fitting 4 texts; 5" in call("fit", *fit, "--fit_num_texts", 9)
     bank.reload()
@@ -426,7 +435,7 @@ def test_the_bank_command(call, recipe, tmp_path):
 
 
 def test_interrupted_training_goes_on_from_its_checkpoint(call, recipe, tmp_path, monkeypatch):
-    call("train", "--config", recipe)
+    call("train", "--config", recipe, "--logging_steps", 2)
     expected = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
 
     trainer, steps = ProtoGenTrainer, []
@@ -438,14 +447,44 @@ def test_interrupted_training_goes_on_from_its_checkpoint(call, recipe, tmp_path
                 raise KeyboardInterrupt
             return super().training_step(*arguments)
 
+    log = json.loads((tmp_path / "run" / "metrics.json").read_text())["log"]
     monkeypatch.setattr("eval_tasks.commands.train.ProtoGenTrainer", Interrupted)
-    other = ("--config", recipe, "--output_dir", tmp_path / "other")
+    other = ("--config", recipe, "--output_dir", tmp_path / "other", "--logging_steps", 2)
     assert call("train", *other) == "interrupted; run the same command again to go on"
     assert not (tmp_path / "other" / "model").exists()
     call("train", *other)
     assert steps == [0, 1, 2, 3, 2, 3]
     resumed = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "other" / "model")
     assert weights_hash(resumed) == weights_hash(expected)
+    timed = ("runtime", "per_second")
+    for whole, found in zip(log, json.loads((tmp_path / "other" / "metrics.json").read_text())["log"], strict=True):
+        assert {k: v for k, v in found.items() if not k.endswith(timed)} == {
+            k: v for k, v in whole.items() if not k.endswith(timed)
+        }
+
+
+def test_training_goes_on_with_what_it_was_begun_with_alone(call, recipe, tmp_path):
+    call("train", "--config", recipe)
+    (tmp_path / "run" / "metrics.json").unlink()
+    decoder = save_decoder(tmp_path / "other", "llama")
+    model = AutoModelForCausalLM.from_pretrained(decoder)
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.save_pretrained(decoder)
+    rows = (tmp_path / "data.jsonl").read_text().splitlines()
+    (tmp_path / "fewer.jsonl").write_text("\n".join(rows[:-9]))
+    for option, value, name in (
+        ("--decoder", decoder, "decoder fingerprint"),
+        ("--data", tmp_path / "fewer.jsonl", "training examples"),
+        ("--validation_share", 0.4, "validation_share"),
+        ("--decoder_sees_prompt", "true", "decoder_sees_prompt"),
+        ("--prompt_template", "Say: {message}", "processor prompt_template"),
+        ("--encoder_lora_rank", 2, "encoder_lora_rank"),
+    ):
+        message = call("train", "--config", recipe, option, value)
+        assert "checkpoint-4 was made with something else: " in message
+        assert f"{name}: there" in message
+        assert message.splitlines()[0].endswith("Go on with that, or use another output_dir.")
+    assert "model in" in call("train", "--config", recipe)
 
 
 def test_training_against_a_bank(call, recipe, tmp_path):
@@ -636,6 +675,15 @@ def test_a_bank_is_only_for_what_it_was_fitted_for(call, recipe, tmp_path):
     shard = next((tmp_path / "run" / "bank").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-4])
     assert "is damaged" in call("fit", "--config", recipe)
+
+
+def test_a_text_with_other_tokens_is_not_taken_for_the_one_in_the_bank(call, recipe, tmp_path):
+    call("fit", "--config", recipe, "--fit_max_length", 2)
+    message = call("fit", "--config", recipe, "--fit_max_length", 8)
+    assert message.startswith("error: ")
+    assert "with 2 where it has" in message
+    assert "use another bank folder, or the fit_max_length it was fitted with" in message
+    assert "fitting 0 texts" in call("fit", "--config", recipe, "--fit_max_length", 2)
 
 
 def test_two_runs_do_not_share_a_folder(call, recipe, tmp_path):

@@ -1,7 +1,10 @@
 """The trainer: exact under gradient accumulation and resume, every loss logged, the decoder untouched."""
 
 import json
+import os
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +16,14 @@ from transformers import TrainerCallback
 
 from eval_tasks.text_metrics import one_step_metrics
 from modeling_protogen.frozen_decoder import decoder_fingerprint
+from trainers import protogen_trainer
 from trainers.data import Example, ProtoGenCollator, examples_of
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
 from trainers.losses import LOSSES
 from trainers.proto_bank import BankInfo, ProtoTokenBank
-from trainers.protogen_trainer import LengthGroupedEpochs, ProtoGenTrainer, last_complete_checkpoint
-from trainers.training_args import ProtoGenTrainingArguments
+from trainers.protogen_trainer import LengthGroupedEpochs, ProgressLines, ProtoGenTrainer
+from trainers.resuming import begin_checkpoint, last_complete_checkpoint
+from trainers.training_args import REFUSED, ProtoGenTrainingArguments
 
 EXAMPLES = [
     Example(f"{i}-{j}", instruction, CONTEXTS[i] or "", answer)
@@ -242,11 +247,68 @@ def test_resuming_from_thin_checkpoints(trainer_for, llama_dir, tmp_path):
     assert weights_hash(resumed.model) == weights_hash(whole.model)
 
 
-def test_a_checkpoint_that_was_not_finished_is_passed_over(trainer_for, llama_dir, tmp_path):
-    trainer_for(llama_dir, max_steps=4, save_strategy="steps", save_steps=2).train()
-    (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").unlink()
-    assert last_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")
-    assert last_complete_checkpoint(tmp_path / "nothing") is None
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "trainer_state.json").write_text(""), r"is damaged \(trainer_state.json\)"),
+        (lambda folder: (folder / "optimizer.pt").unlink(), r"is damaged \(optimizer.pt\)"),
+        (lambda folder: (folder / "rng_state.pth").write_bytes(b"x"), r"is damaged \(rng_state.pth\)"),
+        (lambda folder: (folder / "checksums.json").write_text("["), r"is damaged \(checksums.json\)"),
+        (lambda folder: begin_checkpoint(folder), "was not finished"),
+        # As they were before they had checksums.
+        (lambda folder: [(folder / n).unlink() for n in ("checksums.json", "trainer_state.json")], "was not finished"),
+    ],
+    ids=["empty", "missing", "changed", "checksums", "unfinished", "of before"],
+)
+def test_a_checkpoint_that_is_not_whole_is_passed_over(trainer_for, llama_dir, tmp_path, damage, said):
+    trainer_for(llama_dir, max_steps=2, save_strategy="steps", save_steps=1).train()
+    folder, messages = tmp_path / "run", []
+    assert last_complete_checkpoint(folder, messages.append).endswith("checkpoint-2")
+    damage(folder / "checkpoint-2")
+    assert last_complete_checkpoint(folder, messages.append).endswith("checkpoint-1")
+    (message,) = messages
+    assert re.search(f"checkpoint-2 {said}: going on from .*checkpoint-1.$", message)
+    shutil.rmtree(folder / "checkpoint-1")
+    if "damaged" in said:
+        with pytest.raises(ValueError, match=rf"checkpoint-2 {said}, and no checkpoint before it is whole"):
+            last_complete_checkpoint(folder, messages.append)
+    else:
+        assert last_complete_checkpoint(folder, messages.append) is None
+        assert messages[1].endswith("checkpoint-2 was not finished: going on from the start.")
+
+
+def test_a_checkpoint_is_on_the_disk_before_an_older_one_goes(trainer_for, llama_dir, tmp_path, monkeypatch):
+    synced, forced = [], os.fsync
+
+    def fsync(opened):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{opened}")))
+        forced(opened)
+
+    def rotated(*arguments, **options):
+        newest = max((tmp_path / "run").glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2]))
+        files = {path for path in newest.rglob("*") if path.is_file() and path.name != "checksums.json"}
+        assert {*files, newest, newest.parent} <= {*synced}
+        assert last_complete_checkpoint(tmp_path / "run") == str(newest)
+        assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
+        kept.append(len(list((tmp_path / "run").glob("checkpoint-*"))))
+        rotate(*arguments, **options)
+
+    kept, rotate = [], protogen_trainer.rotate_checkpoints
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(protogen_trainer, "rotate_checkpoints", rotated)
+    trainer_for(llama_dir, max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1).train()
+    assert kept == [1, 2, 2]
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_an_error_while_training_has_a_line_of_its_own(trainer_for, llama_dir, monkeypatch, capsys):
+    trainer = trainer_for(llama_dir, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.add_callback(ProgressLines)
+    monkeypatch.setattr(torch, "save", lambda *_: Path("/dev/full").write_text("x"))
+    with pytest.raises(OSError, match=r"^no space left in .*run"):
+        trainer.train()
+    assert capsys.readouterr().err.endswith("\n")
+    assert last_complete_checkpoint(trainer.args.output_dir, lambda message: None) is None
 
 
 @pytest.mark.parametrize("bad", ["gradient", 0, 1])
@@ -492,6 +554,12 @@ def test_the_encoder_has_its_own_learning_rate(trainer_for, llama_dir):
         assert all((p.dim() > 1) == (group["weight_decay"] > 0) for p in group["params"])
     frozen = trainer_for(llama_dir, encoder_learning_rate=0.0)
     assert not any(p.requires_grad for p in frozen.model.encoder.parameters())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_arguments_that_would_do_nothing_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"^{name} cannot be set: "):
+        ProtoGenTrainingArguments(output_dir=str(tmp_path), **{name: "x"})
 
 
 @pytest.mark.parametrize(

@@ -215,9 +215,9 @@ class CheckedTensors:
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self.file.get_tensor(name)
         # Once: what is read in every epoch is not summed up in every epoch.
-        recorded = self.checksums.pop(name, None)
-        if recorded not in (None, tensor_sha256(tensor)):
+        if name in self.checksums and self.checksums[name] != tensor_sha256(tensor):
             raise self.damaged(f"{name} has a wrong checksum")
+        self.checksums.pop(name, None)
         return tensor
 
     def damaged(self, reason: str) -> ValueError:

@@ -1,7 +1,5 @@
 """The rival that takes no detour: the decoder itself, fine-tuned with low-rank adapters, answering token by token."""
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
@@ -13,7 +11,8 @@ from modeling_protogen.proto_tokens import position_ids
 
 from .data import Example
 from .grouped_attention import use_grouped_attention
-from .protogen_trainer import ExampleTrainer, ProgressLines, last_complete_checkpoint
+from .protogen_trainer import ExampleTrainer, ProgressLines
+from .resuming import last_complete_checkpoint
 
 
 class PromptAndAnswerCollator:
@@ -73,5 +72,5 @@ def fine_tune(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressLines)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(Path(args.output_dir)))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir, trainer.accelerator.print))
     return adapted.merge_and_unload()

@@ -15,9 +15,8 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import ProgressCallback, Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from modeling_protogen import ProtoGenConfig, ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.objectives import IGNORE_INDEX, LOSS_WEIGHTS, argmax_tokens
@@ -25,10 +24,11 @@ from modeling_protogen.objectives import IGNORE_INDEX, LOSS_WEIGHTS, argmax_toke
 from .averaging import WeightAverage
 from .data import Example, ProtoGenCollator, examples_of
 from .distillation import teacher_top_k
-from .files import write_atomically
+from .files import full_disk_named, write_atomically
 from .grouped_attention import use_grouped_attention
 from .losses import LOSSES
 from .mixed_precision import keep_logits
+from .resuming import begin_checkpoint, finish_checkpoint, finished_checkpoints, step_of
 from .training_args import ProtoGenTrainingArguments
 
 LOSS_WEIGHTS_NAME = "losses.safetensors"
@@ -76,7 +76,8 @@ def with_ids(collate: Callable, examples: list[Example]) -> dict:
 class ExampleTrainer(Trainer):
     """
     The transformers trainer for [`Example`]s: group_by_length knows their lengths, and its epochs resume. Training and
-    evaluation stop at a loss or a gradient that is not finite, before anything is saved of it.
+    evaluation stop at a loss or a gradient that is not finite, before anything is saved of it. A checkpoint is on the
+    disk, with checksums, before an older one goes.
     """
 
     # What losses learn themselves is no part of the model.
@@ -86,6 +87,17 @@ class ExampleTrainer(Trainer):
         super().__init__(*args, **kwargs)
         # Ids and loss of each micro-batch since the optimizer's last step.
         self._micro_batches: list[tuple[list[str], torch.Tensor]] = []
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            # An error message has a line of its own.
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressCallback):
+                    for bar in (callback.prediction_bar, callback.training_bar):
+                        if bar is not None:
+                            bar.close()
 
     def get_train_dataloader(self):
         collate, self.data_collator = self.data_collator, partial(with_ids, self.data_collator)
@@ -130,7 +142,7 @@ class ExampleTrainer(Trainer):
 
     def _stop(self, reason: str, ids: list[str]) -> None:
         """A checkpoint is good if a further step went well, which the newest of them may have prevented."""
-        checkpoints = complete_checkpoints(self.args.output_dir)
+        checkpoints = finished_checkpoints(self.args.output_dir)
         good = [path for path in checkpoints if step_of(path) < self.state.global_step]
         advice = ["lower the learning rate", "look at the examples"][: 1 + bool(ids)]
         advice += [f"remove {path}" for path in checkpoints[len(good) :]]
@@ -140,6 +152,23 @@ class ExampleTrainer(Trainer):
             f"{reason}; the last good checkpoint is {good[-1] if good else 'none'}: {', '.join(advice)}, and run the "
             "same command again."
         )
+
+    def _save_checkpoint(self, model, trial):
+        output_dir = Path(self._get_output_dir(trial=trial))
+        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with full_disk_named(output_dir):
+                if self.args.should_save:
+                    begin_checkpoint(folder)
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    finish_checkpoint(folder)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(str(output_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def evaluate(self, *args, **kwargs):
         metrics = super().evaluate(*args, **kwargs)
@@ -391,19 +420,3 @@ def settle_losses(config: ProtoGenConfig, args: ProtoGenTrainingArguments) -> No
         raise ValueError("the loss token_head reads a token off each proto-token: arrangement: e_only, chunk_size: 1.")
     if config.upsamples_prompt != ("duration" in args.losses):
         raise ValueError("upsamples_prompt: true and the loss duration need each other.")
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoints that were written to their end (the trainer's state comes last), by step."""
-    states = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
-    return sorted((state.parent for state in states), key=step_of)
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest of [`complete_checkpoints`], or None."""
-    folders = complete_checkpoints(output_dir)
-    return str(folders[-1]) if folders else None

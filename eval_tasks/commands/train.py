@@ -34,11 +34,12 @@ from trainers.data import (
 )
 from trainers.embedded import resolve
 from trainers.exchanged_values import with_exchanged_values
-from trainers.files import locked
+from trainers.files import full_disk_named, locked, written_aside
 from trainers.lora import add_lora, merge_lora
 from trainers.prompt_store import PromptStore
 from trainers.proto_bank import ProtoTokenBank
-from trainers.protogen_trainer import ProtoGenTrainer, last_complete_checkpoint, settle_losses
+from trainers.protogen_trainer import ProtoGenTrainer, settle_losses
+from trainers.resuming import checkpoint_to_resume, run_info
 from trainers.teacher import read_teacher_answers
 from trainers.training_args import ProtoGenTrainingArguments
 
@@ -101,8 +102,8 @@ def train(
         compute_metrics=one_step_metrics(processor),
     )
     with locked(output_dir / ".lock") if trainer.is_world_process_zero() else nullcontext():
-        trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
-        log = trainer.state.log_history
+        run = run_info(model, processor, train_examples, validation_examples)
+        log = train_or_go_on(trainer, output_dir, run | {"encoder_lora_rank": model_args.encoder_lora_rank})
         before = next((entry for entry in log if "eval_loss" in entry and entry["step"] == 0), None)
         made_with = made_of(model_args, data_args, args) | {"train_examples": len(train_examples)}
         metrics = {"run": made_with, "before": before, "after": trainer.evaluate(), "log": log}
@@ -112,13 +113,38 @@ def train(
             if model_args.encoder_lora_rank:
                 merge_lora(model)
             measured = with_continuations(validation_examples, target_args.validation_continuations)
-            calibrate(model, processor, train_examples, measured, bank, output_dir)
-            model.save_pretrained(output_dir / "model")
-            processor.save_pretrained(output_dir / "model")
-            held_out = [{"instruction": e.instruction, "context": e.context} for e in validation_examples]
-            write_json(output_dir / "validation.json", held_out)
+            with full_disk_named(output_dir):
+                calibrate(model, processor, train_examples, measured, bank, output_dir)
+            save(output_dir, model, processor, validation_examples)
             write_json(metrics_path, metrics)
             print(f"model in {output_dir / 'model'}, metrics in {metrics_path}")
+
+
+def train_or_go_on(trainer: ProtoGenTrainer, output_dir: Path, run: dict) -> list[dict]:
+    """
+    Trains, from the newest checkpoint on if there is one. Returns the log, which is that of an uninterrupted run: with
+    one evaluation at the start, and without the mean loss of what this call has trained.
+    """
+    checkpoint = checkpoint_to_resume(output_dir, run, trainer.accelerator)
+    trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    log = trainer.state.log_history
+    log[-1].pop("train_loss", None)
+    return log
+
+
+def save(
+    output_dir: Path,
+    model: ProtoGenForConditionalGeneration,
+    processor: ProtoGenProcessor,
+    validation_examples: list[Example],
+) -> None:
+    """Writes the model, and the instructions that it has not seen."""
+    with written_aside(output_dir / "model") as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    held_out = [{"instruction": e.instruction, "context": e.context} for e in validation_examples]
+    write_json(output_dir / "validation.json", held_out)
 
 
 def banked(examples: list[Example], bank: ProtoTokenBank) -> list[Example]:

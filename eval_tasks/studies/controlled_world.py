@@ -16,13 +16,14 @@ from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     PreTrainedTokenizerFast,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
 from trainers.data import Example
-from trainers.protogen_trainer import last_complete_checkpoint
+from trainers.files import written_aside
+from trainers.protogen_trainer import ExampleTrainer
+from trainers.resuming import last_complete_checkpoint
 
 NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
 seventeen eighteen""".split()
@@ -113,10 +114,10 @@ def save_encoder(folder: Path, args: WorldArguments, seed: int) -> None:
         attention_probs_dropout_prob=0.0,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), written_aside(folder) as aside:
         torch.manual_seed(seed)
-        BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        BertModel(config).save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
 
 
 def pretrain_decoder(folder: Path, examples: list[Example], args: WorldArguments, seed: int) -> None:
@@ -160,12 +161,13 @@ def pretrain_decoder(folder: Path, examples: list[Example], args: WorldArguments
         seed=seed,
     )
     set_seed(seed)
-    trainer = Trainer(
+    trainer = ExampleTrainer(
         GPTNeoXForCausalLM(config),
         arguments,
         train_dataset=rows,
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
     )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir))
-    trainer.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with written_aside(folder) as aside:
+        trainer.model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
