@@ -110,9 +110,9 @@ def json_sha256(content: dict | list) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_json(path: Path, advice: str) -> dict:
+def read_run_json(path: Path, advice: str) -> dict:
     """
-    Reads a JSON object.
+    Reads a JSON object that a run wrote.
 
     Args:
         path (`Path`)

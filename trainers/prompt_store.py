@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from modeling_protogen.frozen_decoder import decoder_fingerprint, padded_left, read_prefix
 
-from .files import CheckedTensors, read_json, save_tensors, write_atomically
+from .files import CheckedTensors, read_run_json, save_tensors, write_atomically
 
 INFO_NAME = "prompts.json"
 KEYS_AND_VALUES, STATES = "keys_and_values", "states"
@@ -38,7 +38,7 @@ class PromptStore:
         if not path.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda temporary: temporary.write_text(json.dumps(info, indent=2)))
-        elif read_json(path, "Remove the folder: its prompts are read again.") != info:
+        elif read_run_json(path, "Remove the folder: its prompts are read again.") != info:
             raise ValueError(
                 f"{self.folder} holds prompts as another decoder or dtype read them, or other layers: "
                 "use another folder."

@@ -33,7 +33,7 @@ from .files import (
     file_sha256,
     json_sha256,
     locked,
-    read_json,
+    read_run_json,
     save_tensors,
     write_atomically,
 )
@@ -433,7 +433,7 @@ def read_info(path: Path) -> BankInfo:
         ValueError: if it is damaged.
     """
     advice = "Restore it, or set --refit_damaged true."
-    content = read_json(path, advice)
+    content = read_run_json(path, advice)
     recorded = content.pop("sha256", None)
     try:
         info = BankInfo(**content)

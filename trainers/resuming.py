@@ -13,7 +13,7 @@ from modeling_protogen import ProtoGenConfig, ProtoGenForConditionalGeneration, 
 from modeling_protogen.frozen_decoder import decoder_fingerprint
 
 from .data import Example
-from .files import differences, file_sha256, json_sha256, read_json, sync, sync_folder, write_atomically
+from .files import differences, file_sha256, json_sha256, read_run_json, sync, sync_folder, write_atomically
 
 CHECKSUMS_NAME = "checksums.json"
 RUN_NAME = "run.json"
@@ -56,7 +56,7 @@ def damaged_files(folder: Path) -> list[str]:
     """The files of a finished checkpoint that are not what was written."""
     name = CHECKSUMS_NAME if (folder / CHECKSUMS_NAME).is_file() else TRAINER_STATE_NAME
     try:
-        content = read_json(folder / name, "")
+        content = read_run_json(folder / name, "")
     except ValueError:
         return [name]
     checksums = content if name == CHECKSUMS_NAME else {}
@@ -115,7 +115,7 @@ def checkpoint_to_resume(output_dir: Path, made_with: dict, accelerator: Acceler
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda temporary: temporary.write_text(json.dumps(made_with, indent=2)))
     elif path.is_file():
-        there = read_json(path, "Remove it to go on without comparing.")
+        there = read_run_json(path, "Remove it to go on without comparing.")
         # A version of before may not have noted all.
         differing = differences(there, {name: value for name, value in made_with.items() if name in there})
         if differing:

@@ -14,7 +14,7 @@ from modeling_protogen.autoregressive import up_to_eos
 from modeling_protogen.configuration_protogen import as_list
 
 from .data import Example
-from .files import append_lines, differences, locked, read_json, read_lines, write_atomically
+from .files import append_lines, differences, locked, read_lines, read_run_json, write_atomically
 
 INFO_NAME = "teacher.json"
 
@@ -58,7 +58,7 @@ def read_teacher_answers(folder: str | Path, info: TeacherInfo) -> dict[str, lis
     path = folder / INFO_NAME
     if not path.is_file():
         raise FileNotFoundError(f"no teacher answers in {folder}; write them first (protogen teacher).")
-    there = read_json(path, "Restore it, or use another folder.")
+    there = read_run_json(path, "Restore it, or use another folder.")
     if differing := differences(there, info.wanted):
         raise ValueError(f"the teacher answers in {folder} are of another kind: {differing}. Use another folder.")
     answers = {}
