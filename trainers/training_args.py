@@ -92,9 +92,7 @@ class ProtoGenTrainingArguments(TrainingArguments):
         if isinstance(self.losses, str):
             self.losses = parse_json(self.losses, f"losses={self.losses}")
             if not isinstance(self.losses, dict):
-                raise ValueError(
-                    f"losses={json.dumps(self.losses)} must be a mapping such as {json.dumps(LOSS_WEIGHTS)}."
-                )
+                raise ValueError(f"losses must be a mapping such as {json.dumps(LOSS_WEIGHTS)}, not {self.losses}.")
         unknown = sorted(set(self.losses or ()) - set(LOSSES))
         if unknown:
             raise ValueError(f"unknown losses: {', '.join(unknown)}; the losses are {', '.join(LOSSES)}.")
