@@ -1,5 +1,7 @@
 """The ways to write an answer that ProtoGen is compared with."""
 
+import json
+
 import pytest
 import torch
 from conftest import CONTEXTS, INSTRUCTIONS, save_encoder, word_tokenizer
@@ -10,6 +12,7 @@ from eval_tasks.baselines.autoregressive import assisted, autoregressive, prompt
 from eval_tasks.baselines.encoder_decoder import encoder_decoder
 from eval_tasks.baselines.masked_diffusion import denoise, masked_diffusion, tokens_to_keep
 from eval_tasks.baselines.one_pass import protogen
+from eval_tasks.commands.evaluate import load_method
 from modeling_protogen.sampling import Sampling
 
 TOKENS = 24
@@ -121,3 +124,14 @@ def test_impossible_blocks_are_named(bidirectional):
     model, _ = bidirectional
     with pytest.raises(ValueError, match="7 tokens must be a multiple of blocks of 4"):
         denoise(model, torch.tensor([[4]]), torch.tensor([[1]]), 3, 7, 8, 4, Sampling())
+
+
+@pytest.mark.parametrize("asked", [{}, {"trust_remote_code": True}], ids=["unasked", "asked"])
+def test_a_masked_diffusion_model_runs_its_code_only_when_asked(tmp_path, asked):
+    auto_map = {"AutoConfig": "configuration_other.OtherConfig", "AutoModel": "modeling_other.OtherModel"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "other", "auto_map": auto_map}))
+    code = f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\nraise ValueError('it ran')\n"
+    (tmp_path / "configuration_other.py").write_text(code)
+    with pytest.raises(ValueError, match="it ran" if asked else "trust_remote_code"):
+        load_method("masked_diffusion", str(tmp_path), mask_token_id=0, **asked)
+    assert (tmp_path / "ran").exists() == bool(asked)
