@@ -207,7 +207,7 @@ def test_what_cannot_serve_is_refused(family):
 @pytest.mark.parametrize("mode", ["one_step", "verified", "adaptive"])
 @pytest.mark.parametrize("latent_source", ["decoder", "none"])
 def test_more_positions_than_there_are_is_one_clear_error(mode, latent_source):
-    decoder = tiny("gpt2", GPT | {"n_positions": 16})
+    decoder = tiny("gpt2", GPT | {"n_positions": 32})
     config = ProtoGenConfig(
         decoder_config=decoder.config.to_dict(),
         latent_source=latent_source,
@@ -216,11 +216,11 @@ def test_more_positions_than_there_are_is_one_clear_error(mode, latent_source):
         predictor_dim=64,
     )
     model = ProtoGenForConditionalGeneration(config, decoder=decoder).eval()
-    ids = torch.full((2, 20), 5)
-    mask = (torch.arange(20) >= torch.tensor([[17], [13]])).long()  # Padding takes none.
+    ids = torch.full((2, 40), 5)
+    mask = (torch.arange(40) >= torch.tensor([[37], [33]])).long()  # Padding takes none.
     options = {"max_new_tokens": 4} if mode != "one_step" else {"length": 4}
     assert model.generate(decoder_prompt_ids=ids, decoder_prompt_mask=mask, mode=mode, **options).shape[0] == 2
-    with pytest.raises(ValueError, match="the decoder has 16 positions, and a prompt with its answer takes"):
+    with pytest.raises(ValueError, match="the decoder has 32 positions, and a prompt with its answer takes"):
         model.generate(decoder_prompt_ids=ids, decoder_prompt_mask=torch.ones_like(ids), mode=mode, **options)
 
 
