@@ -10,6 +10,7 @@ import sys
 # Of each command, in the module of `eval_tasks.commands` that has its name.
 COMMANDS = {
     "generate": "answer instructions with a trained model",
+    "serve": "answer over HTTP, as OpenAI's API does",
     "fit": "fit proto-tokens to texts, into a bank",
     "teacher": "let the frozen decoder write answers to learn from",
     "train": "train the encoder that predicts proto-tokens",
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
             raise
         if is_full(error):
             drop_output()
-        sys.exit(f"error: {message(command, error)}\n(--debug shows where)")
+        sys.exit(f"error: {message([command, *arguments], error)}\n(--debug shows where)")
 
 
 def expected_errors() -> tuple[type[Exception], ...]:
@@ -96,12 +97,13 @@ def is_full(error: Exception) -> bool:
     return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or any(word in str(error) for word in words)
 
 
-def message(command: str, error: Exception) -> str:
+def message(words: list[str], error: Exception) -> str:
     if is_full(error):
         where = error.filename if isinstance(error, OSError) and error.filename else "what it was writing"
         return f"no space left on the disk for {where}; make room and run the same command again"
     if isinstance(error, ModuleNotFoundError):
-        return f"{error}; `protogen {command}` needs more: pip install 'protogen[train,eval]'"
+        extras = "train,eval,serve" if "serve" in words[:2] else "train,eval"
+        return f"{error}; `protogen {words[0]}` needs more: pip install 'protogen[{extras}]'"
     if isinstance(error, KeyError):  # a name, or a sentence
         text = str(error.args[0]) if error.args else ""
         return text if " " in text else f"there is no {text!r}"

