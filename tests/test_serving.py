@@ -16,6 +16,7 @@ import torch
 from conftest import INSTRUCTIONS
 
 from eval_tasks import command_line
+from eval_tasks.benchmarks import serve as serve_benchmark
 from eval_tasks.commands import serve as serve_command
 from eval_tasks.serving.api import Limits, create_app
 from eval_tasks.serving.batcher import Batcher, Job
@@ -419,6 +420,18 @@ def test_browsers_may_ask_from_named_origins_only(parts, served):
         assert "access-control-allow-origin" not in post(open_to_page, ASK, origin="http://other.example").headers
 
 
+def test_metrics_count_requests_passes_and_tokens(parts):
+    with serving(parts) as served:
+        written = served.client.completions.create(**ASK).usage.completion_tokens
+        post(served, b"{")
+        values = serve_benchmark.scraped(httpx2.Client(base_url=served.url, verify=False))
+        text = HTTP.get(f"{served.url}/metrics").text
+    assert values["answers_total", None] == values["pass_requests_count", None] == 1
+    assert f'protogen_tokens_total{{kind="answer"}} {written:.1f}' in text
+    for status in ("200", "400"):
+        assert f'protogen_requests_total{{route="/v1/completions",status="{status}"}} 1.0' in text
+
+
 def test_the_answers_of_a_structured_model_come_whole(parts):
     model, processor = parts
     processor = ProtoGenProcessor(
@@ -486,3 +499,29 @@ def test_the_command_serves_a_folder(parts, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PROTOGEN_API_KEY", "")
     with pytest.raises(SystemExit, match="PROTOGEN_API_KEY is empty"):
         command_line.main(["serve", str(tmp_path)])
+
+
+def test_the_benchmark_loses_nothing(parts, tmp_path, monkeypatch):
+    model, processor = parts
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    rows = [{"instruction": instruction, "response": "a"} for instruction in [*INSTRUCTIONS, "cat " * 40]]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(serve_benchmark, "served", lambda arguments: running(create_app(*parts, "model")))
+    arguments = ["--model", tmp_path, "--data", tmp_path / "data.jsonl", "--concurrency", 1, 4, "--requests", 8]
+    arguments += ["--greedy-requests", 4, "--memory-requests", 10, "--result", tmp_path / "serve_load.json"]
+    command_line.main(["bench", "serve", *map(str, arguments)])
+    metrics = json.loads((tmp_path / "serve_load.json").read_text())["metrics"]
+    assert metrics["lost"] == metrics["answered_twice"] == metrics["answers_different"] == 0
+    assert metrics["one_step_1_requests_a_pass"] == 1
+    assert 1 < metrics["one_step_4_requests_a_pass"] <= metrics["one_step_4_largest_pass_at_most"] <= 4
+    assert metrics["throughput_ratio_4_to_1"] > 0
+    assert metrics["greedy_4_p50_milliseconds"] <= metrics["greedy_4_p99_milliseconds"]
+    assert "memory_growth_megabytes_10_requests" in metrics
+
+
+def test_lost_and_doubled_answers_are_counted():
+    reply = serve_benchmark.Reply
+    replies = [reply("a", "x", 1.0), reply("a", "x", 1.0), reply(None, None, 1.0)]
+    assert serve_benchmark.faults(replies, 3) == {"lost": 1, "answered_twice": 1}
+    assert serve_benchmark.faults(replies[:1], 2) == {"lost": 0, "answered_twice": 1}

@@ -13,4 +13,5 @@ BENCHMARKS = {
     "length": ("length", "how well a trained model predicts lengths"),
     "controlled-world": ("controlled_world", "one-step against the decoder's own answers"),
     "parity": ("parity", "lm-eval's own model of the decoder against verified ProtoGen"),
+    "serve": ("serve", "a server under load, one-step answers beside greedy ones"),
 }
