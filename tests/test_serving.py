@@ -54,14 +54,13 @@ class Gate:
 
     def __init__(self, server):
         self.write, self.passes, self.threads = server.batcher.write, [], set()
-        self.began, self.opened = threading.Semaphore(0), threading.Event()
+        self.opened = threading.Event()
         self.opened.set()
         server.batcher.write = self
 
     def __call__(self, jobs):
         self.passes.append([job.instructions[0] for job in jobs])
         self.threads.add(threading.current_thread().name)
-        self.began.release()
         assert self.opened.wait(20)
         return self.write(jobs)
 
@@ -201,7 +200,7 @@ def test_answers_do_not_depend_on_who_shares_their_pass(parts):
         served.gate.passes.clear()
         served.gate.opened.clear()
         first = pool.submit(answer, asked[0])
-        assert served.gate.began.acquire(timeout=20)
+        until(served, lambda: served.gate.passes)
         together = [pool.submit(answer, body) for body in asked]
         until(served, lambda: len(served.batcher.queue) == len(asked))
         served.gate.opened.set()
@@ -318,7 +317,7 @@ def test_a_full_queue_takes_no_more_until_somebody_leaves(parts):
     with serving(parts, Limits(queue=2)) as served, ThreadPoolExecutor() as pool:
         served.gate.opened.clear()
         first = pool.submit(served.client.completions.create, **ASK)
-        assert served.gate.began.acquire(timeout=20)
+        until(served, lambda: served.gate.passes)
         body = json.dumps(ASK | {"prompt": "where is the bird"})
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
