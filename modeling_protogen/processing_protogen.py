@@ -4,6 +4,7 @@ import copy
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, ProcessorMixin
@@ -366,6 +367,12 @@ class ProtoGenProcessor(ProcessorMixin):
 
     def _finished(self, text: str) -> str:
         return from_lines(text) if self.answer_format == "key_value_lines" else text
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """As in transformers, which offline would take a tokenizer for the other without a `config.json` beside it."""
+        written = super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        (Path(save_directory) / "decoder_tokenizer" / "config.json").write_text("{}\n")
+        return written
 
     @property
     def model_input_names(self) -> list[str]:
