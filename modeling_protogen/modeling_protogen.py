@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import CommitInfo, HfApi
 from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
@@ -26,6 +27,7 @@ from .generation_protogen import ProtoGenGenerationMixin
 from .objectives import IGNORE_INDEX, LOSS_WEIGHTS, duration_nll, error_nll, length_nll, reconstruction_loss
 from .proto_predictor import Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
 from .proto_tokens import Layout, build_layout, fill_slots
+from .publishing import MODEL_FILES, model_card, pin_decoder, publish
 from .slot_adapters import SlotAdapters
 
 # What a thin checkpoint's decoder is loaded with as well.
@@ -315,6 +317,40 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             )
         finally:
             self.config.thin = was_thin
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        thin: bool | None = None,
+        commit_message: str = "Upload model",
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        max_shard_size: int | str = "50GB",
+    ) -> CommitInfo:
+        """
+        Uploads the model with its code, its generation config and, where the repository has none, a card.
+
+        Args:
+            repo_id, private, revision, token: as in [`publish`].
+            thin (`bool`, *optional*, defaults to `config.thin`): leave the frozen decoder out.
+            max_shard_size (`int` or `str`, defaults to `"50GB"`): as in `save_pretrained`.
+
+        Raises:
+            ValueError: if others could not load the decoder that is left out ([`pin_decoder`]).
+        """
+        thin = self.config.thin if thin is None else thin
+        hub = {"private": private, "token": token}
+        if thin:
+            pin_decoder(self.config, **hub)
+
+        def write(folder, repo_id):
+            self.save_pretrained(folder, thin=thin, max_shard_size=max_shard_size)
+            if not HfApi(token=token).file_exists(repo_id, "README.md", revision=revision):
+                model_card(self, repo_id, thin, token=token).save(folder / "README.md")
+
+        return publish(write, repo_id, message=commit_message, replaces=MODEL_FILES, revision=revision, **hub)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """The encoder's; without an encoder the decoder's, which are frozen."""

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from huggingface_hub import CommitInfo
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
 from .key_value_lines import from_lines, to_lines
 from .objectives import IGNORE_INDEX
+from .publishing import publish
 
 ANSWER_FORMATS = ("text", "key_value_lines")
 PROMPT_TEMPLATE = "Instruction: {message}\n\nResponse:\n"
@@ -373,6 +375,10 @@ class ProtoGenProcessor(ProcessorMixin):
         written = super().save_pretrained(save_directory, push_to_hub, **kwargs)
         (Path(save_directory) / "decoder_tokenizer" / "config.json").write_text("{}\n")
         return written
+
+    def push_to_hub(self, repo_id: str, *, commit_message: str = "Upload processor", **hub) -> CommitInfo:
+        """Uploads the processor with its code; `private`, `revision` and `token` as in [`publish`]."""
+        return publish(lambda folder, _: self.save_pretrained(folder), repo_id, message=commit_message, **hub)
 
     @property
     def model_input_names(self) -> list[str]:

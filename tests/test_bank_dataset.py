@@ -1,7 +1,5 @@
 """Banks as data sets: out, into anyone's hands, and back."""
 
-import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,7 +10,7 @@ from test_proto_bank import INFO, entry, filled, same
 from transformers import AutoTokenizer
 
 from trainers import bank_dataset
-from trainers.bank_dataset import export_bank, import_bank, push_bank
+from trainers.bank_dataset import export_bank, import_bank
 from trainers.proto_bank import ProtoTokenBank
 
 ENTRIES = [entry("a", 3), entry("b", 9, accuracy=0.5), entry("c", 5)]
@@ -84,24 +82,3 @@ def test_an_interrupted_export_leaves_nothing(bank, tmp_path, monkeypatch):
     assert not (tmp_path / "exported").exists()
     monkeypatch.undo()
     export_bank(bank, tmp_path / "exported")
-
-
-def test_pushing_uploads_the_export(bank, tmp_path, monkeypatch):
-    """Without the network: what would be uploaded, and that that it comes back from there."""
-
-    class Api:
-        def create_repo(self, repo_id, repo_type, private, exist_ok):
-            assert (repo_id, repo_type, private) == ("org/birds", "dataset", True)
-
-        def upload_folder(self, repo_id, repo_type, folder_path, commit_message):
-            shutil.copytree(folder_path, tmp_path / "hub")
-            assert "3 texts" in commit_message
-            return type("Commit", (), {"commit_url": "address"})
-
-    monkeypatch.setattr(bank_dataset, "HfApi", Api)
-    assert push_bank(bank, "org/birds", private=True, license="mit") == "address"
-
-    monkeypatch.setattr(bank_dataset, "snapshot_download", lambda repo_id, **_: str(tmp_path / "hub"))
-    back = import_bank("org/birds", tmp_path / "back")
-    assert all(same(back[one.id], one) for one in ENTRIES)
-    assert json.loads((tmp_path / "hub" / "bank.json").read_text())["arrangement"] == "e_mN"

@@ -4,14 +4,15 @@ import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi, snapshot_download
+from huggingface_hub import DatasetCard, DatasetCardData, snapshot_download
 from transformers import PreTrainedTokenizerBase
+
+from modeling_protogen.publishing import publish
 
 from .files import written_aside
 from .proto_bank import (
@@ -27,6 +28,8 @@ from .proto_bank import (
 )
 
 FILE_TEXTS = 2048
+# Of an earlier push: rows that the new files have, or no longer have.
+BANK_FILES = ("data/*.parquet", SHARED_M_NAME)
 
 CARD = """---
 {{ card_data }}
@@ -206,16 +209,14 @@ def entry_of_row(row: dict, info: BankInfo) -> BankEntry:
 
 def push_bank(bank: ProtoTokenBank, repo_id: str, private: bool = False, **export) -> str:
     """Exports the bank and uploads it; keyword arguments as in [`export_bank`]. Returns the commit's address."""
-    api = HfApi()
-    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    with TemporaryDirectory() as folder:
-        export_bank(bank, Path(folder) / "bank", repo_id=repo_id, **export)
-        return api.upload_folder(
-            repo_id=repo_id,
-            repo_type="dataset",
-            folder_path=Path(folder) / "bank",
-            commit_message=f"{len(bank)} texts as proto-tokens of {bank.info.decoder}",
-        ).commit_url
+    return publish(
+        lambda folder, repo_id: export_bank(bank, folder, repo_id=repo_id, **export),
+        repo_id,
+        message=f"{len(bank)} texts as proto-tokens of {bank.info.decoder}",
+        repo_type="dataset",
+        replaces=BANK_FILES,
+        private=private,
+    ).commit_url
 
 
 def describe(bank: ProtoTokenBank) -> str:
