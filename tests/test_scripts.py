@@ -95,6 +95,9 @@ def test_fit_train_generate_and_measure(call, recipe, tmp_path, llama_dir, monke
     trained = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert trained["before"]["step"] == 0
     assert 0 <= trained["after"]["eval_token_accuracy"] <= 1
+    made_with = {name: trained["run"][name] for name in ("command", "steps", "losses", "encoder_learning_rate")}
+    losses = {"reconstruction": 1.0, "length_nll": 0.1}
+    assert list(made_with.values()) == [f"protogen train --config {recipe}", 4, losses, 5e-5]
     assert "already trained" in call("train", "--config", recipe)
 
     model = tmp_path / "run" / "model"

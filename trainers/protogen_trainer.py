@@ -6,20 +6,24 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from huggingface_hub import CommitInfo
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import ProgressCallback, Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 
 from modeling_protogen import ProtoGenConfig, ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.objectives import IGNORE_INDEX, LOSS_WEIGHTS, argmax_tokens
+from modeling_protogen.publishing import MODEL_FILES, model_card, pin_decoder, publish
 
 from .averaging import WeightAverage
 from .data import Example, ProtoGenCollator, examples_of
@@ -220,6 +224,7 @@ class ProtoGenTrainer(ExampleTrainer):
             processing_class = processing_class or ProtoGenProcessor.from_pretrained(model)
             model = ProtoGenForConditionalGeneration.from_pretrained(model)
         args = ProtoGenTrainingArguments() if args is None else args
+        self.data_name = hub_name_of(train_dataset)
         settle_losses(model.config, args)
         if data_collator is None:
             if processing_class is None:
@@ -401,6 +406,88 @@ class ProtoGenTrainer(ExampleTrainer):
             answers = self.accelerator.unwrap_model(model).generate(**prompt, return_dict_in_generate=True)
         written = torch.arange(answers.sequences.shape[1], device=labels.device) < answers.lengths[:, None]
         return loss, (tokens, answers.sequences.masked_fill(~written, IGNORE_INDEX)), labels
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        *,
+        license: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> CommitInfo | None:
+        """
+        Uploads the model, the processor and a card with what the training and its last evaluation say, and nothing
+        else of `output_dir`, to `args.hub_model_id`. On other processes than the first it returns None.
+
+        Args:
+            commit_message (`str`)
+            license (`str`, *optional*): in the Hub's spelling; the decoder's by default.
+            private, revision, token (*optional*): those of the arguments by default.
+
+        Raises:
+            ValueError: if others could not load the decoder that a thin model leaves out, or there is no processor.
+        """
+        if self.processing_class is None:
+            raise ValueError("a model alone cannot read text: give processing_class=ProtoGenProcessor(...).")
+        args, state, thin = self.args, self.state, self.model.config.thin
+        private = args.hub_private_repo if private is None else private
+        token = token or args.hub_token
+        if thin:
+            pin_decoder(self.model.config, private, token)
+
+        def write(folder, repo_id):
+            self.save_model(folder, _internal_call=True)
+            run = {"data": self.data_name} | settings_of(self)
+            held_out = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), None)
+            card = model_card(
+                self.model,
+                repo_id,
+                thin,
+                license=license,
+                run=run,
+                held_out=held_out,
+                answers_json=self.processing_class.answer_format == "key_value_lines",
+                token=token,
+            )
+            card.save(folder / "README.md")
+
+        if not self.is_world_process_zero():
+            with TemporaryDirectory() as folder:  # The processes gather their weights together.
+                self.save_model(folder, _internal_call=True)
+            return None
+        return publish(
+            write,
+            args.hub_model_id or Path(args.output_dir).absolute().name,
+            message=commit_message,
+            replaces=MODEL_FILES,
+            private=private,
+            revision=revision or args.hub_revision,
+            token=token,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # Of `push_to_hub=True`. By itself transformers uploads all that is in `output_dir`, banks and all.
+        if self.args.hub_strategy != HubStrategy.END:
+            self.push_to_hub(f"Step {self.state.global_step}")
+
+
+def settings_of(trainer: Trainer) -> dict:
+    """What a training was made with, for its card."""
+    args = trainer.args
+    return extract_hyperparameters_from_trainer(trainer) | {
+        "encoder_learning_rate": args.encoder_learning_rate,
+        "losses": args.losses,
+        "train_examples": len(trainer.train_dataset),
+        "steps": trainer.state.global_step,
+    }
+
+
+def hub_name_of(dataset: Dataset | list[Example] | None) -> str | None:
+    """Hub id of a data set that was loaded from there."""
+    files = (dataset.info.download_checksums or {}) if isinstance(dataset, Dataset) else {}
+    names = {file.removeprefix("hf://datasets/").partition("@")[0] for file in files if file.startswith("hf://")}
+    return names.pop() if len(names) == 1 else None
 
 
 def as_examples(dataset: Dataset | list[Example] | None) -> list[Example] | None:

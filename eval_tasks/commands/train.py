@@ -1,5 +1,6 @@
 """Trains the encoder that predicts proto-tokens. Run the same command again after an interruption: it goes on."""
 
+import shlex
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from trainers.files import full_disk_named, locked, written_aside
 from trainers.lora import add_lora, merge_lora
 from trainers.prompt_store import PromptStore
 from trainers.proto_bank import ProtoTokenBank
-from trainers.protogen_trainer import ProtoGenTrainer, settle_losses
+from trainers.protogen_trainer import ProtoGenTrainer, settings_of, settle_losses
 from trainers.resuming import checkpoint_to_resume, run_info
 from trainers.teacher import read_teacher_answers
 from trainers.training_args import ProtoGenTrainingArguments
@@ -56,10 +57,11 @@ ARGUMENTS = (
 
 
 def main(argv: list[str]) -> None:
-    train(*RecipeParser(*ARGUMENTS, passed_over=SHARED).parse(argv))
+    train(f"protogen train {shlex.join(argv)}", *RecipeParser(*ARGUMENTS, passed_over=SHARED).parse(argv))
 
 
 def train(
+    command: str,
     inputs: TrainInputArguments,
     bank_args: BankArguments,
     model_args: ModelArguments,
@@ -105,7 +107,7 @@ def train(
         run = run_info(model, processor, train_examples, validation_examples)
         log = train_or_go_on(trainer, output_dir, run | {"encoder_lora_rank": model_args.encoder_lora_rank})
         before = next((entry for entry in log if "eval_loss" in entry and entry["step"] == 0), None)
-        made_with = made_of(model_args, data_args, args) | {"train_examples": len(train_examples)}
+        made_with = {"command": command} | made_of(model_args, data_args, args) | settings_of(trainer)
         metrics = {"run": made_with, "before": before, "after": trainer.evaluate(), "log": log}
         if trainer.is_deepspeed_enabled:
             model = whole_model(trainer, model_args, categories)
