@@ -185,11 +185,13 @@ def test_a_stranger_pulls_a_pinned_revision_and_goes_on_offline(hub, trained, pr
 def test_a_broken_connection_breaks_a_push_off_and_the_same_command_completes_it(hub, trained, protogen):
     _, _, run = trained
     hub.breaks = 1
-    said = protogen("push", run, "org/name", "--full")
-    assert re.match(r"error: the connection to http://\S+ broke \(\w+\) and org/name is as it was: push again", said)
-    assert hub.files("models/org/name").keys() == {".gitattributes"}
-    assert "/commit/" in protogen("push", run, "org/name", "--full")
-    assert {"model.safetensors", "README.md"} <= hub.files("models/org/name").keys()
+    said = protogen("push", run, "org/again", "--full")
+    assert re.match(r"error: the connection to http://\S+ broke \(\w+\) and org/again is as it was: push again", said)
+    assert hub.files("models/org/again").keys() == {".gitattributes"}
+    assert "/commit/" in protogen("push", run, "org/again", "--full")
+    assert {"model.safetensors", "README.md"} <= hub.files("models/org/again").keys()
+    # By its name, in the commands that take one.
+    assert "predicted length" in protogen("generate", "org/again", "who sat on the mat", "--dtype", "float32")
 
 
 @pytest.mark.parametrize("name", ["embedded:smollm2-135m", "org/gone", "org/secret", "a folder", None])
@@ -258,10 +260,15 @@ def test_the_trainer_pushes_what_it_trained_and_what_it_knows_of_it(hub, build, 
         seed=5,
         push_to_hub=True,
         hub_model_id="org/name",
-        hub_strategy="end",
     )
     rows = Dataset.from_list(ROWS)
-    trainer = ProtoGenTrainer(model, args, train_dataset=rows, eval_dataset=rows, processing_class=processor)
+    given = {"args": args, "train_dataset": rows, "eval_dataset": rows, "processing_class": processor}
+    model.config.thin = True
+    with pytest.raises(ValueError, match="could not be loaded by others"):
+        ProtoGenTrainer(model, **given)
+    assert "models/org/name" not in hub.repos
+    model.config.thin = False
+    trainer = ProtoGenTrainer(model, **given)
     trainer.data_name = "org/birds"
     (tmp_path / "run" / "bank").mkdir(parents=True)
     (tmp_path / "run" / "bank" / "private").touch()
@@ -271,7 +278,10 @@ def test_the_trainer_pushes_what_it_trained_and_what_it_knows_of_it(hub, build, 
     assert commit.oid == hub.hash_of("models/org/name", "main")
     files = hub.files("models/org/name")
     assert {"model.safetensors", "processor_config.json", "generation_config.json", "publishing.py"} <= files.keys()
-    assert not [name for name in files if "bank" in name or "checkpoint" in name or name.endswith(".bin")]
+    commits = hub.repos["models/org/name"]["commits"].values()
+    assert len(commits) == 4  # The first, two checkpoints, the end.
+    pushed = set().union(*commits)
+    assert not [name for name in pushed if "bank" in name or "checkpoint" in name or name.endswith(".bin")]
     (tmp_path / "pulled").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "pulled" / name).write_bytes(files[name])

@@ -226,6 +226,8 @@ class ProtoGenTrainer(ExampleTrainer):
         args = ProtoGenTrainingArguments() if args is None else args
         self.data_name = hub_name_of(train_dataset)
         settle_losses(model.config, args)
+        if args.push_to_hub and model.config.thin:  # Now, not at the first checkpoint.
+            pin_decoder(model.config, args.hub_private_repo, args.hub_token)
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("a model alone cannot read text: give processing_class=ProtoGenProcessor(...).")
