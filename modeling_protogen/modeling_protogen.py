@@ -348,7 +348,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         def write(folder, repo_id):
             self.save_pretrained(folder, thin=thin, max_shard_size=max_shard_size)
             if not HfApi(token=token).file_exists(repo_id, "README.md", revision=revision):
-                model_card(self, repo_id, thin, token=token).save(folder / "README.md")
+                model_card(self, repo_id, thin).save(folder / "README.md")
 
         return publish(write, repo_id, message=commit_message, replaces=MODEL_FILES, revision=revision, **hub)
 

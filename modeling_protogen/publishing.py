@@ -175,13 +175,13 @@ def pin_decoder(config: PreTrainedConfig, private: bool | None = None, token: st
     config.decoder_revision = revision or found.sha
 
 
-def on_hub(names: Iterable[str | None], repo_type: str = "model", token: str | bool | None = None) -> dict:
-    """Those of the names that the Hub knows, with the licence that it has for them, or None."""
+def on_hub(names: Iterable[str | None], repo_type: str = "model") -> dict[str, str | None]:
+    """Those of the names that anyone finds on the Hub, with the licence that it has for them, or None."""
     known = {}
     for name in names:
         try:
             if name is not None and not Path(name).exists():
-                card = HfApi(token=token).repo_info(name, repo_type=repo_type).card_data
+                card = HfApi().repo_info(name, repo_type=repo_type, token=False).card_data
                 license = card.get("license") if card is not None else None
                 known[name] = license if isinstance(license, str) and license != "other" else None
         except (HFValidationError, RepositoryNotFoundError):
@@ -203,7 +203,6 @@ def model_card(
     tables: Iterable[str] = (),
     examples: Iterable[str] = (),
     answers_json: bool = False,
-    token: str | bool | None = None,
 ) -> ModelCard:
     """
     A model's card. Base models, their licence and data sets are named where the Hub has them.
@@ -223,7 +222,7 @@ def model_card(
     decoder = decoder or config.decoder_name_or_path
     if model.encoder is not None:
         encoder = encoder or config.encoder_config._name_or_path or None
-    bases, datasets = on_hub([decoder, encoder], token=token), on_hub([run.get("data")], "dataset", token)
+    bases, datasets = on_hub([decoder, encoder]), on_hub([run.get("data")], "dataset")
     if run.get("data") and not datasets:
         run["data"] = Path(run["data"]).name
     if held_out:
@@ -231,21 +230,8 @@ def model_card(
         results, tables = found + results, [table, *tables]
     license = license or bases.get(decoder)
     title = repo_id.split("/")[-1]
-    data = ModelCardData(
-        base_model=list(bases) or None,
-        datasets=list(datasets) or None,
-        license=license,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["protogen", "proto-tokens"],
-        model_name=title,
-        eval_results=results or None,
-        widget=[{"text": example} for example in examples] or None,
-    )
-    if data.eval_results is None:
-        del data.model_name
     return ModelCard.from_template(
-        data,
+        metadata_of(title, bases, datasets, license, results, examples),
         template_str=CARD,
         title=title,
         repo_id=repo_id,
@@ -259,6 +245,28 @@ def model_card(
         example=json.dumps((examples or [EXAMPLE])[0], ensure_ascii=False),
         calibrated=config.uncertainty_points is not None,
         answers_json=answers_json,
+    )
+
+
+def metadata_of(
+    name: str,
+    bases: Iterable[str],
+    datasets: Iterable[str],
+    license: str | None,
+    results: list[EvalResult],
+    examples: list[str],
+) -> ModelCardData:
+    """What the Hub itself reads of a card."""
+    return ModelCardData(
+        base_model=list(bases) or None,
+        datasets=list(datasets) or None,
+        license=license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["protogen", "proto-tokens"],
+        model_name=name if results else None,
+        eval_results=results or None,
+        widget=[{"text": example} for example in examples] or None,
     )
 
 

@@ -450,7 +450,6 @@ class ProtoGenTrainer(ExampleTrainer):
                 run=run,
                 held_out=held_out,
                 answers_json=self.processing_class.answer_format == "key_value_lines",
-                token=token,
             )
             card.save(folder / "README.md")
 
