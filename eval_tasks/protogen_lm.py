@@ -59,7 +59,7 @@ def quiet(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def check_options(mode: str, max_new_tokens: float, options: dict) -> None:
+def check_options(mode: str, max_new_tokens: int | None, options: dict) -> None:
     """
     Raises:
         ValueError: if `generate` would refuse them.
@@ -115,7 +115,7 @@ class ProtoGenLM(HFLM):
         self.max_new_tokens = math.inf if max_new_tokens is None else max_new_tokens
         self._check_names(kwargs.keys(), OWN_OPTIONS | LOADING_OPTIONS | HARNESS_OPTIONS)
         self.options = {name: value for name, value in kwargs.items() if name in MODES[mode] | SAMPLING_OPTIONS}
-        check_options(mode, self.max_new_tokens, self.options)
+        check_options(mode, max_new_tokens, self.options)
         loading = {name: value for name, value in kwargs.items() if name in LOADING_OPTIONS}
         accelerator = Accelerator()
         if accelerator.num_processes > 1:
