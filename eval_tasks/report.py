@@ -98,6 +98,7 @@ def markdown_table(content: dict, columns: list[str] = ()) -> str:
     """
     The metrics of a result, one a row, with what made them below. With `columns` each row is a setting: metric
     `SETTING_COLUMN` stands in row SETTING, column COLUMN. All settings have the first column; the others may be blank.
+    A result's `messages`, texts by name, may be columns as well.
 
     Raises:
         ValueError: if no setting has one of the columns.
@@ -105,10 +106,11 @@ def markdown_table(content: dict, columns: list[str] = ()) -> str:
     metrics = content["metrics"]
     if columns:
         settings = [name.removesuffix(f"_{columns[0]}") for name in metrics if name.endswith(f"_{columns[0]}")]
-        unknown = [c for c in columns if not any(f"{setting}_{c}" in metrics for setting in settings)]
+        cells = metrics | content.get("messages", {})
+        unknown = [c for c in columns if not any(f"{setting}_{c}" in cells for setting in settings)]
         if unknown:
             raise ValueError(f"no metric of the result is called SETTING_{unknown[0]}.")
-        rows = [[setting, *(format_metric(metrics.get(f"{setting}_{c}", "")) for c in columns)] for setting in settings]
+        rows = [[setting, *(format_metric(cells.get(f"{setting}_{c}", "")) for c in columns)] for setting in settings]
         header = ["setting", *(column.replace("_", " ") for column in columns)]
     else:
         rows = [[name.replace("_", " "), format_metric(value)] for name, value in metrics.items()]

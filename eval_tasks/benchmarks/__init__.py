@@ -12,6 +12,7 @@ BENCHMARKS = {
     "training-speed": ("training_speed", "tokens a second of a training step, and where its time goes"),
     "length": ("length", "how well a trained model predicts lengths"),
     "controlled-world": ("controlled_world", "one-step against the decoder's own answers"),
+    "faults": ("faults", "kill runs, fill disks, damage files, and count what is lost"),
     "parity": ("parity", "lm-eval's own model of the decoder against verified ProtoGen"),
     "serve": ("serve", "a server under load, one-step answers beside greedy ones"),
 }
