@@ -25,6 +25,13 @@ def test_every_relative_link_leads_somewhere(page):
             assert (page.parent / link.partition("#")[0]).exists(), f"{link} in {page.name}"
 
 
+def test_the_tests_of_every_fault_are_there():
+    names = set(re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", (ROOT / "docs" / "reliability.md").read_text()))
+    assert len(names) > 50
+    for file, name in names:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text() or not name, f"{file}::{name}"
+
+
 def test_the_readme_is_short():
     assert (ROOT / "README.md").read_text().count("\n") <= 200
 

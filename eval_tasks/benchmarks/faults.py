@@ -134,7 +134,10 @@ class Ground:
         self.arguments = arguments
         self.rng = random.Random(arguments.seed)
         world = {"data": str(folder / "world" / "data.jsonl"), "output_dir": str(folder / "world")} | WORLD
-        self.run("world", "--use_cpu", "true", *(f"--{name}={value}" for name, value in world.items()))
+        options = [f"--{name}={value}" for name, value in world.items()]
+        status, seen = self.run("world", "--use_cpu", "true", *options)
+        if status:
+            raise RuntimeError(f"protogen world does not run at all: {seen}")
         self.recipe = folder / "recipe.yaml"
         paths = {name: str(folder / "world" / name) for name in ("encoder", "decoder")}
         data = {name: world[name] for name in ("data", "validation_share")}

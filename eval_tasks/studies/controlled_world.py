@@ -128,13 +128,15 @@ def pretrain_decoder(folder: Path, examples: list[Example], args: WorldArguments
     special = {"bos_token": "<start>", "eos_token": "<end>", "pad_token": "<end>"}
     names = ["<unknown>", "<start>", "<end>", "<user>", "<answer>"]
     tokenizer = world_tokenizer(names, **special, chat_template=CHAT_TEMPLATE)
-    rows = []
-    for example in examples:
+    pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+
+    def row(example):
         message = [{"role": "user", "content": example.instruction}]
         prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         before, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, example.answer))
         ids = [*before, *answer, tokenizer.eos_token_id]
-        rows.append({"input_ids": ids, "labels": [-100] * len(before) + ids[len(before) :]})
+        return {"input_ids": ids, "labels": [-100] * len(before) + ids[len(before) :]}
+
     config = GPTNeoXConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.world_width,
@@ -164,8 +166,8 @@ def pretrain_decoder(folder: Path, examples: list[Example], args: WorldArguments
     trainer = ExampleTrainer(
         GPTNeoXForCausalLM(config),
         arguments,
-        train_dataset=rows,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+        train_dataset=examples,
+        data_collator=lambda batch: pad(list(map(row, batch))),
     )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir))
     with written_aside(folder) as aside:
