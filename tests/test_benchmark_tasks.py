@@ -161,7 +161,7 @@ def test_a_byte_order_mark_is_read_over(tmp_path):
 
 def test_a_bad_line_is_named(tmp_path):
     (tmp_path / "snips_test.jsonl").write_text('{"instruction": "a"}\n\n{"instruction"\n')
-    with pytest.raises(ValueError, match=r"snips_test.jsonl, line 3 is not JSON"):
+    with pytest.raises(ValueError, match=r"snips_test.jsonl, line 3: this is no JSON"):
         benchmark_data.snips(str(tmp_path))
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from trainers.files import (
     CheckedTensors,
     append_lines,
-    read_json,
     read_lines,
+    read_run_json,
     save_tensors,
     write_atomically,
     written_aside,
@@ -94,7 +94,7 @@ def test_a_bad_line_is_named(tmp_path, line):
 def test_bad_json_is_named(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ValueError, match="x.json is damaged: .*Do this."):
-        read_json(tmp_path / "x.json", "Do this.")
+        read_run_json(tmp_path / "x.json", "Do this.")
 
 
 def test_tensors_have_checksums(tmp_path):

@@ -341,7 +341,7 @@ def test_models_are_loaded_as_they_are_asked_for(llama_checkpoint, monkeypatch):
         ({"repetition_penalty": 1.5, "num_beams": 2}, "num_beams, repetition_penalty is not for mode=verified"),
         ({"do_sample": True}, "do_sample=True needs a temperature above 0"),
         ({"do_sample": True, "temperature": 0.0}, "do_sample=True needs a temperature above 0"),
-        ({"max_gen_toks": 0}, "max_new_tokens` must be greater than 0"),
+        ({"max_gen_toks": 0}, "max_new_tokens must be at least 1"),
     ],
 )
 def test_what_a_task_asks_in_vain_is_said_before_anything_is_answered(llama_checkpoint, monkeypatch, kwargs, message):

@@ -110,6 +110,13 @@ class ExampleTrainer(Trainer):
         finally:
             self.data_collator = collate
 
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = [example.num_characters for example in train_dataset or self.train_dataset]
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedEpochs(lengths, batch_size, self.args.seed)
+
     def training_step(self, model, inputs, *args):
         ids = inputs.pop("example_ids")
         loss = super().training_step(model, inputs, *args)

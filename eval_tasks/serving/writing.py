@@ -11,7 +11,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from eval_tasks.commands.generate import measures_of
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from modeling_protogen.frozen_decoder import new_cache
 from modeling_protogen.generation_protogen import (
     BLOCK_MODES,
     ProtoGenGenerateOutput,
@@ -107,12 +106,11 @@ class Writing:
         # A loaded model has a plain one.
         self.config = ProtoGenGenerationConfig.from_dict(model.generation_config.to_diff_dict())
         self.readers_processor = copy.deepcopy(processor)
-        self.takes_batches_of_blocks = not any(new_cache(model.decoder).is_sliding)
 
     def job(self, request: Common) -> Job:
         """
-        What a request asks for. A pass is its own where what is drawn with a seed would depend on others, where a text
-        is passed on as it grows, and where blocks are written one by one.
+        What a request asks for. A pass is its own where what is drawn with a seed would depend on others, and where a
+        text is passed on as it grows.
 
         Raises:
             ValueError: if an option is not of the mode, or the model does not have what is asked for.
@@ -132,7 +130,7 @@ class Writing:
         is_one = request.n * len(instructions) == 1
         seed = request.seed if is_random else None
         grows = request.stream and in_blocks and is_one and has_text and not request.wants_logprobs
-        alone = seed is not None or grows or (in_blocks and not self.takes_batches_of_blocks)
+        alone = seed is not None or grows
         contexts = [request.protogen.context] * len(instructions)
         return Job(instructions, contexts, request.n, options, config, seed, alone, grows)
 
