@@ -21,12 +21,20 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, warning_once
 from tqdm import tqdm
+from transformers import BatchEncoding
 
 from eval_tasks.benchmark_data import DOLLY_HELD_OUT
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen.encoder_places import (
+    fitted,
+    places_by_content,
+    places_in,
+    places_in_rendered,
+    places_of_tokens,
+)
 from modeling_protogen.generation_protogen import BLOCK_MODES, MODES, ProtoGenGenerationConfig
 from modeling_protogen.objectives import IGNORE_INDEX, argmax_tokens, log_probabilities
-from modeling_protogen.processing_protogen import chat_text, pad_left
+from modeling_protogen.processing_protogen import chat_text, contents_of, pad_left, template_pieces
 from modeling_protogen.proto_tokens import num_unguided
 
 log = logging.getLogger(__name__)
@@ -143,8 +151,8 @@ class ProtoGenLM(HFLM):
         if accelerator.num_processes > 1:
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
-        # The messages of a chat by its rendered text: the encoder knows no template.
-        self.chat_texts: dict[str, str] = {}
+        # The contents of a chat by its rendered text, as the encoder knows no template, and that template's pieces.
+        self.chats: dict[str, tuple[list[str], list[str | int]]] = {}
         self.num_cut_contexts = 0
 
     def _check_names(self, names: Set[str], others: set[str]) -> None:
@@ -167,11 +175,15 @@ class ProtoGenLM(HFLM):
         return f"{super().tokenizer_name}-{hashlib.sha256(template.encode()).hexdigest()[:16]}"
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        if self.processor.prompt_template is None:
-            text = super().apply_chat_template(chat_history, add_generation_prompt)
-        else:
-            text = self.processor.apply_chat_template(chat_history)
-        self.chat_texts[text] = chat_text(chat_history)
+        def render(contents):
+            chat = [message | {"content": content} for message, content in zip(chat_history, contents, strict=True)]
+            if self.processor.prompt_template is None:
+                return super(ProtoGenLM, self).apply_chat_template(chat, add_generation_prompt)
+            return self.processor.apply_chat_template(chat)
+
+        contents = contents_of(chat_history)
+        text = render(contents)
+        self.chats[text] = contents, template_pieces(render, len(contents)) if self.processor.aligns_encoder else []
         return text
 
     def _detect_batch_size(self, requests=None, pos: int = 0) -> int:
@@ -187,14 +199,40 @@ class ProtoGenLM(HFLM):
         batch = {}
         if self.processor.for_encoder:
             tokenizer, window = self.processor.tokenizer, self.processor.max_input_length
-            rows = []
-            for context in contexts:
-                ids, dropped = last_blocks(tokenizer, self.chat_texts.get(context, context), window)
+            rows, places = [], []
+            for context, prompt in zip(contexts, prompts, strict=True):
+                read, encoding, dropped = last_blocks(tokenizer, self._said(context), window)
                 self.num_cut_contexts += bool(dropped)
-                rows.append(ids)
+                rows.append(encoding.input_ids)
+                if self.processor.aligns_encoder:
+                    places.append(self._places(context, prompt, read, encoding))
             batch |= tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+            if places:
+                batch["encoder_places"], _ = pad_left(places)
         batch["decoder_prompt_ids"], batch["decoder_prompt_mask"] = pad_left(prompts)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def _said(self, context: str) -> str:
+        """What the encoder reads of a context: of a rendered chat what is said in it."""
+        return chat_text(self.chats[context][0]) if context in self.chats else context
+
+    def _places(self, context: str, prompt: list[int], read: str, encoding: BatchEncoding) -> list[int]:
+        """
+        For each token of a prompt the number of the encoder's token that it stands for; `read` is the end of what is
+        said, as the encoder reads it.
+        """
+        said = self._said(context)
+        places = fitted([0] * (len(said.rstrip()) - len(read)) + places_in(encoding, read), len(said))
+        if context in self.chats:
+            contents, template = self.chats[context]
+            places = places_in_rendered(context, template, contents, places_by_content(places, contents))
+        # Of what is scored the harness leaves out the spaces before it; a prompt that is cut has lost its beginning.
+        for text in (context, context.rstrip()):
+            for options in ({}, {"add_special_tokens": False}):
+                tokens = self.tokenizer(text, truncation=self.truncation, **options)
+                if tokens.input_ids[-len(prompt) :] == prompt:
+                    return places_of_tokens(text, tokens[0].offsets[-len(prompt) :], places)
+        return [0] * len(prompt)
 
     def _report_cuts(self) -> None:
         if self.num_cut_contexts:
@@ -398,24 +436,28 @@ class ProtoGenLM(HFLM):
         return answers
 
 
-def last_blocks(tokenizer, text: str, window: int) -> tuple[list[int], int]:
+def last_blocks(tokenizer, text: str, window: int) -> tuple[str, BatchEncoding, int]:
     """
-    The tokens of as many of the text's last parts, between empty lines, as fit in a window, and how many parts were
+    As many of the text's last parts, between empty lines, as fit in a window, their tokens, and how many parts were
     left out or cut. Of a last part that does not fit alone, its end, if the tokenizer's `truncation_side` is left.
     """
     blocks = text.strip().split("\n\n")
 
     def tokens(first, **limit):
-        return tokenizer("\n\n".join(blocks[first:]) or " ", split_special_tokens=True, **limit).input_ids
+        part = "\n\n".join(blocks[first:]) or " "
+        return part, tokenizer(part, split_special_tokens=True, **limit)
 
-    ids = tokens(0)
-    if len(ids) <= window:
-        return ids, 0
+    def fits(part):
+        return len(part[1].input_ids) <= window
+
+    whole = tokens(0)
+    if fits(whole):
+        return *whole, 0
     # From the end on: a long text is not read again for each of its parts.
     first = len(blocks) - 1
-    while first and len(tokens(first - 1)) <= window:
+    while first and fits(tokens(first - 1)):
         first -= 1
-    return tokens(first, truncation=True, max_length=window), max(first, 1)
+    return *tokens(first, truncation=True, max_length=window), max(first, 1)
 
 
 def joined(scores: Iterable[tuple[float, bool]]) -> tuple[float, bool]:

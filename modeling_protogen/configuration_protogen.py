@@ -98,7 +98,9 @@ class ProtoGenConfig(PreTrainedConfig):
             embeddings; these, the middle layer's and the last by default.
         upsamples_prompt (`bool`, defaults to False): whether queries start from the prompt's states, each repeated over
             as many of the answer's tokens as it accounts for, and may copy its tokens' embeddings: for answers that
-            repeat the prompt's words in their order. The loss `duration` trains it.
+            repeat the prompt's words in their order. The loss `duration` trains it. With `latent_source="encoder"`
+            these states are the encoder's, each at the prompt's tokens that it stands for, beside their embeddings: the
+            decoder reads prompt and slots in one pass.
         predictor_dim (`int`, defaults to 384): width of the predictor, a multiple of 64.
         predictor_dropout (`float`, defaults to 0.1): share of the predictor's activations that training drops.
         num_source_layers (`int`, defaults to 2): layers that mix the source's states in both directions.
@@ -270,9 +272,14 @@ class ProtoGenConfig(PreTrainedConfig):
             f"decoder_layers_read={read} must lie in 0..{last}, the decoder's number of layers.",
         )
         require(
-            not self.upsamples_prompt or 0 in self.layers_read,
-            "upsamples_prompt needs the decoder's input embeddings over the prompt: latent_source=decoder or both, and "
-            "0 in decoder_layers_read.",
+            not self.upsamples_prompt or self.aligns_encoder or 0 in self.layers_read,
+            "upsamples_prompt needs the decoder's input embeddings over the prompt: latent_source=encoder, or decoder "
+            "or both with 0 in decoder_layers_read.",
+        )
+        require(
+            not self.aligns_encoder or self.decoder_sees_prompt,
+            "upsamples_prompt with latent_source=encoder is for a decoder that reads the prompt: set "
+            "decoder_sees_prompt.",
         )
         require(
             not self.upsamples_prompt or self.decoder_dim == self.decoder_text_config.hidden_size,
@@ -309,6 +316,11 @@ class ProtoGenConfig(PreTrainedConfig):
     @property
     def reads_decoder_states(self) -> bool:
         return self.latent_source in ("decoder", "both")
+
+    @property
+    def aligns_encoder(self) -> bool:
+        """Whether the encoder's states are put on the prompt's tokens, by the characters that both stand for."""
+        return self.latent_source == "encoder" and self.upsamples_prompt
 
     @property
     def layers_read(self) -> list[int]:

@@ -62,7 +62,8 @@ class OneStepGraphs:
 
     def predict(self, *inputs: torch.Tensor | None) -> Prediction:
         """As [`ProtoGenForConditionalGeneration.predict`]; the next call overwrites all but the expected error."""
-        names = ("input_ids", "attention_mask", "decoder_prompt_ids", "decoder_prompt_mask", "category_ids")
+        names = ("input_ids", "attention_mask", "decoder_prompt_ids", "decoder_prompt_mask")
+        names += ("category_ids", "encoder_places")
         given = {name: self._padded(name, x) for name, x in zip(names, inputs, strict=True) if x is not None}
         self.shape = tuple((name, *tensor.shape) for name, tensor in given.items())
         if self.shape not in self.predictions:
@@ -76,7 +77,7 @@ class OneStepGraphs:
         if name == "category_ids":
             return tensor
         missing = -tensor.shape[1] % self.input_multiple
-        if name.startswith("decoder"):  # A prompt ends where the answer begins.
+        if name.startswith("decoder") or name == "encoder_places":  # A prompt ends where the answer begins.
             return F.pad(tensor, (missing, 0))
         return F.pad(tensor, (0, missing), value=self.model.encoder.config.pad_token_id if name == "input_ids" else 0)
 

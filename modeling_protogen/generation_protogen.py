@@ -265,6 +265,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
         category_ids: torch.LongTensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
+        encoder_places: torch.LongTensor | None = None,
         proto_tokens: tuple[torch.Tensor, torch.Tensor] | None = None,
         processor=None,
         streamer: BaseStreamer | None = None,
@@ -281,7 +282,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
           of nearly equal probability may change places, as passes of different lengths round differently.
 
         Args:
-            input_ids, attention_mask, decoder_prompt_ids, decoder_prompt_mask, category_ids:
+            input_ids, attention_mask, decoder_prompt_ids, decoder_prompt_mask, category_ids, encoder_places:
                 As in [`ProtoGenForConditionalGeneration.forward`]; the processor makes them. All that reads drafts with
                 the decoder needs the prompt: every mode but `one_step`, and candidates.
             generation_config (`GenerationConfig`, *optional*): the model's own `generation_config` by default.
@@ -309,6 +310,11 @@ class ProtoGenGenerationMixin(GenerationMixin):
             base = ProtoGenGenerationConfig.from_dict(base.to_diff_dict())
         options = base.merged(**kwargs)
         at_once = options.mode not in BLOCK_MODES
+        if self.config.aligns_encoder and not at_once:
+            raise ValueError(
+                f"mode={options.mode} writes block after block, and this model (upsamples_prompt with "
+                "latent_source=encoder) spreads the prompt over whole answers: use one_step or refine."
+            )
         check_ids(input_ids=input_ids, decoder_prompt_ids=decoder_prompt_ids)
         self._check_prompt(decoder_prompt_ids, options.mode != "one_step" or options.num_candidates > 1)
         if decoder_prompt_ids is not None and decoder_prompt_mask is None:
@@ -323,19 +329,20 @@ class ProtoGenGenerationMixin(GenerationMixin):
             return tuple(part if part is None else part.repeat_interleave(number, dim=0) for part in parts)
 
         instruction, prompt = repeated(input_ids, attention_mask), repeated(decoder_prompt_ids, decoder_prompt_mask)
-        (category_ids,) = repeated(category_ids)
+        category_ids, encoder_places = repeated(category_ids, encoder_places)
         if streamer is not None:
             streamer.put((instruction if prompt[0] is None else prompt)[0].cpu())
         if at_once:
-            return self._write_at_once(instruction, prompt, category_ids, options, proto_tokens, processor, streamer)
+            given = instruction, prompt, (category_ids, encoder_places)
+            return self._write_at_once(*given, options, proto_tokens, processor, streamer)
         return self._write_blocks(instruction, prompt, category_ids, options, processor, streamer)
 
-    def _write_at_once(self, instruction, prompt, category_ids, options, proto_tokens, processor, streamer):
+    def _write_at_once(self, instruction, prompt, others, options, proto_tokens, processor, streamer):
         config, sampling, num_candidates = self.config, options.sampling, options.num_candidates
         # A recorded pass starts from its own prediction.
         is_recorded = self.graphs is not None and proto_tokens is None and num_candidates == 1
         passes = self.graphs if is_recorded else self
-        prediction = passes.predict(*instruction, *prompt, category_ids)
+        prediction = passes.predict(*instruction, *prompt, *others)
         if proto_tokens is not None:
             prediction = replace(prediction, e=proto_tokens[0], m=proto_tokens[1])
         quantiles = 0.0

@@ -399,6 +399,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         decoder_prompt_ids: torch.LongTensor | None = None,
         decoder_prompt_mask: torch.Tensor | None = None,
         category_ids: torch.LongTensor | None = None,
+        encoder_places: torch.LongTensor | None = None,
         durations: torch.LongTensor | None = None,
         longest: int | None = None,
     ) -> Prediction:
@@ -411,7 +412,17 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         """
         cache, decoder_states, next_logits = None, None, None
         states, mask = self.encode(input_ids, attention_mask)
-        self._check_prompt(decoder_prompt_ids, self.config.latent_source != "encoder")
+        reads_prompt = self.config.latent_source != "encoder" or self.config.aligns_encoder
+        self._check_prompt(decoder_prompt_ids, reads_prompt)
+        if self.config.aligns_encoder:
+            if encoder_places is None:
+                raise ValueError(
+                    "latent_source=encoder with upsamples_prompt needs encoder_places; a processor with "
+                    "aligns_encoder=True makes them."
+                )
+            states = states.gather(1, encoder_places[..., None].expand(-1, -1, states.shape[-1]))
+            mask = decoder_prompt_mask
+            decoder_states = self.decoder.get_input_embeddings()(decoder_prompt_ids)[:, :, None]
         if self.config.reads_decoder_states:
             prompt = decoder_prompt_ids, decoder_prompt_mask
             cache, decoder_states = self.read_prompt(*prompt, self.config.layers_read)
@@ -536,6 +547,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         length_labels: torch.LongTensor | None = None,
         first_tokens: torch.LongTensor | None = None,
         durations: torch.LongTensor | None = None,
+        encoder_places: torch.LongTensor | None = None,
         return_loss: bool = True,
         return_logits: bool = True,
     ) -> ProtoGenOutput:
@@ -557,6 +569,9 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 First token of each answer, by default the decoder's most likely, if `num_autoregressive_tokens` is 2.
             durations (`torch.LongTensor` of shape `(batch, prompt)`, *optional*): with `upsamples_prompt`, the answer's
                 tokens that each of the prompt's accounts for, or -100 in all of a row; the most likely by default.
+            encoder_places (`torch.LongTensor` of shape `(batch, prompt)`, *optional*): with `upsamples_prompt` and
+                `latent_source="encoder"`, the number in `input_ids` of the token that each of the prompt's takes its
+                state from.
             return_loss (`bool`): whether to compute the losses when there are labels.
             return_logits (`bool`): whether to run the decoder at all. What compares proto-tokens themselves, or
                 lengths, needs neither logits nor the losses.
@@ -564,9 +579,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         if decoder_prompt_ids is not None and decoder_prompt_mask is None:
             decoder_prompt_mask = torch.ones_like(decoder_prompt_ids)
         prompt = decoder_prompt_ids, decoder_prompt_mask
-        prediction = self.predict(
-            input_ids, attention_mask, *prompt, category_ids, durations, None if labels is None else labels.shape[1]
-        )
+        longest = None if labels is None else labels.shape[1]
+        prediction = self.predict(input_ids, attention_mask, *prompt, category_ids, encoder_places, durations, longest)
         # In training a prompt that is read apart has no backward pass; without gradients one joined pass is faster.
         reads_apart = torch.is_grad_enabled() or self.prompt_store is not None
         if return_logits and self.config.decoder_sees_prompt and prediction.prompt_cache is None and reads_apart:

@@ -4,19 +4,48 @@ import copy
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import CommitInfo
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, BatchEncoding, BatchFeature, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
+from .encoder_places import (
+    check_offsets,
+    places_by_content,
+    places_in,
+    places_in_message,
+    places_in_rendered,
+    places_of_tokens,
+)
 from .key_value_lines import from_lines, to_lines
 from .objectives import IGNORE_INDEX
 from .publishing import publish
 
 ANSWER_FORMATS = ("text", "key_value_lines")
 PROMPT_TEMPLATE = "Instruction: {message}\n\nResponse:\n"
+
+
+@dataclass
+class Prompt:
+    """
+    A prompt of the decoder.
+
+    Args:
+        begin (`list[int]`): tokens that begin any text.
+        contents (`list[str]`): of its messages.
+        pieces (`list[tuple[str, BatchEncoding]]`): what the template makes of these, as it is tokenized.
+    """
+
+    begin: list[int]
+    contents: list[str]
+    pieces: list[tuple[str, BatchEncoding]]
+
+    @property
+    def ids(self) -> list[int]:
+        return self.begin + [id for _, tokens in self.pieces for id in tokens.input_ids]
 
 
 class ProtoGenProcessor(ProcessorMixin):
@@ -47,6 +76,8 @@ class ProtoGenProcessor(ProcessorMixin):
             `tokenizer` is the decoder's too.
         encoder_reads_answer (`bool`, defaults to False): whether the encoder reads a partial answer, where one is
             given: its last tokens, half a window of them at most, after the instruction, whose end gives way.
+        aligns_encoder (`bool`, defaults to False): whether to return `encoder_places`, for a model with
+            `latent_source="encoder"` and `upsamples_prompt`; needs fast tokenizers.
     """
 
     def __init__(
@@ -60,6 +91,7 @@ class ProtoGenProcessor(ProcessorMixin):
         answer_format: str = "text",
         for_encoder: bool = True,
         encoder_reads_answer: bool = False,
+        aligns_encoder: bool = False,
         **kwargs,
     ):
         self.max_input_length = max_input_length
@@ -73,7 +105,12 @@ class ProtoGenProcessor(ProcessorMixin):
         self.answer_format = answer_format
         self.for_encoder = for_encoder
         self.encoder_reads_answer = encoder_reads_answer
+        if aligns_encoder and (encoder_reads_answer or not for_encoder):
+            raise ValueError("aligns_encoder needs an encoder, and one that reads no answer (encoder_reads_answer).")
+        self.aligns_encoder = aligns_encoder
         super().__init__(tokenizer, decoder_tokenizer, **kwargs)
+        if aligns_encoder:
+            check_offsets(tokenizer, decoder_tokenizer)
 
     @classmethod
     def from_encoder_decoder_pretrained(
@@ -164,7 +201,9 @@ class ProtoGenProcessor(ProcessorMixin):
         Returns:
             `BatchFeature` of PyTorch tensors: `input_ids` and `attention_mask` `(batch, source)` for the encoder,
             `decoder_prompt_ids` and `decoder_prompt_mask` `(batch, prompt)`, padded on the left; with answers `labels`
-            `(batch, length)`, -100 after the end, and `length_labels` `(batch,)`, the uncut length in tokens.
+            `(batch, length)`, -100 after the end, and `length_labels` `(batch,)`, the uncut length in tokens; with
+            `aligns_encoder` `encoder_places` `(batch, prompt)`, for each of the prompt's tokens the number of the
+            encoder's that holds its first character, 0 where there is none.
 
         Raises:
             ValueError: if an instruction is empty or longer than a window, a chat is not one or has a context, or the
@@ -187,15 +226,21 @@ class ProtoGenProcessor(ProcessorMixin):
         ]
 
         batch = {}
+        pairs = list(zip(instructions, contexts, strict=True))
+        encodings = [self._encode(*pair) for pair in pairs] if self.for_encoder else []
         if self.for_encoder:
-            encoded = [self._encode(*pair) for pair in zip(instructions, contexts, strict=True)]
+            encoded = [encoding.input_ids for encoding in encodings]
             if answer_start is not None and self.encoder_reads_answer:
                 encoded = list(map(self._with_answer, encoded, answer_start))
             batch = self._pad_right(encoded)
-        prompts = [self._encode_prompt(*pair) for pair in zip(instructions, contexts, strict=True)]
-        if answer_start is not None:
-            prompts = [prompt + start for prompt, start in zip(prompts, answer_start, strict=True)]
-        batch["decoder_prompt_ids"], batch["decoder_prompt_mask"] = pad_left(prompts)
+        prompts = [self._encode_prompt(*pair) for pair in pairs]
+        starts = [[]] * len(prompts) if answer_start is None else answer_start
+        rows = [prompt.ids + start for prompt, start in zip(prompts, starts, strict=True)]
+        batch["decoder_prompt_ids"], batch["decoder_prompt_mask"] = pad_left(rows)
+        if self.aligns_encoder:
+            places = [self._places(*each) for each in zip(instructions, contexts, encodings, prompts, strict=True)]
+            rows = [row + [0] * len(start) for row, start in zip(places, starts, strict=True)]
+            batch["encoder_places"], _ = pad_left(rows)
         if answer is not None:
             answers = [answer] if isinstance(answer, str) else list(answer)
             if len(answers) != len(instructions):
@@ -263,51 +308,70 @@ class ProtoGenProcessor(ProcessorMixin):
 
     def decoder_prompt_length(self, instruction: str, context: str | None = None) -> int:
         """Tokens of the decoder's prompt, as it is cut."""
-        return len(self._encode_prompt(instruction, (context or "").strip()))
+        return len(self._encode_prompt(instruction, (context or "").strip()).ids)
 
-    def _encode(self, instruction: str | list[dict[str, str]], context: str) -> list[int]:
+    def _encode(self, instruction: str | list[dict[str, str]], context: str) -> BatchEncoding:
         if not isinstance(instruction, str):
-            instruction = chat_text(instruction)
-        ids = self.tokenizer(instruction, split_special_tokens=True).input_ids
-        if len(ids) > self.max_input_length:
+            instruction = chat_text(contents_of(instruction))
+        encoding = self.tokenizer(instruction, split_special_tokens=True)
+        length = len(encoding.input_ids)
+        if length > self.max_input_length:
             raise ValueError(
-                f"an instruction has {len(ids)} tokens and the encoder reads {self.max_input_length}: shorten it, or "
+                f"an instruction has {length} tokens and the encoder reads {self.max_input_length}: shorten it, or "
                 f"pass long material as context, which is cut to fit. It begins: {instruction[:60]!r}"
             )
-        room = self.max_input_length - len(ids)
+        room = self.max_input_length - length
         if not context or room < 4:  # separators of the second text
-            return ids
+            return encoding
         limit = {"truncation": "only_second", "max_length": self.max_input_length}
-        return self.tokenizer(instruction, context, split_special_tokens=True, **limit).input_ids
+        return self.tokenizer(instruction, context, split_special_tokens=True, **limit)
 
-    def _encode_prompt(self, instruction: str | list[dict[str, str]], context: str) -> list[int]:
-        ids = self._prompt_ids(instruction, context)
-        excess = len(ids) - self.max_prompt_length
+    def _encode_prompt(self, instruction: str | list[dict[str, str]], context: str) -> Prompt:
+        prompt = self._whole_prompt(instruction, context)
+        excess = len(prompt.ids) - self.max_prompt_length
         while excess > 0 and context:
             context_ids = text_ids(self.decoder_tokenizer, context)
             context = self.decoder_tokenizer.decode(context_ids[: max(0, len(context_ids) - excess)]).strip()
-            ids = self._prompt_ids(instruction, context)
-            excess = len(ids) - self.max_prompt_length
+            prompt = self._whole_prompt(instruction, context)
+            excess = len(prompt.ids) - self.max_prompt_length
         if excess > 0:
             raise ValueError(
-                f"an instruction makes a prompt of {len(ids)} decoder tokens and max_prompt_length is "
+                f"an instruction makes a prompt of {len(prompt.ids)} decoder tokens and max_prompt_length is "
                 f"{self.max_prompt_length}: shorten it. It begins: {str(instruction)[:60]!r}"
             )
-        return ids
+        return prompt
 
-    def _prompt_ids(self, instruction: str | list[dict[str, str]], context: str) -> list[int]:
-        chat = instruction
-        if isinstance(instruction, str):
-            chat = [{"role": "user", "content": user_message(instruction, context)}]
+    def _whole_prompt(self, instruction: str | list[dict[str, str]], context: str) -> Prompt:
         # A chat template writes the tokens that begin a text itself.
         begin = [] if self._has_chat_template else self.decoder_tokenizer("").input_ids
-        return begin + self._chat_tokens(chat)
+        is_text = isinstance(instruction, str)
+        contents = [user_message(instruction, context)] if is_text else contents_of(instruction)
+        return Prompt(begin, contents, rendered_pieces(self.decoder_tokenizer, self._template(instruction), contents))
 
-    def _chat_tokens(self, chat: list[dict[str, str]]) -> list[int]:
-        def render(contents):
-            return self.apply_chat_template([m | {"content": c} for m, c in zip(chat, contents, strict=True)])
+    def _template(self, instruction: str | list[dict[str, str]]) -> Callable[[list[str]], str]:
+        """From a chat's contents to the prompt: of the roles of this one, or of one user message."""
+        chat = [{"role": "user"}] if isinstance(instruction, str) else instruction
+        return lambda contents: self.apply_chat_template(
+            [message | {"content": content} for message, content in zip(chat, contents, strict=True)]
+        )
 
-        return rendered_ids(self.decoder_tokenizer, render, [message["content"] for message in chat])
+    def _places(
+        self, instruction: str | list[dict[str, str]], context: str, encoding: BatchEncoding, prompt: Prompt
+    ) -> list[int]:
+        """For each token of a prompt the number of the encoder's token, of these encodings, that it stands for."""
+        contents = prompt.contents
+        if isinstance(instruction, str):
+            places = [places_in_message(encoding, instruction, context, *contents)]
+        else:
+            places = places_by_content(places_in(encoding, chat_text(contents)), contents)
+        template = template_pieces(self._template(instruction), len(contents))
+        rendered = "".join(text for text, _ in prompt.pieces)
+        places = places_in_rendered(rendered, template, contents, places)
+        found, start = [0] * len(prompt.begin), 0
+        for text, tokens in prompt.pieces:
+            found += places_of_tokens(text, tokens[0].offsets, places[start : start + len(text)])
+            start += len(text)
+        return found
 
     @property
     def _has_chat_template(self) -> bool:
@@ -382,7 +446,8 @@ class ProtoGenProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "decoder_prompt_ids", "decoder_prompt_mask"]
+        names = ["input_ids", "attention_mask", "decoder_prompt_ids", "decoder_prompt_mask"]
+        return [*names, "encoder_places"] if self.aligns_encoder else names
 
 
 def checked_instruction(row: int, instruction: str | list[dict[str, str]], context: str) -> str | list[dict[str, str]]:
@@ -439,8 +504,14 @@ def text_ids(tokenizer, text: str) -> list[int]:
 
 
 def rendered_ids(tokenizer, render: Callable[[list[str]], str], texts: list[str]) -> list[int]:
+    """Tokens of what a template makes of texts; arguments as in [`rendered_pieces`]."""
+    return [id for _, tokens in rendered_pieces(tokenizer, render, texts) for id in tokens.input_ids]
+
+
+def rendered_pieces(tokenizer, render: Callable[[list[str]], str], texts: list[str]) -> list[tuple[str, BatchEncoding]]:
     """
-    Tokens of what a template makes of texts, which alone makes control tokens.
+    What a template, which alone makes control tokens, makes of texts: in one piece, or in the pieces that have to be
+    tokenized apart.
 
     Args:
         render (`Callable`): from texts to the template filled with them.
@@ -449,21 +520,30 @@ def rendered_ids(tokenizer, render: Callable[[list[str]], str], texts: list[str]
     # Not all are in `all_special_tokens`: Llama 3 has `<|start_header_id|>` beside them.
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     if not any(token in text for token in control for text in texts):
-        return tokenizer(render(texts), add_special_tokens=False).input_ids
-    # The texts, one by one, in the places of marks of private use.
-    marks = [chr(0xE000 + row) for row in range(len(texts))]
-    known, ids = dict(zip(marks, texts, strict=True)), []
-    for piece in re.split(f"([{''.join(marks)}])", render(marks)):
-        if piece in known:
-            ids += text_ids(tokenizer, known[piece])
-        else:
-            ids += tokenizer(piece, add_special_tokens=False).input_ids
-    return ids
+        text = render(texts)
+        return [(text, tokenizer(text, add_special_tokens=False))]
+    return [
+        (piece, tokenizer(piece, add_special_tokens=False))
+        if isinstance(piece, str)
+        else (texts[piece], tokenizer(texts[piece], add_special_tokens=False, split_special_tokens=True))
+        for piece in template_pieces(render, len(texts))
+    ]
 
 
-def chat_text(chat: list[dict[str, str]]) -> str:
+def template_pieces(render: Callable[[list[str]], str], number: int) -> list[str | int]:
+    """What a template writes, and the numbers of the texts that it writes there, in their order."""
+    marks = [chr(0xE000 + row) for row in range(number)]  # of private use
+    pieces = re.split(f"([{''.join(marks)}])", render(marks))
+    return [marks.index(piece) if piece in marks else piece for piece in pieces]
+
+
+def chat_text(contents: list[str]) -> str:
     """What is said in a chat, for an encoder, which knows no template."""
-    return "\n\n".join(message["content"] for message in chat)
+    return "\n\n".join(contents)
+
+
+def contents_of(chat: list[dict[str, str]]) -> list[str]:
+    return [message["content"] for message in chat]
 
 
 def user_message(instruction: str, context: str | None) -> str:

@@ -236,7 +236,8 @@ class ProtoTokenPredictor(nn.Module):
     The source is the decoder's hidden states over the prompt, the encoder's states, or both one after the other. Layers
     of attention in both directions mix it. Queries attend to one another and to the source in a few layers. With
     `upsamples_prompt` they start from the prompt's states, spread over the answer, and may copy the input embeddings
-    there into proto-tokens.
+    there into proto-tokens. If `config.aligns_encoder`, the source is the sum of the input embeddings over the prompt
+    and of the encoder's states there.
     """
 
     def __init__(self, config: ProtoGenConfig):
@@ -249,7 +250,9 @@ class ProtoTokenPredictor(nn.Module):
         def reading(width):
             return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
 
-        self.decoder_readings = nn.ModuleList(reading(config.state_dim(layer)) for layer in config.layers_read)
+        layers = [0] if config.aligns_encoder else config.layers_read
+        self.widths_read = [config.state_dim(layer) for layer in layers]
+        self.decoder_readings = nn.ModuleList(map(reading, self.widths_read))
         self.encoder_reading = reading(config.encoder_config.hidden_size) if config.has_encoder else None
         self.source_layers = nn.ModuleList(
             transformer_layer(nn.TransformerEncoderLayer, dim, config.predictor_dropout)
@@ -285,7 +288,7 @@ class ProtoTokenPredictor(nn.Module):
         """
         Args:
             encoder_states (`torch.Tensor` of shape `(batch, source, encoder_dim)`), encoder_mask (`torch.Tensor` of
-                shape `(batch, source)`): None without an encoder.
+                shape `(batch, source)`): None without an encoder; of the prompt's tokens if `config.aligns_encoder`.
             decoder_states (`torch.Tensor` of shape `(batch, prompt, layers, decoder_dim)`), decoder_mask
                 (`torch.Tensor` of shape `(batch, prompt)`): of the prompt, wherever its padding is; states that are not
                 read are None.
@@ -369,14 +372,15 @@ class ProtoTokenPredictor(nn.Module):
         dtype, parts = self.queries.dtype, []
         if len(self.decoder_readings):
             states = decoder_states.to(dtype).unbind(2)
-            widths = map(self.config.state_dim, self.config.layers_read)
-            pairs = zip(self.decoder_readings, states, widths, strict=True)
+            pairs = zip(self.decoder_readings, states, self.widths_read, strict=True)
             read = sum(reading(state[..., :width]) for reading, state, width in pairs)
             parts.append((read, decoder_mask.bool()))
         if self.encoder_reading is not None:
             parts.append((self.encoder_reading(encoder_states.to(dtype)), encoder_mask.bool()))
         if not parts:
             return None, None
+        if self.config.aligns_encoder:
+            parts = [(sum(read for read, _ in parts), decoder_mask.bool())]
         source = torch.cat([read + sinusoids(position_ids(mask), read.shape[-1]).to(dtype) for read, mask in parts], 1)
         mask = torch.cat([mask for _, mask in parts], 1)
         for layer in self.source_layers:

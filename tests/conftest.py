@@ -143,7 +143,10 @@ def build(encoder_dir):
             encoder, str(decoder_dir), **fields
         ).eval()
         processor = ProtoGenProcessor.from_encoder_decoder_pretrained(
-            encoder, str(decoder_dir), max_answer_length=model.config.max_answer_length
+            encoder,
+            str(decoder_dir),
+            max_answer_length=model.config.max_answer_length,
+            aligns_encoder=model.config.aligns_encoder,
         )
         return model, processor
 

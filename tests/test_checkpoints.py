@@ -130,6 +130,7 @@ def test_bfloat16_and_device_map(build, decoder_dir, tmp_path, thin):
         {},
         {"decoder_sees_prompt": True, "latent_source": "both", "slot_adapter_rank": 2},
         {"decoder_sees_prompt": True, "latent_source": "both", "upsamples_prompt": True, "first_tokens": "decoder"},
+        {"decoder_sees_prompt": True, "latent_source": "encoder", "upsamples_prompt": True, "first_tokens": "decoder"},
     ],
     ids=str,
 )

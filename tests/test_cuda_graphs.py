@@ -13,8 +13,11 @@ FIELDS = [
     {"decoder_sees_prompt": True, "latent_source": "both", "first_tokens": "decoder"},
     {"decoder_sees_prompt": True, "latent_source": "decoder", "slot_adapter_rank": 2},
     {"decoder_sees_prompt": True, "latent_source": "decoder", "first_tokens": "decoder", "predictor_dim": 128},
-    {"decoder_sees_prompt": True, "latent_source": "decoder"}
-    | {"arrangement": "e_only", "chunk_size": 1, "max_chunks": 8, "upsamples_prompt": True},
+    *(
+        {"decoder_sees_prompt": True, "latent_source": source, "upsamples_prompt": True}
+        | {"arrangement": "e_only", "chunk_size": 1, "max_chunks": 8}
+        for source in ("encoder", "decoder")
+    ),
     {"arrangement": "e_mN", "chunk_size": 3, "max_chunks": 3, "max_answer_length": 8, "num_e_tokens": 2},
     {"arrangement": "interleaved", "m_scope": "shared", "sink": "none"},
 ]

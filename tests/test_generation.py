@@ -5,6 +5,7 @@ import torch
 from conftest import CONTEXTS, INSTRUCTIONS, stir_slot_adapters, weights_hash
 from transformers import GenerationConfig
 
+TOKENS = {"arrangement": "e_only", "chunk_size": 1, "max_chunks": 8}
 FIELDS = [
     {},
     {"decoder_sees_prompt": True},
@@ -12,6 +13,7 @@ FIELDS = [
     {"decoder_sees_prompt": True, "latent_source": "decoder", "slot_adapter_rank": 2},
     {"latent_source": "decoder"},
     {"arrangement": "e_m", "chunk_size": 3, "max_chunks": 3, "max_answer_length": 8},
+    {"decoder_sees_prompt": True, "upsamples_prompt": True, "slot_adapter_rank": 2} | TOKENS,
     {"arrangement": "halves"},
 ]
 
@@ -50,7 +52,7 @@ def test_tokens_and_confidence_are_those_of_forward(build, decoder_dir, fields):
     assert torch.equal(model.generate(**batch, length=lengths), output.sequences)
 
 
-@pytest.mark.parametrize("fields", FIELDS[:6], ids=str)
+@pytest.mark.parametrize("fields", FIELDS[:-1], ids=str)
 def test_a_batch_equals_its_texts_alone(build, decoder_dir, fields):
     model, processor = build(decoder_dir, **fields)
     stir_slot_adapters(model)
@@ -91,6 +93,28 @@ def test_what_follows_a_drawn_first_token_was_predicted_after_it(build, decoder_
         prompt = processor(INSTRUCTIONS[row], CONTEXTS[row])["decoder_prompt_ids"]
         p = model.decoder(torch.cat([prompt, tokens[None, :1]], dim=1)).logits[0, -2:].softmax(-1)
         torch.testing.assert_close(output.token_confidences[row, :2], p[[0, 1], tokens[:2]], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("latent_source", "passes"), [("encoder", 1), ("decoder", 2)])
+def test_prompt_and_slots_are_read_in_one_pass_where_the_encoder_is_the_source(
+    build, decoder_dir, latent_source, passes
+):
+    fields = {"decoder_sees_prompt": True, "upsamples_prompt": True, "latent_source": latent_source} | TOKENS
+    model, processor = build(decoder_dir, **fields)
+    calls = []
+    model.decoder.base_model.register_forward_hook(lambda *_: calls.append(1))
+    batch = processor(INSTRUCTIONS, CONTEXTS)
+    model.generate(**batch)
+    assert len(calls) == passes
+    if latent_source == "encoder":
+        for mode in ("adaptive", "verified"):
+            with pytest.raises(
+                ValueError, match=f"mode={mode} writes block after block, and this model .* use one_step"
+            ):
+                model.generate(**batch, mode=mode)
+        drawn = model.generate(**batch, mode="refine", do_sample=True, num_return_sequences=2)
+        assert len(drawn) == 2 * len(INSTRUCTIONS)
+        assert len(model.generate(**batch, num_candidates=2)) == len(INSTRUCTIONS)
 
 
 def test_answers_are_cut_after_eos(build, llama_dir):

@@ -53,7 +53,7 @@ VARIANTS = [
     ),
     *(
         {"decoder_sees_prompt": True, "latent_source": source, "upsamples_prompt": True} | fields
-        for source in ("decoder", "both")
+        for source in ("encoder", "decoder", "both")
         for fields in (
             {"arrangement": "e_only", "chunk_size": 1, "max_chunks": 8},
             {"arrangement": "e_mN", "chunk_size": 3, "max_chunks": 3, "slot_adapter_rank": 2},

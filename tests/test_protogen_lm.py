@@ -38,8 +38,8 @@ def instances(kind, arguments):
     return [Instance(kind, {}, tuple(each), number) for number, each in enumerate(arguments)]
 
 
-def save(build, decoder_dir, folder):
-    model, processor = build(decoder_dir, decoder_sees_prompt=True)
+def save(build, decoder_dir, folder, **fields):
+    model, processor = build(decoder_dir, decoder_sees_prompt=True, **fields)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -244,16 +244,18 @@ def test_the_encoder_reads_the_last_parts_that_fit(checkpoint, caplog):
     lm = ProtoGenLM(str(checkpoint))
     tokenizer, window = lm.processor.tokenizer, lm.processor.max_input_length
     parts = ["who sat on the mat", "the cat", *["the sky was red and blue"] * 5]
-    ids, dropped = last_blocks(tokenizer, "\n\n".join(parts), window)
+    read, encoding, dropped = last_blocks(tokenizer, "\n\n".join(parts), window)
+    ids = encoding.input_ids
+    assert read == "\n\n".join(parts[dropped:])
     assert len(ids) <= window
-    assert ids == tokenizer("\n\n".join(parts[dropped:])).input_ids
+    assert ids == tokenizer(read).input_ids
     assert len(tokenizer("\n\n".join(parts[dropped - 1 :])).input_ids) > window
     # Of one that does not fit alone, its end.
-    ids, dropped = last_blocks(tokenizer, "who " + "cat " * 50 + "sat on", window)
-    assert tokenizer.decode(ids).split() == ["[CLS]", *["cat"] * (window - 4), "sat", "on", "[SEP]"]
+    _, encoding, dropped = last_blocks(tokenizer, "who " + "cat " * 50 + "sat on", window)
+    assert tokenizer.decode(encoding.input_ids).split() == ["[CLS]", *["cat"] * (window - 4), "sat", "on", "[SEP]"]
     assert dropped
-    ids, _ = last_blocks(tokenizer, "who [SEP] sat", window)
-    assert ids.count(tokenizer.sep_token_id) == 1, "a control token is text"
+    _, encoding, _ = last_blocks(tokenizer, "who [SEP] sat", window)
+    assert encoding.input_ids.count(tokenizer.sep_token_id) == 1, "a control token is text"
     lm.generate_until(instances("generate_until", [["cat " * 50, {"until": [], "max_gen_toks": 4}]]))
     assert "1 contexts are longer than the encoder's window of 32 tokens" in caplog.text
 
@@ -266,6 +268,54 @@ def test_in_a_chat_the_encoder_reads_what_is_said(llama_checkpoint):
     expected = lm.processor("who sat on the mat")
     assert inputs["input_ids"].tolist() == expected["input_ids"].tolist()
     assert inputs["decoder_prompt_ids"].tolist() == expected["decoder_prompt_ids"].tolist()
+
+
+@pytest.mark.parametrize("template", [None, "name {message} two\n\n"])
+def test_an_encoder_that_is_put_on_the_prompt_answers_as_generate_does(build, decoder_dir, tmp_path, template):
+    if template is None and "neox" in str(decoder_dir):
+        template = "{message} answer"
+    folder = save(build, decoder_dir, tmp_path / "model", upsamples_prompt=True)
+    processor = ProtoGenProcessor.from_pretrained(folder)
+    assert processor.aligns_encoder
+    processor.prompt_template = template
+    processor.save_pretrained(folder)
+    lm = ProtoGenLM(str(folder), batch_size=2)
+    questions = [*INSTRUCTIONS, "name two", " the cat sat on the mat \n\nwho sat on the cat"]
+    texts = [lm.apply_chat_template([{"role": "user", "content": question}]) for question in questions]
+    prompts = [lm.tok_encode(text) for text in texts]
+    expected = processor(questions)
+    inputs = lm.inputs(texts, prompts)
+    assert inputs.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(inputs[name], tensor), name
+    written = lm.protogen.generate(**expected, return_dict_in_generate=True)
+    sequences = [row[:length] for row, length in zip(written.sequences, written.lengths, strict=True)]
+    assert answers_of(lm, texts, max_gen_toks=8) == processor.batch_decode(sequences)
+
+    # What is cut has lost its beginning.
+    cut = lm.inputs(texts, [prompt[-4:] for prompt in prompts])
+    assert torch.equal(cut["encoder_places"], expected["encoder_places"][:, -4:])
+    assert all(log_p < 0 for log_p, _ in scores_of(lm, [[text, " cat"] for text in texts]))
+
+
+def test_an_encoder_is_put_on_plain_contexts_of_any_length(build, llama_dir, tmp_path):
+    lm = ProtoGenLM(str(save(build, llama_dir, tmp_path / "model", upsamples_prompt=True)))
+    contexts = [*CONTEXTS, "", "  who sat ", "cat dog " * 30, "the dog\n\n" + "cat " * 20 + "\n\n" + "sky blue " * 10]
+    prompts = [lm.tok_encode(context) or [lm.prefix_token_id] for context in contexts]
+    inputs = lm.inputs(contexts, prompts)
+    for row, context in enumerate(contexts):
+        mask = inputs["decoder_prompt_mask"][row].bool()
+        ids, places = inputs["decoder_prompt_ids"][row][mask], inputs["encoder_places"][row][mask]
+        read = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        placed = [
+            (lm.tokenizer.decode([id]).strip(), lm.processor.tokenizer.decode(read[place]).strip())
+            for id, place in zip(ids, places, strict=True)
+            if place
+        ]
+        assert all(own == other for own, other in placed)
+        # All that the encoder reads stands somewhere, in its order, at the context's end.
+        assert places[places > 0].tolist() == list(range(1, max(len(read) - 1, 1)))
+        assert [own for own, _ in placed] == context.split()[len(context.split()) - len(placed) :]
 
 
 def test_a_models_own_prompt_takes_the_place_of_the_chat_template(llama_checkpoint):
@@ -296,6 +346,9 @@ def test_answers_that_are_lines_inside_are_json_outside(llama_checkpoint, mode):
     class LineTokenizer:
         def decode(self, ids, **kwargs):
             return f"intent: GetWeather\ncity: {lm.tokenizer.decode(ids, **kwargs)}"
+
+        def batch_decode(self, rows, **kwargs):
+            return [self.decode(row, **kwargs) for row in rows]
 
     lm.processor.answer_format = "key_value_lines"
     lm.processor.decoder_tokenizer = LineTokenizer()
@@ -341,7 +394,7 @@ def test_models_are_loaded_as_they_are_asked_for(llama_checkpoint, monkeypatch):
         ({"repetition_penalty": 1.5, "num_beams": 2}, "num_beams, repetition_penalty is not for mode=verified"),
         ({"do_sample": True}, "do_sample=True needs a temperature above 0"),
         ({"do_sample": True, "temperature": 0.0}, "do_sample=True needs a temperature above 0"),
-        ({"max_gen_toks": 0}, "max_new_tokens must be at least 1"),
+        ({"max_gen_toks": 0}, "max_new_tokens must be at least 1; got 0"),
     ],
 )
 def test_what_a_task_asks_in_vain_is_said_before_anything_is_answered(llama_checkpoint, monkeypatch, kwargs, message):

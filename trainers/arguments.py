@@ -197,6 +197,10 @@ class ModelArguments:
     def has_encoder(self) -> bool:
         return self.latent_source in ("encoder", "both")
 
+    @property
+    def aligns_encoder(self) -> bool:
+        return self.latent_source == "encoder" and self.upsamples_prompt
+
 
 def bank_info(model_args: ModelArguments, decoder) -> BankInfo:
     return BankInfo(
@@ -230,6 +234,7 @@ def load_processor(model_args: ModelArguments, max_answer_length: int) -> ProtoG
         max_prompt_length=model_args.max_prompt_length,
         max_answer_length=max_answer_length,
         encoder_reads_answer=model_args.encoder_reads_answer,
+        aligns_encoder=model_args.aligns_encoder,
         prompt_template=model_args.prompt_template,
         answer_format=model_args.answer_format,
     )
