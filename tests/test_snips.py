@@ -65,7 +65,10 @@ def recipe(llama_dir, tmp_path):
     return path
 
 
-def test_two_trainings_a_rival_and_their_result(call, recipe, tmp_path, llama_dir):  # noqa: F811
+@pytest.mark.parametrize("latent_source", ["decoder", "encoder"])
+def test_two_trainings_a_rival_and_their_result(call, recipe, tmp_path, llama_dir, encoder_dir, latent_source):  # noqa: F811
+    content = yaml.safe_load(recipe.read_text()) | {"latent_source": latent_source, "encoder": str(encoder_dir)}
+    recipe.write_text(yaml.safe_dump(content))
     before = weights_hash(AutoModelForCausalLM.from_pretrained(llama_dir))
     first = ["--output_dir", tmp_path / "predictor", "--losses", '{"token_head": 1, "duration": 1}']
     assert "model in" in call("train", "--config", recipe, *first)

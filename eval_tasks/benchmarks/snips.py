@@ -79,8 +79,8 @@ def snips(arguments) -> None:
         metrics[f"{name}_exact_match"] = mean_with_interval(exact_match(answers, wanted))
         metrics[f"{name}_commands"] = len(asked)
     if arguments.predictor:
-        predictor = load_protogen(Path(arguments.predictor) / "model").to(device)
-        answers = token_head_answers(predictor, processor, examples)
+        folder = Path(arguments.predictor) / "model"
+        answers = token_head_answers(load_protogen(folder).to(device), load_processor_of(folder), examples)
         metrics |= named("token_head", slot_filling_metrics(answers, references))
     if metrics.get("finetuned_exact_match", [0])[0]:
         metrics["share_of_finetuned"] = metrics["one_step_exact_match"][0] / metrics["finetuned_exact_match"][0]

@@ -25,9 +25,11 @@ def main(arguments: list[str]) -> None:
         raise FileExistsError(f"{arguments.folder} exists; remove it, or give another folder.")
     metrics = read_json(arguments.run / "metrics.json")
     model = ProtoGenForConditionalGeneration.from_pretrained(arguments.run / "model")
-    # The name that the recipe has, which is the same on every machine.
+    # The names that the recipe has, which are the same on every machine.
     model.config.decoder_name_or_path = metrics["run"]["decoder"]
     model.config.decoder_config._name_or_path = metrics["run"]["decoder"]
+    if model.config.has_encoder:
+        model.config.encoder_config._name_or_path = metrics["run"]["encoder"]
     with written_aside(arguments.folder) as folder:
         model.to(torch.bfloat16).save_pretrained(folder / "model", thin=True)
         processor = ProtoGenProcessor.from_pretrained(arguments.run / "model")
