@@ -406,6 +406,8 @@ class ProtoGenTrainer(ExampleTrainer):
         labels = inputs["labels"]
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            if not loss.isfinite():  # Nothing can be generated from such a model.
+                self._stop(f"eval_loss is not finite after step {self.state.global_step}", [])
             if prediction_loss_only:
                 return loss, None, None
             tokens = argmax_tokens(outputs.answer_logits, labels)
