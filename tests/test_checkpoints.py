@@ -23,7 +23,7 @@ class Blocker:
         if name.partition(".")[0] in ("modeling_protogen", "trainers", "eval_tasks"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Blocker())
-folder, batch_file, output_file, auto_class = sys.argv[1:]
+batch_file, *folders = sys.argv[1:]
 import torch, transformers
 torch.set_num_threads(1)  # As in the tests: bits depend on it.
 from safetensors.torch import load_file, save_file
@@ -32,18 +32,21 @@ try:
     raise SystemExit("our package must be out of reach")
 except ImportError:
     pass
-config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
-assert type(config).__name__ == "ProtoGenConfig"
-with open(batch_file) as file:
-    batch = processor(*json.load(file))
-with torch.no_grad():
-    logits = model(**batch).answer_logits
-output = model.generate(**batch, length=8, return_dict_in_generate=True)
-save_file({"logits": logits, "sequences": output.sequences, "confidences": output.confidences}, output_file)
-print(processor.batch_decode(output.sequences))
+for folder in folders:
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert type(config).__name__ == "ProtoGenConfig"
+    with open(batch_file) as file:
+        batch = processor(*json.load(file))
+    for auto_class in (transformers.AutoModel, transformers.AutoModelForSeq2SeqLM):
+        model = auto_class.from_pretrained(folder, trust_remote_code=True)
+        assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
+        with torch.no_grad():
+            logits = model(**batch).answer_logits
+        output = model.generate(**batch, length=8, return_dict_in_generate=True)
+        tensors = {"logits": logits, "sequences": output.sequences, "confidences": output.confidences}
+        save_file(tensors, f"{folder}-{auto_class.__name__}.safetensors")
+        print(processor.batch_decode(output.sequences))
 """
 
 
@@ -91,24 +94,26 @@ def test_thin_checkpoints_hold_nothing_of_the_decoder(build, decoder_dir, tmp_pa
             assert any(key.startswith("proto_predictor.") for key in file.keys())  # noqa: SIM118
 
 
-@pytest.mark.parametrize("thin", [False, True])
-@pytest.mark.parametrize("auto_class", ["AutoModel", "AutoModelForSeq2SeqLM"])
-def test_remote_code_in_a_process_without_our_package(build, decoder_dir, tmp_path, thin, auto_class):
-    model, processor = build(decoder_dir, thin=thin, decoder_sees_prompt=True, slot_adapter_rank=2)
-    stir_slot_adapters(model)
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
+def test_remote_code_in_a_process_without_our_package(build, decoder_dir, tmp_path):
+    expected, folders = [], []
+    for thin in (False, True):
+        model, processor = build(decoder_dir, thin=thin, decoder_sees_prompt=True, slot_adapter_rank=2)
+        stir_slot_adapters(model)
+        folders.append(tmp_path / ("thin" if thin else "full"))
+        model.save_pretrained(folders[-1])
+        processor.save_pretrained(folders[-1])
+        expected.append(answers(model, processor))
     (tmp_path / "batch.json").write_text(json.dumps([INSTRUCTIONS, CONTEXTS]))
     (tmp_path / "remote.py").write_text(REMOTE)
-    arguments = [tmp_path / "model", tmp_path / "batch.json", tmp_path / "output.safetensors", auto_class]
-    done = subprocess.run(
-        [sys.executable, tmp_path / "remote.py", *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path
-    )
+    command = [sys.executable, tmp_path / "remote.py", tmp_path / "batch.json", *folders]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    expected = answers(model, processor)
-    with safe_open(tmp_path / "output.safetensors", framework="pt") as file:
-        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in expected.items())
-    assert done.stdout.strip() == str(processor.batch_decode(expected["sequences"]))
+    for folder, tensors in zip(folders, expected, strict=True):
+        for auto_class in ("AutoModel", "AutoModelForSeq2SeqLM"):
+            with safe_open(f"{folder}-{auto_class}.safetensors", framework="pt") as file:
+                assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+    texts = [str(processor.batch_decode(tensors["sequences"])) for tensors in expected for _ in range(2)]
+    assert done.stdout.strip().splitlines() == texts
 
 
 @pytest.mark.parametrize("thin", [False, True])

@@ -92,14 +92,16 @@ def add_commands(commands) -> None:
 
 def faults(arguments) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        ground = Ground(Path(folder), arguments)
-        outcomes = {}
+        ground, outcomes = Ground(Path(folder), arguments), {}
         for name in tqdm(arguments.only, desc="faults", unit="kind"):
             if (outcome := FAULTS[name](ground)) is not None:
                 outcomes[name] = outcome
-    metrics = {
-        f"{name}_{what}": getattr(outcome, what) for name, outcome in outcomes.items() for what in ("tried", "lost")
-    }
+                report.write_json(arguments.result, result_of(outcomes, arguments))
+    report.write_result(arguments.result, result_of(outcomes, arguments), ["tried", "lost", "what_a_person_reads"])
+
+
+def result_of(outcomes: dict[str, Outcome], arguments) -> dict:
+    metrics = {f"{name}_{what}": getattr(o, what) for name, o in outcomes.items() for what in ("tried", "lost")}
     content = report.result(
         command=arguments.command_line,
         model="a tiny random GPTNeoX and BERT, float32",
@@ -108,8 +110,7 @@ def faults(arguments) -> None:
         seed=arguments.seed,
         metrics=metrics | {"lost": sum(outcome.lost for outcome in outcomes.values())},
     )
-    content["messages"] = {f"{name}_what_a_person_reads": outcome.seen for name, outcome in outcomes.items()}
-    report.write_result(arguments.result, content, ["tried", "lost", "what_a_person_reads"])
+    return content | {"messages": {f"{name}_what_a_person_reads": o.seen for name, o in outcomes.items()}}
 
 
 def run_quietly(arguments: list[str], output: str) -> None:
