@@ -390,7 +390,8 @@ def read_shard(path: Path) -> Shard:
     try:
         shard = shard_of(pq.read_table(pa.BufferReader(content)))
     except Exception as error:  # What a reader of parquet says of flipped bits is of many kinds.
-        raise ValueError(f"shard {path} is damaged: its index cannot be read ({error}). {ADVICE}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"shard {path} is damaged: its index cannot be read ({reason}). {ADVICE}") from error
     tensors = path.with_suffix(".safetensors")
     found = tensors.stat().st_size if tensors.is_file() else 0
     if found != shard.bytes:

@@ -157,7 +157,7 @@ class Ground:
 
     def last_line(self, text: str) -> str:
         """Without the folder, and without the hint at the traceback."""
-        lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
+        lines = [line.strip() for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", text))]
         said = [line for line in lines if line and not line.startswith("(--debug")] or [""]
         return said[-1].replace(f"{self.folder}/", "")
 
