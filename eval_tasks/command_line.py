@@ -74,7 +74,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
     RuntimeError, and libraries have more. Mistakes in the code (TypeError, AttributeError, IndexError, ...) stay
     tracebacks. Imported when there is an error: importing takes seconds.
     """
-    import pickle
+    import pickle  # For the name of its error: nothing is unpickled.
 
     from jinja2 import TemplateError
     from safetensors import SafetensorError

@@ -30,6 +30,7 @@ from trainers.proto_bank import ProtoTokenBank
 
 # A command runs in a fork: importing takes longer than the work.
 FORK = multiprocessing.get_context("fork")
+SCRIPTS = Path(command_line.__file__).parent.parent / "scripts"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
 TWO = [
     "--multi_gpu",
@@ -236,8 +237,7 @@ def killed_processes(how: list[str]) -> Callable[[Ground], Outcome]:
 
     def outcome(ground: Ground) -> Outcome:
         def launched(run: Path, checkpoints: float) -> tuple[int, str]:
-            door = Path(command_line.__file__).parent.parent / "scripts" / "train.py"
-            command = [*LAUNCH, *how, door, *ground.command("train", run)[1:]]
+            command = [*LAUNCH, *how, SCRIPTS / "train.py", *ground.command("train", run)[1:]]
             output = run.with_suffix(".txt")
             with open(output, "w") as file:
                 environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -438,5 +438,5 @@ FAULTS: dict[str, Callable[[Ground], Outcome | None]] = {
     "bad_line_among_prompts": bad_prompts,
 }
 if importlib.util.find_spec("deepspeed"):
-    zero3 = Path(command_line.__file__).parent.parent / "scripts" / "recipes" / "launch" / "zero3.yaml"
-    FAULTS["training_killed_under_zero3"] = killed_processes(["--config_file", str(zero3)])
+    zero3 = str(SCRIPTS / "recipes" / "launch" / "zero3.yaml")
+    FAULTS["training_killed_under_zero3"] = killed_processes(["--config_file", zero3])
