@@ -68,6 +68,8 @@ class ProtoGenConfig(PreTrainedConfig):
             attached later must have.
         thin (`bool`, defaults to False): whether checkpoints leave the frozen decoder out; loading attaches it again
             from `decoder_name_or_path`.
+        encoder_name_or_path (`str`, *optional*): where the word embeddings of a thin checkpoint's encoder, which are
+            frozen, come from. None keeps them in the checkpoint.
         arrangement (`str`, defaults to `"e_mN"`): how `e` and `m` are laid out over the decoder's positions: one of
             `ARRANGEMENTS` (table 1 of https://arxiv.org/abs/2505.21189).
         num_e_tokens (`int`, defaults to 1): `e` proto-tokens that open a chunk. More than one needs the arrangement
@@ -136,6 +138,7 @@ class ProtoGenConfig(PreTrainedConfig):
     decoder_revision: str | None = None
     decoder_fingerprint: str | None = None
     thin: bool = False
+    encoder_name_or_path: str | None = None
     arrangement: str = "e_mN"
     num_e_tokens: int = 1
     chunk_size: int = 64

@@ -237,9 +237,13 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             ignore_mismatched_sizes=True,
             **kwargs,
         )
+        config = model.config
+        if config.encoder_name_or_path:
+            model.take_word_embeddings(config.encoder_name_or_path)
+            config.encoder_name_or_path = None  # From here on this model has them.
+            info["missing_keys"] = set(info["missing_keys"]) - {model.word_embeddings_name}
         check_complete(pretrained_model_name_or_path, info, ignores_mismatches)
         if model.decoder is None:
-            config = model.config
             name = decoder_name_or_path or config.decoder_name_or_path
             options = {key: kwargs[key] for key in LOADING_OPTIONS if key in kwargs}
             options |= {
@@ -292,12 +296,37 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         self._no_split_modules |= decoder._no_split_modules
         self._prepare_decoder()
 
+    @property
+    def word_embeddings_name(self) -> str:
+        """The name among this model's weights of the encoder's word embeddings, which are frozen."""
+        words = self.encoder.get_input_embeddings().weight
+        return next(f"encoder.{name}" for name, parameter in self.encoder.named_parameters() if parameter is words)
+
+    def take_word_embeddings(self, name: str) -> None:
+        """
+        Takes the encoder's word embeddings from a Hub id or a folder.
+
+        Raises:
+            OSError: if there is no such model.
+            ValueError: if they have another shape.
+        """
+        theirs = AutoModel.from_pretrained(name).get_input_embeddings().weight
+        words = self.encoder.get_input_embeddings().weight
+        if theirs.shape != words.shape:
+            raise ValueError(
+                f"this model's encoder has {words.shape[0]} word embeddings of width {words.shape[1]}, and that of "
+                f"{name}, where they are to come from, {theirs.shape[0]} of {theirs.shape[1]}."
+            )
+        with torch.no_grad():
+            words.copy_(theirs)
+
     def save_pretrained(self, save_directory, *, thin=None, state_dict=None, save_original_format=False, **kwargs):
         """
         As [`PreTrainedModel.save_pretrained`].
 
         Args:
-            thin (`bool`, *optional*, defaults to `config.thin`): leave the frozen decoder out.
+            thin (`bool`, *optional*, defaults to `config.thin`): leave the frozen decoder out, and the word embeddings
+                that are in `config.encoder_name_or_path`.
 
         Raises:
             ValueError: if a thin checkpoint is wanted but nothing says where the decoder comes from.
@@ -307,7 +336,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             if not self.config.decoder_name_or_path:
                 raise ValueError("a thin checkpoint needs config.decoder_name_or_path, to find the decoder again.")
             state_dict = self.state_dict() if state_dict is None else state_dict
-            state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("decoder.")}
+            left_out = ("decoder.", self.word_embeddings_name) if self.config.encoder_name_or_path else "decoder."
+            state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith(left_out)}
         elif self.decoder is None:
             raise ValueError("there is no decoder to save; attach one, or save with thin=True.")
         was_thin, self.config.thin = self.config.thin, thin
@@ -376,6 +406,9 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
     def _freeze(self):
         if self.decoder is not None:
             self.decoder.requires_grad_(False).eval()
+        # Fine-tuning would move the vectors of the words that it sees away from those of all others.
+        if self.encoder is not None:
+            self.encoder.get_input_embeddings().requires_grad_(False)
         if self.config.m_scope == "fixed":
             self.proto_predictor.m_table.requires_grad_(False)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import CONTEXTS, INSTRUCTIONS, save_decoder, stir_slot_adapters, weights_hash
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
@@ -334,3 +334,21 @@ def test_processor_and_model_share_a_folder(build, llama_dir, tmp_path):
         "key_value_lines.py",
     } <= written
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in written)
+
+
+def test_word_embeddings_are_frozen_and_may_come_from_elsewhere(build, encoder_dir, llama_dir, tmp_path):
+    model, _ = build(llama_dir)
+    words = model.encoder.get_input_embeddings().weight
+    assert not words.requires_grad
+    assert not model.train().encoder.get_input_embeddings().weight.requires_grad
+    model.config.encoder_name_or_path = str(encoder_dir)
+    model.save_pretrained(tmp_path / "without", thin=True)
+    assert model.word_embeddings_name not in load_file(tmp_path / "without" / "model.safetensors")
+    found = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "without")
+    assert weights_hash(found) == weights_hash(model)
+    # What was loaded has them, and is saved whole.
+    found.save_pretrained(tmp_path / "whole", thin=True)
+    assert weights_hash(ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "whole")) == weights_hash(model)
+
+    with pytest.raises(ValueError, match="word embeddings of width 32, and that of .*, where they are to come from"):
+        ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "without", encoder_name_or_path=str(llama_dir))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from conftest import INSTRUCTIONS, weights_hash
+from safetensors.torch import load_file
 from test_scripts import call  # noqa: F401
 from transformers import AutoModelForCausalLM
 
@@ -81,6 +82,13 @@ def test_two_trainings_a_rival_and_their_result(call, recipe, tmp_path, llama_di
     assert "MB" in call("pack", tmp_path / "run", tmp_path / "packed")
     packed = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "packed" / "model")
     assert {p.dtype for p in packed.proto_predictor.parameters()} == {torch.bfloat16}
+    assert weights_hash(packed) == weights_hash(
+        ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "run" / "model", dtype=torch.bfloat16)
+    )
+    names = load_file(tmp_path / "packed" / "model" / "model.safetensors").keys()
+    assert not [name for name in names if "word_embeddings" in name or name.startswith("decoder.")]
+    again = ["--output_dir", tmp_path / "again", "--start_from", tmp_path / "packed" / "model", "--max_steps", 1]
+    assert "model in" in call("train", "--config", recipe, *again)
     assert "exists; remove it" in call("pack", tmp_path / "run", tmp_path / "packed")
 
     (tmp_path / "foreign.jsonl").write_text('{"question": "three animals"}\n{"instruction": "the sky"}\n')

@@ -37,10 +37,14 @@ def build_model(model_args: ModelArguments, categories: list[str] | None) -> Pro
 
 
 def start_from(model: ProtoGenForConditionalGeneration, folder: str) -> None:
-    """Takes over the trained weights of another run's model; slot adapters that it lacks stay fresh."""
+    """
+    Takes over the trained weights of another run's model. What it lacks stays as it is: slot adapters, and word
+    embeddings of a packed model's encoder.
+    """
     weights = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    lacking = [name for name in missing if not name.startswith(("decoder.", "slot_adapters."))]
+    kept = ("decoder.", "slot_adapters.", *([model.word_embeddings_name] if model.encoder is not None else []))
+    lacking = [name for name in missing if not name.startswith(kept)]
     if lacking or unexpected:
         raise ValueError(
             f"{folder} has other weights than this recipe's model, {(lacking + unexpected)[0]} for one: start_from "

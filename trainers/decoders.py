@@ -28,6 +28,11 @@ from .devices import best_device, fastest_dtype
 from .embedded import PREFIX, resolve
 from .text_files import read_json
 
+# The fields of a processor, without what says whether it has an encoder.
+PROCESSOR_FIELDS = (
+    *("max_input_length", "max_prompt_length", "max_answer_length"),
+    *("prompt_template", "answer_format", "encoder_reads_answer", "aligns_encoder"),
+)
 VARIANTS = re.compile(r"first:(?P<layers>\d+)|untrained|untrained-gpt_neox:(?P<width>\d+)x(?P<depth>\d+)")
 
 
@@ -78,11 +83,12 @@ def load_protogen(
         folder (`str` or `Path`): or a Hub id.
         dtype (`str`): `auto` is the fastest one here.
         decoder (`str`, *optional*): a thin checkpoint's decoder, where it has moved; may have an `embedded:` name, as
-            the checkpoint's own may.
+            the checkpoint's own, and its encoder's, may.
     """
-    own = ProtoGenForConditionalGeneration.config_class.from_pretrained(folder).decoder_name_or_path or ""
-    name = decoder or (own if own.startswith(PREFIX) else None)
-    moved = {"decoder_name_or_path": resolve(name)} if name else {}
+    config = ProtoGenForConditionalGeneration.config_class.from_pretrained(folder)
+    names = {"decoder_name_or_path": decoder or config.decoder_name_or_path,
+             "encoder_name_or_path": config.encoder_name_or_path}  # fmt: skip
+    moved = {field: resolve(name) for field, name in names.items() if name and (decoder or name.startswith(PREFIX))}
     dtype = getattr(torch, fastest_dtype() if dtype == "auto" else dtype)
     try:
         return ProtoGenForConditionalGeneration.from_pretrained(folder, dtype=dtype, **moved).eval()
@@ -92,7 +98,8 @@ def load_protogen(
 
 def load_processor_of(folder: str | Path, decoder: str | None = None) -> ProtoGenProcessor:
     """
-    A trained model's processor; a packed one has the decoder's own tokenizer, which is not packed with it.
+    A trained model's processor; a packed one has the encoder's and the decoder's own tokenizers, which are not packed
+    with it.
 
     Args:
         folder (`str` or `Path`), decoder (`str`, *optional*): as in `load_protogen`.
@@ -100,12 +107,14 @@ def load_processor_of(folder: str | Path, decoder: str | None = None) -> ProtoGe
     path = Path(folder) / PROCESSOR_NAME
     fields = read_json(path) if path.is_file() else {"for_encoder": True}
     tokenizers = [path.parent / "tokenizer_config.json", path.parent / "decoder_tokenizer"]
-    if fields["for_encoder"] or any(tokenizer.exists() for tokenizer in tokenizers):
+    config = ProtoGenForConditionalGeneration.config_class.from_pretrained(folder)
+    encoder = config.encoder_name_or_path
+    if (fields["for_encoder"] and not encoder) or any(tokenizer.exists() for tokenizer in tokenizers):
         return ProtoGenProcessor.from_pretrained(folder)
-    names = ("max_prompt_length", "max_answer_length", "prompt_template", "answer_format")
-    options = {name: fields[name] for name in names}
-    name = decoder or ProtoGenForConditionalGeneration.config_class.from_pretrained(folder).decoder_name_or_path
-    return ProtoGenProcessor.from_encoder_decoder_pretrained(None, resolve(name), **options)
+    options = {name: value for name, value in fields.items() if name in PROCESSOR_FIELDS}
+    return ProtoGenProcessor.from_encoder_decoder_pretrained(
+        encoder and resolve(encoder), resolve(decoder or config.decoder_name_or_path), **options
+    )
 
 
 def gpt_neox_config(width: int, layers: int, like) -> GPTNeoXConfig:

@@ -1,6 +1,6 @@
 """
-Packs a trained run to go with the repository: its model in bfloat16, without what is the frozen decoder's and without a
-copy of the code, and what tells how it was made.
+Packs a trained run to go with the repository: its model in bfloat16 and what tells how it was made. The frozen decoder,
+the encoder's word embeddings, which are frozen too, and a copy of the code are left out.
 
     protogen pack runs/snips scripts/data/snips_smollm2_135m
 """
@@ -9,9 +9,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser
+from transformers import AutoModel, HfArgumentParser
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from trainers.embedded import resolve
 from trainers.files import written_aside
 from trainers.text_files import read_json
 
@@ -29,18 +30,29 @@ def main(arguments: list[str]) -> None:
     model.config.decoder_name_or_path = metrics["run"]["decoder"]
     model.config.decoder_config._name_or_path = metrics["run"]["decoder"]
     if model.config.has_encoder:
-        model.config.encoder_config._name_or_path = metrics["run"]["encoder"]
+        leave_word_embeddings_out(model, metrics["run"]["encoder"])
     with written_aside(arguments.folder) as folder:
         model.to(torch.bfloat16).save_pretrained(folder / "model", thin=True)
         processor = ProtoGenProcessor.from_pretrained(arguments.run / "model")
         processor.save_pretrained(folder / "model")
         for path in (folder / "model").glob("*.py"):
             path.unlink()  # Beside this repository's code a copy of it would only grow old.
-        if not processor.for_encoder:  # Both tokenizers are the decoder's, which comes with the decoder.
-            shutil.rmtree(folder / "model" / "decoder_tokenizer")
-            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-                (folder / "model" / name).unlink(missing_ok=True)
+        # The tokenizers come with the encoder and the decoder.
+        shutil.rmtree(folder / "model" / "decoder_tokenizer")
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (folder / "model" / name).unlink(missing_ok=True)
         for name in ("metrics.json", "answers.csv"):
             shutil.copy(arguments.run / name, folder / name)
     megabytes = sum(path.stat().st_size for path in arguments.folder.rglob("*") if path.is_file()) / 1e6
     print(f"{arguments.folder}: {megabytes:.1f} MB")
+
+
+def leave_word_embeddings_out(model: ProtoGenForConditionalGeneration, encoder: str) -> None:
+    """
+    Raises:
+        ValueError: if they are not those of the encoder that the training began with.
+    """
+    theirs = AutoModel.from_pretrained(resolve(encoder)).get_input_embeddings().weight
+    if not torch.equal(theirs, model.encoder.get_input_embeddings().weight):
+        raise ValueError(f"the model's word embeddings are not those of {encoder}, which it would be packed without.")
+    model.config.encoder_config._name_or_path = model.config.encoder_name_or_path = encoder
