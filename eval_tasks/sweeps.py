@@ -32,11 +32,14 @@ from trainers.proto_bank import ProtoTokenBank, stack_entries
 from trainers.text_files import read_json
 
 from . import report
+from .baselines.token_head import token_head
+from .baselines.writing import written
 from .command_line import COMMANDS
 from .one_step import one_step_records
 from .plots import curves, exact_points
 from .recipes import RECIPES, keys_of, options_of, read_recipe
 from .retrieval import nearest_rows, retrieval_ranks
+from .slot_filling import exact_match
 from .statistics import mean_with_interval
 from .text_metrics import rouge_l, share_of_equal
 
@@ -238,6 +241,34 @@ def gains(table: pd.DataFrame, reference: pd.DataFrame | None, parts: dict[str, 
     return measured
 
 
+def gather_token_head(sweep: Sweep, command: str) -> dict:
+    """Exact match on held-out instructions of what the predictors alone say, and gains, instruction by instruction."""
+    runs, recipe = finished(sweep, "metrics.json"), read_recipe(sweep.recipe)
+    examples = load_examples(DataArguments(data=recipe["data"]))
+    _, held_out = split_by_instruction(examples, recipe["validation_share"])
+    right, metrics = {}, {}
+    for run, folder in tqdm(runs.items(), desc="token heads", unit="model"):
+        model = ProtoGenForConditionalGeneration.from_pretrained(folder / "model").eval()
+        write = token_head(model, ProtoGenProcessor.from_pretrained(folder / "model"))
+        answers = written(write, held_out, model.config.max_answer_length, run)
+        right[run] = exact_match(answers, [example.answer for example in held_out])
+    for run, values in right.items():
+        metrics[f"{run}_exact_match"] = mean_with_interval(values)
+        reference = right.get(sweep.reference(run))
+        if reference is not None:
+            metrics[f"{run}_exact_match_gain"] = mean_with_interval(values - reference)
+        training = read_json(runs[run] / "metrics.json")
+        metrics[f"{run}_commands_seen"] = training["log"][-1]["step"] * training["run"]["examples_a_step"]
+    return report.result(
+        command=command,
+        model=f"{recipe['decoder']}, without a pass of it; encoder {recipe.get('encoder', 'none')}",
+        revision=decoder_revision(recipe["decoder"]),
+        data=f"{len(held_out)} held-out instructions of {recipe['data']}",
+        seed=recipe.get("seed", 0),
+        metrics=metrics,
+    )
+
+
 def gather_fits(sweep: Sweep, command: str) -> dict:
     """Accuracy, steps and time of fits of the same texts."""
     runs = {run: read_json(path / "fit.json") for run, path in finished(sweep, "fit.json").items()}
@@ -329,4 +360,9 @@ def compare_with_bank(model, processor, bank, known, held_out, metric) -> dict[s
     }
 
 
-GATHER = {"answers": gather_answers, "fits": gather_fits, "losses": gather_losses}
+GATHER = {
+    "answers": gather_answers,
+    "token_head": gather_token_head,
+    "fits": gather_fits,
+    "losses": gather_losses,
+}

@@ -25,6 +25,9 @@ EXAMPLES = [
 ]
 
 
+TOKEN_HEAD = ["--losses", '{"token_head": 1, "duration": 1}', "--slot_adapter_rank", 0]
+
+
 @pytest.fixture
 def recipe(llama_dir, tmp_path):
     rows = [
@@ -71,7 +74,7 @@ def test_two_trainings_a_rival_and_their_result(call, recipe, tmp_path, llama_di
     content = yaml.safe_load(recipe.read_text()) | {"latent_source": latent_source, "encoder": str(encoder_dir)}
     recipe.write_text(yaml.safe_dump(content))
     before = weights_hash(AutoModelForCausalLM.from_pretrained(llama_dir))
-    first = ["--output_dir", tmp_path / "predictor", "--losses", '{"token_head": 1, "duration": 1}']
+    first = ["--output_dir", tmp_path / "predictor", *TOKEN_HEAD]
     assert "model in" in call("train", "--config", recipe, *first)
     assert "model in" in call("train", "--config", recipe, "--start_from", tmp_path / "predictor" / "model")
     assert "model in" in call("finetune", "--config", recipe, "--output_dir", tmp_path / "rival")
@@ -97,8 +100,9 @@ def test_two_trainings_a_rival_and_their_result(call, recipe, tmp_path, llama_di
     measure += [tmp_path / "commands.jsonl", "--few-shot", 2, "--foreign", tmp_path / "foreign.jsonl", "--limit", 9]
     measure += ["--few-shot-limit", 3, "--show", 2, "--rounds", 2, "--result", tmp_path / "snips.json"]
     out = call("bench", "snips", *measure)
-    assert out.count(" ms ") == 6
+    assert out.count(" ms ") == 8
     metrics = read_result(tmp_path / "snips.json")["metrics"]
+    assert metrics["token_head_milliseconds_an_answer"] > 0
     for name in ("one_step", "finetuned", "few_shot", "token_head"):
         assert 0 <= metrics[f"{name}_valid_json"] <= 1
     assert (metrics["finetuned_commands"], metrics["few_shot_commands"]) == (9, 3)
@@ -107,6 +111,39 @@ def test_two_trainings_a_rival_and_their_result(call, recipe, tmp_path, llama_di
     assert {"held_out_exact_match_after_8_examples", "held_out_exact_match_after_16_examples"} <= metrics.keys()
     assert (tmp_path / "snips.md").read_text().count("\n") == 11
     assert (tmp_path / "snips.png").is_file()
+
+
+def test_predictors_are_compared_by_their_token_heads(call, recipe, tmp_path, monkeypatch):  # noqa: F811
+    sweep = tmp_path / "heads.yaml"
+    sweep.write_text(
+        yaml.safe_dump(
+            {
+                "recipe": str(recipe),
+                "fixed": {"losses": {"token_head": 1.0, "duration": 1.0}, "slot_adapter_rank": 0},
+                "runs": {"base": {}, "none": {"exchanged_copies": 0}},
+                "gather": "token_head",
+                "report": ["exact_match_gain"],
+            }
+        )
+    )
+    for run, copies in (("base", 1), ("none", 0)):
+        call(
+            "train",
+            "--config",
+            recipe,
+            "--output_dir",
+            tmp_path / "runs" / "heads" / run,
+            *TOKEN_HEAD,
+            "--exchanged_copies",
+            copies,
+        )
+    monkeypatch.chdir(tmp_path)
+    assert "| none |" in call("sweep", sweep, "--gather")
+    metrics = read_result(tmp_path / "runs" / "heads.json")["metrics"]
+    assert metrics["none_exact_match_gain"][0] == pytest.approx(
+        metrics["none_exact_match"][0] - metrics["base_exact_match"][0]
+    )
+    assert (metrics["base_commands_seen"], metrics["none_commands_seen"]) == (16, 16)
 
 
 def test_losses_and_layout_that_do_not_go_together_are_refused(call, recipe):  # noqa: F811

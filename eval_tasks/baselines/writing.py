@@ -9,10 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modeling_protogen.autoregressive import up_to_eos
 from modeling_protogen.configuration_protogen import as_list
+from trainers.data import Example
 
 
 @dataclass
@@ -30,6 +32,15 @@ class Written:
 
 
 Writer = Callable[..., Written]
+
+
+def written(write: Writer, examples: list[Example], longest: int, name: str, batch_size: int = 32) -> list[str]:
+    """The answers to examples, batch after batch; `name` is what progress is shown under."""
+    answers = []
+    for first in tqdm(range(0, len(examples), batch_size), desc=name):
+        part = examples[first : first + batch_size]
+        answers += write([e.instruction for e in part], [e.context for e in part], longest).texts
+    return answers
 
 
 def generated(

@@ -14,19 +14,18 @@ from eval_tasks.abstention import coverage_curve, ranking_metrics, threshold_for
 from eval_tasks.baselines.autoregressive import autoregressive
 from eval_tasks.baselines.few_shot import few_shot
 from eval_tasks.baselines.one_pass import protogen
-from eval_tasks.baselines.writing import Writer
+from eval_tasks.baselines.token_head import token_head
+from eval_tasks.baselines.writing import Writer, written
 from eval_tasks.latency import interleaved_seconds, ratio_with_interval
 from eval_tasks.plots import curves, exact_points
 from eval_tasks.retention import retention_metrics
 from eval_tasks.slot_filling import exact_match, slot_filling_metrics
 from eval_tasks.statistics import mean_with_interval
 from modeling_protogen import ProtoGenProcessor
-from modeling_protogen.autoregressive import up_to_eos
 from trainers.data import DataArguments, Example, load_examples
 from trainers.decoders import load_processor_of, load_protogen
 from trainers.devices import best_device
 from trainers.files import read_lines
-from trainers.losses.token_head import head_tokens
 from trainers.text_files import read_json
 
 BATCH_SIZE = 32
@@ -65,6 +64,9 @@ def snips(arguments) -> None:
     if arguments.few_shot:
         shown = one_of_each_kind(load_examples(DataArguments(data=arguments.train_data)), arguments.few_shot)
         writers["few_shot"] = few_shot(model.decoder, processor, shown)
+    if arguments.predictor:
+        folder = Path(arguments.predictor) / "model"
+        writers["token_head"] = token_head(load_protogen(folder).to(device), load_processor_of(folder))
     show(writers, examples[: arguments.show], longest)
 
     records = records_of(model, processor, examples)
@@ -78,10 +80,6 @@ def snips(arguments) -> None:
         metrics |= named(name, slot_filling_metrics(answers, wanted))
         metrics[f"{name}_exact_match"] = mean_with_interval(exact_match(answers, wanted))
         metrics[f"{name}_commands"] = len(asked)
-    if arguments.predictor:
-        folder = Path(arguments.predictor) / "model"
-        answers = token_head_answers(load_protogen(folder).to(device), load_processor_of(folder), examples)
-        metrics |= named("token_head", slot_filling_metrics(answers, references))
     if metrics.get("finetuned_exact_match", [0])[0]:
         metrics["share_of_finetuned"] = metrics["one_step_exact_match"][0] / metrics["finetuned_exact_match"][0]
 
@@ -162,28 +160,6 @@ def records_of(model, processor: ProtoGenProcessor, examples: list[Example]) -> 
             scores = {name: values[at].item() for name, values in output.uncertainty_scores.items()}
             rows[row] = {"answer": answers[at], **scores}
     return pd.DataFrame([rows[row] for row in range(len(examples))])
-
-
-def written(write: Writer, examples: list[Example], longest: int, name: str) -> list[str]:
-    """Answers in batches of commands."""
-    answers = []
-    for first in tqdm(range(0, len(examples), BATCH_SIZE), desc=name):
-        part = examples[first : first + BATCH_SIZE]
-        answers += write([e.instruction for e in part], [e.context for e in part], longest).texts
-    return answers
-
-
-@torch.no_grad()
-def token_head_answers(model, processor: ProtoGenProcessor, examples: list[Example]) -> list[str]:
-    """What the predictor's token head reads off the proto-tokens, without the decoder's pass."""
-    answers = []
-    for first in range(0, len(examples), BATCH_SIZE):
-        part = examples[first : first + BATCH_SIZE]
-        inputs = processor([e.instruction for e in part], [e.context for e in part]).to(model.device)
-        e = model.predict(**inputs).e[:, :, 0]
-        tokens = head_tokens(e, model.decoder.get_output_embeddings().weight)
-        answers += processor.batch_decode(up_to_eos(tokens, [processor.decoder_tokenizer.eos_token_id]))
-    return answers
 
 
 def one_of_each_kind(examples: list[Example], count: int) -> list[Example]:
