@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from trainers.bank_dataset import import_bank
 from trainers.protogen_trainer import ProtoGenTrainer, hub_name_of
 from trainers.training_args import ProtoGenTrainingArguments
 
+ROOT = Path(__file__).parents[1]
 ROWS = [{"instruction": i, "response": "the cat sat"} for i in INSTRUCTIONS]
 
 
@@ -319,3 +322,40 @@ def test_a_bank_goes_out_and_comes_back_by_the_same_road(hub, protogen, tmp_path
     assert hub.files("datasets/org/birds").keys() == files.keys()
     back = import_bank("org/birds", tmp_path / "back")
     assert all(same(back[one.id], one) for one in ENTRIES)
+
+
+def test_the_walkthrough_from_an_empty_folder(hub, build, llama_dir, protogen, tmp_path):
+    """The commands of docs/walkthrough.md, in processes of their own, with a tiny model in place of the one there."""
+    model, processor = build(llama_dir, decoder_sees_prompt=True)
+    model.save_pretrained(tmp_path / "model", thin=False)
+    processor.save_pretrained(tmp_path / "model")
+    protogen("push", tmp_path / "model", "org/snips", "--full")
+    page = (ROOT / "docs" / "walkthrough.md").read_text()
+    (commands,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    (ask,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    install, commands = commands.split("\n", 1)
+    assert install.startswith("pip install")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    (folder / "ask.py").write_text(ask.replace("8000", port))
+    environment = {n: v for n, v in os.environ.items() if n != "HF_HUB_OFFLINE"} | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PROTOGEN": str(ROOT),
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    # `kill %%` needs job control.
+    script = ["bash", "-emc", commands.replace("8000", port)]
+    done = subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    assert "predicted length" in done.stdout
+    assert "valid_json" in done.stdout
+    (row,) = processor.batch_decode(model.generate(**processor("Book a table for two in Rome")))
+    *text, confidence = done.stdout.splitlines()[-1].split()
+    assert " ".join(text) == row
+    assert 0 < float(confidence) < 1
