@@ -102,7 +102,7 @@ class ProtoGenConfig(PreTrainedConfig):
             as many of the answer's tokens as it accounts for, and may copy its tokens' embeddings: for answers that
             repeat the prompt's words in their order. The loss `duration` trains it. With `latent_source="encoder"`
             these states are the encoder's, each at the prompt's tokens that it stands for, beside their embeddings: the
-            decoder reads prompt and slots in one pass.
+            decoder reads the slots, and the prompt with `decoder_sees_prompt`, in one pass.
         predictor_dim (`int`, defaults to 384): width of the predictor, a multiple of 64.
         predictor_dropout (`float`, defaults to 0.1): share of the predictor's activations that training drops.
         num_source_layers (`int`, defaults to 2): layers that mix the source's states in both directions.
@@ -278,11 +278,6 @@ class ProtoGenConfig(PreTrainedConfig):
             not self.upsamples_prompt or self.aligns_encoder or 0 in self.layers_read,
             "upsamples_prompt needs the decoder's input embeddings over the prompt: latent_source=encoder, or decoder "
             "or both with 0 in decoder_layers_read.",
-        )
-        require(
-            not self.aligns_encoder or self.decoder_sees_prompt,
-            "upsamples_prompt with latent_source=encoder is for a decoder that reads the prompt: set "
-            "decoder_sees_prompt.",
         )
         require(
             not self.upsamples_prompt or self.decoder_dim == self.decoder_text_config.hidden_size,

@@ -69,7 +69,6 @@ def test_eos_and_pad_come_from_the_decoder():
         (DECODER_SOURCE | {"decoder_layers_read": [0, 5]}, r"decoder_layers_read=\[0, 5\] must lie in 0..4"),
         (DECODER_SOURCE | {"decoder_layers_read": [-1]}, r"decoder_layers_read=\[-1\] must lie in 0..4"),
         (DECODER_SOURCE | {"decoder_layers_read": [1], "upsamples_prompt": True}, "upsamples_prompt needs"),
-        ({"upsamples_prompt": True}, "is for a decoder that reads the prompt: set decoder_sees_prompt"),
         ({"upsamples_prompt": True, "latent_source": "none", "decoder_sees_prompt": True}, "latent_source=encoder, or"),
         (DECODER_SOURCE | {"decoder_layers_read": [1], "first_tokens": "decoder"}, "needs the last layer, 4"),
         ({"latent_source": "none"}, "latent_source=none lets the instruction speak through the prompt alone"),

@@ -14,6 +14,7 @@ FIELDS = [
     {"latent_source": "decoder"},
     {"arrangement": "e_m", "chunk_size": 3, "max_chunks": 3, "max_answer_length": 8},
     {"decoder_sees_prompt": True, "upsamples_prompt": True, "slot_adapter_rank": 2} | TOKENS,
+    {"upsamples_prompt": True, "slot_adapter_rank": 2} | TOKENS,
     {"arrangement": "halves"},
 ]
 

@@ -59,6 +59,7 @@ VARIANTS = [
             {"arrangement": "e_mN", "chunk_size": 3, "max_chunks": 3, "slot_adapter_rank": 2},
         )
     ),
+    {"upsamples_prompt": True, "arrangement": "e_only", "chunk_size": 1, "max_chunks": 8},
 ]
 
 
@@ -171,9 +172,10 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(build, decoder_dir
     assert ("proto_predictor.m_table.weight" in frozen) == (model.config.m_scope == "fixed")
     without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
     assert all(name.startswith("encoder.pooler") for name in without), without
-    # All of the encoder's words that occur have a gradient: it flows through the decoder to the embeddings.
+    # Through the decoder the gradient flows down to the encoder's first layer; its words are frozen.
     if model.encoder is not None:
-        assert model.encoder.embeddings.word_embeddings.weight.grad.abs().sum() > 0
+        assert "encoder.embeddings.word_embeddings.weight" in frozen
+        assert model.encoder.embeddings.position_embeddings.weight.grad.abs().sum() > 0
 
 
 def test_losses_equal_their_formulas(build, llama_dir):

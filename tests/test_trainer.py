@@ -95,7 +95,7 @@ def parameters_of(trainer):
         {"decoder_sees_prompt": True},
         {"decoder_sees_prompt": True, "first_tokens": "decoder"},
         {"decoder_sees_prompt": True, "latent_source": "both", "slot_adapter_rank": 2},
-        {"decoder_sees_prompt": True, "latent_source": "encoder", "upsamples_prompt": True},
+        {"latent_source": "encoder", "upsamples_prompt": True},
     ],
     ids=str,
 )
