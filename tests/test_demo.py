@@ -260,3 +260,5 @@ class TestInTheBrowser:
         ask(page, INSTRUCTIONS[0])
         answer_on(page)
         assert page.evaluate("document.documentElement.scrollWidth") == width
+        for card in page.locator(".pg-card").all():
+            assert card.bounding_box()["width"] >= min(width, 600) - 50

@@ -95,6 +95,7 @@ def demo(
             gr.Examples(
                 [[example.instruction, example.context] for example in examples],
                 [instruction, context],
+                elem_id="examples",
                 example_labels=[example.instruction for example in examples],
             )
         with gr.Row():

@@ -11,7 +11,8 @@ ENVIRONMENT = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 PARTS = {"encoder": "encoder", "predictor": "predictor", "decoder": "decoder", "text": "text", "other": "all else"}
 
 ANSWER = ENVIRONMENT.from_string("""<section class="pg-card">
-<header><h3>{{ title }}</h3><b class="pg-time">{{ seconds(total) }}</b></header>
+<header><h3>{{ title[0] }} <small>{{ title[1] }}</small></h3>
+<b class="pg-time">{{ seconds(total) }}</b></header>
 {% if measures.abstained %}
 <p class="pg-answer pg-abstained">No answer: its uncertainty {{ "%.3f" | format(measures.uncertainty) }} is above the
 threshold.</p>
@@ -23,7 +24,7 @@ threshold.</p>
 {%- endfor -%}
 </p>
 {% if has_other_text %}<pre class="pg-answer">{{ text }}</pre>{% endif %}
-<p class="pg-legend">sure <i></i> unsure; dotted below one half</p>
+<p class="pg-legend">sure <i></i> unsure, dotted below ½</p>
 {% endif %}
 <dl>
 {% for name, value in facts %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}
@@ -40,7 +41,8 @@ threshold.</p>
 </section>""")
 
 WRITTEN = ENVIRONMENT.from_string("""<section class="pg-card">
-<header><h3>{{ title }}</h3><b class="pg-time">{{ seconds(written.seconds) }}</b></header>
+<header><h3>{{ title[0] }} <small>{{ title[1] }}</small></h3>
+<b class="pg-time">{{ seconds(written.seconds) }}</b></header>
 <p class="pg-text pg-written{{ " pg-whole" if written.is_whole }}">{{ written.text.lstrip() }}</p>
 <div class="pg-race">
 {% for name, time, tokens in racers %}
@@ -52,18 +54,18 @@ WRITTEN = ENVIRONMENT.from_string("""<section class="pg-card">
 </section>""")
 
 WAITING = ENVIRONMENT.from_string("""<section class="pg-card pg-waiting">
-<header><h3>{{ title }}</h3></header><p class="pg-text">{{ text }}</p></section>""")
+<header><h3>{{ title[0] }} <small>{{ title[1] }}</small></h3></header><p class="pg-text">{{ text }}</p></section>""")
 
 REFUSED = ENVIRONMENT.from_string("""<section class="pg-card pg-refused" role="alert">
 <header><h3>No answer</h3></header><p>{{ message }}</p></section>""")
 
 TITLES = {
-    "one_step": "ProtoGen, in one pass",
-    "refine": "ProtoGen, one pass and refined",
-    "adaptive": "ProtoGen, block by block",
-    "verified": "ProtoGen, verified block by block",
+    "one_step": ("ProtoGen", "in one pass"),
+    "refine": ("ProtoGen", "in one pass, then refined"),
+    "adaptive": ("ProtoGen", "block by block"),
+    "verified": ("ProtoGen", "block by block, verified"),
 }
-DECODER_TITLE = "The same decoder, token by token"
+DECODER_TITLE = ("The same decoder", "token by token")
 
 
 def seconds_text(seconds: float) -> str:
@@ -87,7 +89,8 @@ def facts_of(measures: dict[str, float], threshold: float | None) -> list[tuple[
     facts = [] if measures.get("abstained") else [("written", f"{measures['tokens']} tokens")]
     if "predicted_length" in measures:
         low, high = length_interval(measures["predicted_length"], measures["length_sigma"])
-        facts.append(("predicted length", f"{measures['predicted_length']:.1f}, 95 % in {low:.1f} to {high:.1f}"))
+        facts.append(("predicted length", f"{measures['predicted_length']:.1f} tokens"))
+        facts.append(("its 95 % interval", f"{low:.1f} to {high:.1f}"))
     if "uncertainty" in measures:
         above = "" if threshold is None else f", no answer above {threshold:.3f}"
         facts.append(("uncertainty", f"{measures['uncertainty']:.3f}{above}"))
@@ -130,7 +133,7 @@ def written_html(written: Written, answer: Answer) -> str:
     )
 
 
-def waiting_html(title: str, text: str) -> str:
+def waiting_html(title: tuple[str, str], text: str) -> str:
     return WAITING.render(title=title, text=text)
 
 
