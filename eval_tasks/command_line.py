@@ -11,6 +11,7 @@ import sys
 COMMANDS = {
     "generate": "answer instructions with a trained model",
     "serve": "answer over HTTP, as OpenAI's API does",
+    "demo": "show a model in the browser, beside its own decoder",
     "fit": "fit proto-tokens to texts, into a bank",
     "teacher": "let the frozen decoder write answers to learn from",
     "train": "train the encoder that predicts proto-tokens",
@@ -103,7 +104,7 @@ def message(words: list[str], error: Exception) -> str:
         where = error.filename if isinstance(error, OSError) and error.filename else "what it was writing"
         return f"no space left on the disk for {where}; make room and run the same command again"
     if isinstance(error, ModuleNotFoundError):
-        extras = "train,eval,serve" if "serve" in words[:2] else "train,eval"
+        extras = ",".join(["train", "eval", *(name for name in ("serve", "demo") if name in words[:2])])
         return f"{error}; `protogen {words[0]}` needs more: pip install 'protogen[{extras}]'"
     if isinstance(error, KeyError):  # a name, or a sentence
         text = str(error.args[0]) if error.args else ""

@@ -1,0 +1,1 @@
+"""A page that shows a model at work, beside its own decoder."""
