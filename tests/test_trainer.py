@@ -532,7 +532,15 @@ def test_the_token_head_needs_no_pass_of_the_decoder(trainer_for, llama_dir):
     decoder, passes = weights_hash(trainer.model.decoder), []
     trainer.model.decoder.lm_head.register_forward_hook(lambda *_: passes.append(1))
     trainer.train()
+    _, answers = trainer.predict(trainer.eval_dataset).predictions
     assert not passes
+    # Evaluation reads the token head too.
+    example = trainer.eval_dataset[0]
+    with torch.no_grad():
+        prediction = trainer.model.predict(**trainer.processing_class(example.instruction, example.context))
+    read = (prediction.e[0, :, 0] @ trainer.model.decoder.lm_head.weight.T).argmax(-1)
+    length = round(prediction.log_length_mean.exp().item())
+    assert answers[0][answers[0] >= 0].tolist() == read[:length].tolist()
     logged = [entry["loss_token_head"] for entry in trainer.state.log_history if "loss_token_head" in entry]
     assert sum(logged[-5:]) < 0.8 * sum(logged[:5])
     assert weights_hash(trainer.model.decoder) == decoder

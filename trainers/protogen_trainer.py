@@ -31,6 +31,7 @@ from .distillation import teacher_top_k
 from .files import full_disk_named, write_atomically
 from .grouped_attention import use_grouped_attention
 from .losses import LOSSES
+from .losses.token_head import head_tokens
 from .mixed_precision import keep_logits
 from .resuming import begin_checkpoint, finish_checkpoint, finished_checkpoints, step_of
 from .training_args import ProtoGenTrainingArguments
@@ -197,7 +198,8 @@ class ProtoGenTrainer(ExampleTrainer):
     Parameters of the losses themselves (a learned temperature) are optimised and kept in the checkpoints.
 
     Evaluation hands `compute_metrics` two predictions for each example: the tokens at the label's length, aligned with
-    `label_ids`, and the one-step answer at the predicted length, cut at EOS; both padded with -100.
+    `label_ids`, and the one-step answer at the predicted length, cut at EOS; both padded with -100. Where nothing is
+    learned through the decoder, both are the token head's.
 
     Args:
         model (`str`, `Path` or `ProtoGenForConditionalGeneration`): Hub id or folder of a checkpoint, or a model.
@@ -298,7 +300,7 @@ class ProtoGenTrainer(ExampleTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         model_inputs = {name: value for name, value in inputs.items() if name not in LOSS_INPUTS}
-        return_logits = not model.training or "answer_logits" in self.args.needs
+        return_logits = "answer_logits" in self.args.needs or not (model.training or self.args.trains_token_head_alone)
         if model.training and "durations" in inputs:
             model_inputs["durations"] = inputs["durations"]
         outputs = model(**model_inputs, return_loss=False, return_logits=return_logits)
@@ -410,13 +412,22 @@ class ProtoGenTrainer(ExampleTrainer):
                 self._stop(f"eval_loss is not finite after step {self.state.global_step}", [])
             if prediction_loss_only:
                 return loss, None, None
-            tokens = argmax_tokens(outputs.answer_logits, labels)
             prompt = {
                 name: value for name, value in inputs.items() if name not in (*LOSS_INPUTS, "labels", "length_labels")
             }
-            answers = self.accelerator.unwrap_model(model).generate(**prompt, return_dict_in_generate=True)
-        written = torch.arange(answers.sequences.shape[1], device=labels.device) < answers.lengths[:, None]
-        return loss, (tokens, answers.sequences.masked_fill(~written, IGNORE_INDEX)), labels
+            model = self.accelerator.unwrap_model(model)
+            if self.args.trains_token_head_alone:
+                table = model.decoder.get_output_embeddings().weight
+                tokens = head_tokens(outputs.e[:, :, 0], table).masked_fill(labels == IGNORE_INDEX, IGNORE_INDEX)
+                prediction = model.predict(**prompt)
+                sequences = head_tokens(prediction.e[:, :, 0], table)
+                lengths = model.clamp_lengths(prediction.log_length_mean.exp())
+            else:
+                tokens = argmax_tokens(outputs.answer_logits, labels)
+                answers = model.generate(**prompt, return_dict_in_generate=True)
+                sequences, lengths = answers.sequences, answers.lengths
+        written = torch.arange(sequences.shape[1], device=labels.device) < lengths[:, None]
+        return loss, (tokens, sequences.masked_fill(~written, IGNORE_INDEX)), labels
 
     def push_to_hub(
         self,

@@ -109,3 +109,8 @@ class ProtoGenTrainingArguments(TrainingArguments):
     def needs(self) -> set[str]:
         """What the losses need ([`needs_of`])."""
         return needs_of(self.losses or ())
+
+    @property
+    def trains_token_head_alone(self) -> bool:
+        """Whether nothing is learned through the decoder, so that evaluation reads the predictor's token head too."""
+        return "token_head" in (self.losses or ()) and "answer_logits" not in self.needs

@@ -114,9 +114,10 @@ def train(
         if trainer.is_world_process_zero():
             if model_args.encoder_lora_rank:
                 merge_lora(model)
-            measured = with_continuations(validation_examples, target_args.validation_continuations)
-            with full_disk_named(output_dir):
-                calibrate(model, processor, train_examples, measured, bank, output_dir)
+            if not args.trains_token_head_alone:  # Then the decoder cannot write from its proto-tokens yet.
+                measured = with_continuations(validation_examples, target_args.validation_continuations)
+                with full_disk_named(output_dir):
+                    calibrate(model, processor, train_examples, measured, bank, output_dir)
             save(output_dir, model, processor, validation_examples)
             write_json(metrics_path, metrics)
             print(f"model in {output_dir / 'model'}, metrics in {metrics_path}")
