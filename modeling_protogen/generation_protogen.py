@@ -1,6 +1,7 @@
 """Decoding: `generate` in all its modes, and what it returns."""
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
@@ -46,6 +47,8 @@ IGNORED_OPTIONS |= {"use_cache", "_from_model_config"}
 # Options that are whole numbers from 1 on, and numbers, where they are given.
 COUNTS = ("max_new_tokens", "max_length", "num_return_sequences", "num_candidates", "num_refinements", "block_size")
 NUMBERS = ("num_length_sigmas", "abstain_above", "candidate_noise", "confidence_threshold", "temperature", "top_p")
+# Least and most, beside those of `Sampling`.
+RANGES = {"candidate_noise": (0, math.inf), "confidence_threshold": (0, 1)}
 
 
 class ProtoGenGenerationConfig(GenerationConfig):
@@ -68,8 +71,8 @@ class ProtoGenGenerationConfig(GenerationConfig):
         candidate_noise (`float`, defaults to 0.5, one_step): standard deviation of the Gaussian noise on candidates'
             `e` and `m`, in units of `config.proto_token_std`.
         num_refinements (`int`, defaults to 1, refine): passes over the draft.
-        confidence_threshold (`float`, defaults to 0.9, refine and adaptive): least probability of a token to
-            count as confident.
+        confidence_threshold (`float`, defaults to 0.9, refine and adaptive): least probability of a token, in
+            [0, 1], to count as confident.
         block_size (`int`, *optional*, adaptive and verified): tokens of a draft at most; by default as many as there
             are proto-tokens for. Drafts are shorter where long ones do not pay.
         max_new_tokens, max_length (`int`, *optional*): tokens of an answer at most, whichever is smaller;
@@ -219,6 +222,9 @@ def check_numbers(options: dict[str, int | float]) -> None:
             raise ValueError(f"{name} must be a {'whole ' if name in COUNTS else ''}number; got {value!r}.")
         if name in COUNTS and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}.")
+        least, most = RANGES.get(name, (-math.inf, math.inf))
+        if not least <= value <= most:
+            raise ValueError(f"{name} must lie in {least}..{most}; got {value}.")
 
 
 def check_ids(**ids: torch.LongTensor | None) -> None:

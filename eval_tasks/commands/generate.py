@@ -125,8 +125,6 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size} must be at least 1.")
-    if not 0 <= getattr(arguments, "confidence_threshold", 0) <= 1:
-        raise ValueError(f"--confidence-threshold {arguments.confidence_threshold} must lie in 0..1: a probability.")
     if arguments.stream and arguments.json:
         raise ValueError("--stream prints text as it is written and --json whole objects: choose one of them.")
     return arguments
