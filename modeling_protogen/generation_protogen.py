@@ -356,7 +356,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
             noise = options.candidate_noise * config.proto_token_std
             prediction, quantiles = candidates(prediction, num_candidates, noise)
             prompt = tuple(part.repeat_interleave(num_candidates, dim=0) for part in prompt)
-        lengths = self._lengths(prediction, quantiles, options)
+        lengths = self._lengths(prediction, quantiles, options, prompt[1])
         first = None if prediction.next_logits is None else sampling.pick(prediction.next_logits)
         logits = passes.decode(prediction, lengths, *prompt, first_tokens=first)
         tokens = sampling.pick(logits)
@@ -372,13 +372,23 @@ class ProtoGenGenerationMixin(GenerationMixin):
             draft = draft.of_rows(best_candidates(self.decoder, prompt, sequences, ends, num_candidates))
         return self._finished(draft, options, processor, streamer)
 
-    def _lengths(self, prediction: Prediction, quantiles: torch.Tensor | float, options) -> torch.LongTensor:
+    def _lengths(
+        self,
+        prediction: Prediction,
+        quantiles: torch.Tensor | float,
+        options,
+        decoder_prompt_mask: torch.Tensor | None,
+    ) -> torch.LongTensor:
         """Tokens to write of each answer, `(batch,)`; `quantiles` from [`candidates`]."""
         mean, sigma = prediction.log_length_mean, prediction.log_length_variance.sqrt()
         longest = min(options.longest(self.config.max_answer_length), self.config.max_answer_length)
         if options.length is None:
             lengths = self.clamp_lengths((mean + (options.num_length_sigmas + quantiles) * sigma).exp())
-            return lengths.clamp_max(longest)
+            lengths = lengths.clamp_max(longest)
+            if decoder_prompt_mask is None:
+                return lengths
+            known = int(self.config.reads_decoder_states)
+            return lengths.minimum(self.longest_answers(decoder_prompt_mask.sum(1) + known)).clamp_min(1)
         lengths = torch.as_tensor(options.length, device=mean.device)
         if lengths.is_floating_point() or lengths.dtype == torch.bool:
             raise ValueError(f"length must be a whole number of tokens; got {options.length}.")

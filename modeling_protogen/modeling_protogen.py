@@ -20,13 +20,14 @@ from .frozen_decoder import (
     fingerprint_if_exact,
     keep_special_tokens,
     logits_of,
+    num_positions,
     read_prefix,
     sink_ids,
 )
 from .generation_protogen import ProtoGenGenerationMixin
 from .objectives import IGNORE_INDEX, LOSS_WEIGHTS, duration_nll, error_nll, length_nll, reconstruction_loss
 from .proto_predictor import Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
-from .proto_tokens import Layout, build_layout, fill_slots
+from .proto_tokens import Layout, build_layout, fill_slots, longest_answer
 from .publishing import MODEL_FILES, model_card, pin_decoder, publish
 from .slot_adapters import SlotAdapters
 
@@ -535,6 +536,11 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         """The slots of answers of the given lengths `(batch,)`, as [`build_layout`]."""
         config = self.config
         return build_layout(lengths, config.arrangement, config.chunk_size, num_chunks, config.num_e_tokens)
+
+    def longest_answers(self, num_tokens: torch.LongTensor) -> torch.LongTensor:
+        """Tokens of the longest answers that the decoder has positions for after so many tokens; any shape."""
+        config, num_slots = self.config, num_positions(self.decoder) - num_tokens
+        return longest_answer(num_slots, config.arrangement, config.chunk_size, config.num_e_tokens)
 
     def decode_layout(
         self,
