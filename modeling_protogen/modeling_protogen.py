@@ -25,6 +25,7 @@ from .frozen_decoder import (
     sink_ids,
 )
 from .generation_protogen import ProtoGenGenerationMixin
+from .loading import load_weights
 from .objectives import IGNORE_INDEX, LOSS_WEIGHTS, duration_nll, error_nll, length_nll, reconstruction_loss
 from .proto_predictor import Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
 from .proto_tokens import Layout, build_layout, fill_slots, longest_answer
@@ -173,7 +174,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         encoder = None
         if encoder_name_or_path is not None:
             cut = {} if encoder_num_layers is None else {"num_hidden_layers": encoder_num_layers}
-            encoder = AutoModel.from_pretrained(
+            encoder = load_weights(
+                AutoModel.from_pretrained,
                 encoder_name_or_path,
                 revision=encoder_revision,
                 dtype=encoder_dtype,
@@ -181,7 +183,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 **cut,
             )
             config_kwargs["encoder_config"] = encoder.config.to_dict()
-        decoder = AutoModelForCausalLM.from_pretrained(
+        decoder = load_weights(
+            AutoModelForCausalLM.from_pretrained,
             decoder_name_or_path,
             revision=decoder_revision,
             dtype=decoder_dtype,
@@ -231,7 +234,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 with.
         """
         ignores_mismatches = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
+        model, info = load_weights(
+            super().from_pretrained,
             pretrained_model_name_or_path,
             *model_args,
             output_loading_info=True,
@@ -253,7 +257,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 "dtype": kwargs.get("dtype") or model.dtype,
             }
             try:
-                decoder = AutoModelForCausalLM.from_pretrained(name, **options | (decoder_kwargs or {}))
+                options |= decoder_kwargs or {}
+                decoder = load_weights(AutoModelForCausalLM.from_pretrained, name, **options)
             except OSError as error:
                 raise OSError(
                     f"{pretrained_model_name_or_path} is a thin checkpoint and its decoder {name!r} cannot be loaded; "
@@ -311,7 +316,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             OSError: if there is no such model.
             ValueError: if they have another shape.
         """
-        theirs = AutoModel.from_pretrained(name).get_input_embeddings().weight
+        theirs = load_weights(AutoModel.from_pretrained, name).get_input_embeddings().weight
         words = self.encoder.get_input_embeddings().weight
         if theirs.shape != words.shape:
             raise ValueError(

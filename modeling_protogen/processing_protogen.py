@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import CommitInfo
-from transformers import AutoConfig, AutoTokenizer, BatchEncoding, BatchFeature, ProcessorMixin
+from transformers import AutoConfig, BatchEncoding, BatchFeature, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
 from .encoder_places import (
@@ -21,6 +21,7 @@ from .encoder_places import (
     places_of_tokens,
 )
 from .key_value_lines import from_lines, to_lines
+from .loading import DamagedTokenizer, load_tokenizer
 from .objectives import IGNORE_INDEX
 from .publishing import publish
 
@@ -147,12 +148,12 @@ class ProtoGenProcessor(ProcessorMixin):
                 f"{positions} positions."
             )
         kwargs |= {"max_prompt_length": max_prompt_length, "max_answer_length": max_answer_length}
-        decoder_tokenizer = AutoTokenizer.from_pretrained(decoder_name_or_path, **of_decoder)
+        decoder_tokenizer = load_tokenizer(decoder_name_or_path, **of_decoder)
         if encoder_name_or_path is None:
             # A second object: saving takes each one apart by itself.
             return cls(copy.deepcopy(decoder_tokenizer), decoder_tokenizer, for_encoder=False, **kwargs)
         source = {"revision": encoder_revision, "trust_remote_code": trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(encoder_name_or_path, **source)
+        tokenizer = load_tokenizer(encoder_name_or_path, **source)
         config = AutoConfig.from_pretrained(encoder_name_or_path, **source)
         # RoBERTa counts positions from its padding id on, so the last two are out of reach.
         offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
@@ -173,7 +174,9 @@ class ProtoGenProcessor(ProcessorMixin):
         # Where one is missing, `ProcessorMixin` takes the other in its place.
         folder = subfolder if sub_processor_type == "tokenizer" else os.path.join(subfolder, sub_processor_type)
         try:
-            return AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **kwargs)
+            return load_tokenizer(pretrained_model_name_or_path, subfolder=folder, **kwargs)
+        except DamagedTokenizer:
+            raise
         except (OSError, ValueError) as error:
             raise OSError(
                 f"{os.path.join(pretrained_model_name_or_path, folder)} has no whole tokenizer, and the processor "
