@@ -333,6 +333,28 @@ def test_a_damaged_tokenizer_of_a_processor_is_named(build, llama_dir, tmp_path,
         ProtoGenProcessor.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_tokenizer_of_another_vocabulary_is_refused(build, llama_dir, tmp_path, is_packed):
+    """A packed model has the tokenizers of its encoder and its decoder, which may have moved."""
+    model, processor = build(llama_dir, latent_source="none", decoder_sees_prompt=True, thin=True)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    moved = shutil.copytree(llama_dir, tmp_path / "moved")
+    if is_packed:
+        shutil.rmtree(tmp_path / "model" / "decoder_tokenizer")
+        for file in (tmp_path / "model").glob("*token*.json"):
+            file.unlink()
+    load = partial(load_processor_of, tmp_path / "model", str(moved))
+    assert load()(INSTRUCTIONS)["decoder_prompt_ids"].tolist() == processor(INSTRUCTIONS)["decoder_prompt_ids"].tolist()
+    path = (moved if is_packed else tmp_path / "model" / "decoder_tokenizer") / "tokenizer.json"
+    rules = json.loads(path.read_text())
+    words = rules["model"]["vocab"]
+    words["cat"], words["dog"] = words["dog"], words["cat"]
+    path.write_text(json.dumps(rules))
+    with pytest.raises(ValueError, match="the decoder_tokenizer from .* has another vocabulary"):
+        load()
+
+
 def damaged_weights():
     pickled, zipped = io.BytesIO(), io.BytesIO()
     torch.save({"a": torch.zeros(999)}, pickled, _use_new_zipfile_serialization=False)
