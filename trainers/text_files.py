@@ -66,7 +66,7 @@ def read_json(path: str | Path) -> object:
 
 def json_object(value: object, name: str) -> dict:
     if not isinstance(value, dict):
-        raise ValueError(f"{name}: a row must be a JSON object, {{...}}, not {json.dumps(value)[:60]}.")
+        raise ValueError(f"{name}: this must be a JSON object, {{...}}, not {json.dumps(value)[:60]}.")
     return value
 
 
