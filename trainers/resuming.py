@@ -46,10 +46,14 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """All checkpoints, by step."""
+    return sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*"), key=step_of)
+
+
 def finished_checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints that were written to their end, by step."""
-    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*")
-    return sorted(filter(is_finished, folders), key=step_of)
+    return list(filter(is_finished, checkpoints(output_dir)))
 
 
 def damaged_files(folder: Path) -> list[str]:
@@ -60,11 +64,11 @@ def damaged_files(folder: Path) -> list[str]:
     except ValueError:
         return [name]
     checksums = content if name == CHECKSUMS_NAME else {}
-    return [file for file, sha256 in checksums.items() if sha256_if_there(folder / file) != sha256]
-
-
-def sha256_if_there(path: Path) -> str | None:
-    return file_sha256(path) if path.is_file() else None
+    return [
+        file
+        for file, sha256 in checksums.items()
+        if not (folder / file).is_file() or file_sha256(folder / file) != sha256
+    ]
 
 
 def last_complete_checkpoint(output_dir: str | Path, say: Callable[[str], object] = print) -> str | None:
@@ -78,9 +82,8 @@ def last_complete_checkpoint(output_dir: str | Path, say: Callable[[str], object
     Raises:
         ValueError: if all that were finished are damaged.
     """
-    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*")
     unfinished, damaged, found = [], [], None
-    for folder in sorted(folders, key=step_of, reverse=True):
+    for folder in reversed(checkpoints(output_dir)):
         if not is_finished(folder):
             unfinished.append(f"{folder} was not finished")
         elif files := damaged_files(folder):
@@ -116,7 +119,7 @@ def checkpoint_to_resume(output_dir: Path, made_with: dict, accelerator: Acceler
             write_atomically(path, lambda temporary: temporary.write_text(json.dumps(made_with, indent=2)))
     elif path.is_file():
         there = read_run_json(path, "Remove it to go on without comparing.")
-        # A version of before may not have noted all.
+        # An older version may not have noted all.
         differing = differences(there, {name: value for name, value in made_with.items() if name in there})
         if differing:
             raise ValueError(
@@ -145,8 +148,7 @@ def run_info(
         "training examples": examples_sha256(train_examples),
         "validation examples": examples_sha256(validation_examples),
     }
-    # As they come back from a file.
-    return json.loads(json.dumps(info))
+    return json.loads(json.dumps(info))  # As it comes back from a file.
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
