@@ -114,6 +114,21 @@ def load_processor_of(folder: str | Path, decoder: str | None = None) -> ProtoGe
     )
 
 
+def load_trained(
+    name: str, dtype: str, decoder: str | None
+) -> tuple[ProtoGenForConditionalGeneration, ProtoGenProcessor]:
+    """
+    A trained model on the best device, and its processor; arguments as in `load_protogen`.
+
+    Raises:
+        FileNotFoundError: if the name is no folder, and no Hub id either.
+    """
+    if not Path(name).is_dir() and name.count("/") != 1:
+        raise FileNotFoundError(f"there is no model folder {name}, and it is no Hub id either.")
+    processor = load_processor_of(name, decoder)
+    return load_protogen(name, dtype, decoder).to(best_device()), processor
+
+
 def gpt_neox_config(width: int, layers: int, like) -> GPTNeoXConfig:
     """A GPTNeoX with heads of 64 as in the Pythia suite, for the tokens of another model."""
     return GPTNeoXConfig(
