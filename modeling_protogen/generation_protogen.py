@@ -74,7 +74,7 @@ class ProtoGenGenerationConfig(GenerationConfig):
         confidence_threshold (`float`, defaults to 0.9, refine and adaptive): least probability of a token, in
             [0, 1], to count as confident.
         block_size (`int`, *optional*, adaptive and verified): tokens of a draft at most; by default as many as there
-            are proto-tokens for. Drafts are shorter where long ones do not pay.
+            are proto-tokens for. Drafts are shorter where long ones do not pay, or positions end.
         max_new_tokens, max_length (`int`, *optional*): tokens of an answer at most, whichever is smaller;
             `config.max_answer_length` by default.
         do_sample (`bool`, *optional*): draws tokens, with `temperature` and `top_p`; in one step independently of one

@@ -292,13 +292,8 @@ def create_app(
     """
     server = Server(model, processor, name, limits)
     handlers = {HTTPException: on_http_error, RequestValidationError: on_invalid, Exception: on_failure}
-    app = FastAPI(
-        title="ProtoGen",
-        lifespan=server.lifespan,
-        exception_handlers=handlers,
-        docs_url=None,
-        redoc_url=None,
-    )
+    no_pages = {"docs_url": None, "redoc_url": None}
+    app = FastAPI(title="ProtoGen", lifespan=server.lifespan, exception_handlers=handlers, **no_pages)
     app.state.server = server
     app.add_middleware(Gate, metrics=server.metrics, key=key, body_bytes=limits.body_bytes)
     if cors_origins:
