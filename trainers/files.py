@@ -39,6 +39,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     sync(path.parent)
 
 
+def write_json(path: str | Path, content: dict | list) -> None:
+    """[`write_atomically`] of JSON; makes the folder if there is none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+
 def sync(path: Path) -> None:
     """Forces a file or a folder's list of files to disk."""
     opened = os.open(path, os.O_RDONLY)

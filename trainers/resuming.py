@@ -13,7 +13,7 @@ from modeling_protogen import ProtoGenConfig, ProtoGenForConditionalGeneration, 
 from modeling_protogen.frozen_decoder import decoder_fingerprint
 
 from .data import Example
-from .files import differences, file_sha256, json_sha256, read_run_json, sync, sync_folder, write_atomically
+from .files import differences, file_sha256, json_sha256, read_run_json, sync, sync_folder, write_json
 
 CHECKSUMS_NAME = "checksums.json"
 RUN_NAME = "run.json"
@@ -23,8 +23,7 @@ NOT_COMPARED = ("decoder_name_or_path", "decoder_revision", "decoder_config", "e
 
 def begin_checkpoint(folder: Path) -> None:
     """Marks a checkpoint as unfinished, also where one is written over another."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CHECKSUMS_NAME, lambda path: path.write_text("{}"))
+    write_json(folder / CHECKSUMS_NAME, {})
 
 
 def finish_checkpoint(folder: Path) -> None:
@@ -33,13 +32,13 @@ def finish_checkpoint(folder: Path) -> None:
     sync(folder.parent)
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     checksums = {name: file_sha256(folder / name) for name in names if name != CHECKSUMS_NAME}
-    write_atomically(folder / CHECKSUMS_NAME, lambda path: path.write_text(json.dumps(checksums, indent=2)))
+    write_json(folder / CHECKSUMS_NAME, checksums)
 
 
 def is_finished(folder: Path) -> bool:
     """Whether a checkpoint was written to its end; one from before there were checksums, if it has the last file."""
     checksums = folder / CHECKSUMS_NAME
-    return checksums.read_text() != "{}" if checksums.is_file() else (folder / TRAINER_STATE_NAME).is_file()
+    return checksums.read_text().strip() != "{}" if checksums.is_file() else (folder / TRAINER_STATE_NAME).is_file()
 
 
 def step_of(checkpoint: Path) -> int:
@@ -115,8 +114,7 @@ def checkpoint_to_resume(output_dir: Path, made_with: dict, accelerator: Acceler
     path, checkpoint = output_dir / RUN_NAME, last_complete_checkpoint(output_dir, accelerator.print)
     if checkpoint is None:
         if accelerator.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda temporary: temporary.write_text(json.dumps(made_with, indent=2)))
+            write_json(path, made_with)
     elif path.is_file():
         there = read_run_json(path, "Remove it to go on without comparing.")
         # An older version may not have noted all.
