@@ -2,7 +2,6 @@
 `protogen COMMAND ...`. A command is imported when it is called: `generate` needs nothing but torch and transformers.
 """
 
-import errno
 import importlib
 import os
 import sys
@@ -94,9 +93,9 @@ def expected_errors() -> tuple[type[Exception], ...]:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether a disk is full; libraries that write files say so in words of their own."""
-    words = ("No space left on device", "unexpected pos")  # the second is torch's
-    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or any(word in str(error) for word in words)
+    from trainers.files import says_full  # Here, as above.
+
+    return says_full(error)
 
 
 def message(words: list[str], error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 import csv
 import datetime
-import json
 import platform
 import re
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from trainers.devices import best_device
-from trainers.files import write_atomically
+from trainers.files import write_json
 from trainers.text_files import read_json
 
 RESULT_FIELDS = ("command", "date", "versions", "machine", "device", "model", "revision", "data", "seed", "metrics")
@@ -46,14 +45,6 @@ def result(command: str, model: str, revision: str | None, data: str, seed: int,
         "seed": seed,
         "metrics": metrics,
     }
-
-
-def write_json(path: str | Path, content: dict | list) -> None:
-    """Writes a file aside and renames it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def write_result(path: str | Path, content: dict, columns: list[str] = (), beside: str = "") -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .autoregressive import DecoderState
-from .block_decoding import GenerationBuffer, PredictorInputs, read_and_draft
+from .block_decoding import GenerationBuffer, PredictorInputs, largest_blocks, read_and_draft
 from .draft_length import DraftLength
 from .sampling import log_probability
 
@@ -42,7 +42,11 @@ def adaptive_decoding(
     answers.extend(tokens, log_probability(text.next_logits, tokens), mask[:, 0])
     draft_lengths = [DraftLength(block_size / 2, BREAK_EVEN) for _ in tokens]
     while answers.unfinished:
-        wanted = [0 if done else length.next() for done, length in zip(answers.is_done, draft_lengths, strict=True)]
+        largest = largest_blocks(model, text, mask).tolist()
+        wanted = [
+            0 if done else min(length.next(), most - 1)
+            for done, length, most in zip(answers.is_done, draft_lengths, largest, strict=True)
+        ]
         size = min(block_size, answers.room, 1 + max(wanted))
         logits = read_and_draft(model, text, tokens, mask, size, instruction)
         tokens = sampling.pick(logits)

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from .autoregressive import DecoderState
+from .frozen_decoder import num_positions
 from .proto_tokens import fill_slots, predicting_positions
 
 
@@ -114,6 +115,16 @@ class GenerationBuffer:
         return sequences, log_confidences, lengths
 
 
+def largest_blocks(model, text: DecoderState, new_mask: torch.LongTensor) -> torch.LongTensor:
+    """
+    Tokens that each text may get in one block within the decoder's positions, `(batch,)`, its own next one included; at
+    least that one. Arguments as in [`read_and_draft`].
+    """
+    known = int(model.config.reads_decoder_states)
+    longest = model.longest_answers(text.mask.sum(1) + new_mask.sum(1)) - known
+    return longest.clamp_min(1)
+
+
 def read_and_draft(
     model,
     text: DecoderState,
@@ -145,7 +156,10 @@ def read_and_draft(
         known = int(model.config.reads_decoder_states)
         lengths = torch.full((len(new_tokens),), known + size, device=new_tokens.device)
         layout = model.layout(lengths, prediction.e.shape[1])
-        slots, slot_mask = fill_slots(layout, prediction.e, prediction.m), layout.mask
+        slots = fill_slots(layout, prediction.e, prediction.m)
+        # Beyond the last position of a text nothing is read, and what is predicted there means nothing.
+        num_free = num_positions(model.decoder) - text.mask.sum(1) - new_mask.sum(1)
+        slot_mask = layout.mask & (torch.arange(slots.shape[1], device=slots.device) < num_free[:, None])
         predicting = predicting_positions(layout, known + 1)[:, known:]
     predicts = F.pad(predicting, (new_tokens.shape[1] - 1, 0))
     return text.read(new_tokens, new_mask, predicts, slots, slot_mask).view(len(new_tokens), size, -1)

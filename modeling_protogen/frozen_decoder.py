@@ -9,6 +9,7 @@ outside of it: what a text takes back may move others into it.
 
 import hashlib
 import inspect
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -204,18 +205,23 @@ def bucket_by_length(mask: torch.Tensor) -> list[tuple[torch.LongTensor, int]]:
     return [(torch.stack(rows), lengths[rows[-1]].item()) for rows in groups]
 
 
+def num_positions(decoder: PreTrainedModel) -> int:
+    """How many positions the decoder's table has; `sys.maxsize` where it has none, as rotary ones have no end."""
+    config = decoder.config.get_text_config()
+    last = getattr(config, "max_position_embeddings", None)
+    return sys.maxsize if last is None or getattr(config, "rope_parameters", None) is not None else last
+
+
 def check_positions(decoder: PreTrainedModel, mask: torch.Tensor) -> None:
     """
     Args:
         mask (`torch.Tensor` of shape `(batch, length)`): which positions the decoder is about to have read.
 
     Raises:
-        ValueError: if the decoder looks positions up in a table, and a row has more than there are. (Rotary ones
-            have no end.)
+        ValueError: if a row has more than the decoder's table.
     """
-    config = decoder.config.get_text_config()
-    last = getattr(config, "max_position_embeddings", None)
-    if last is None or getattr(config, "rope_parameters", None) is not None or mask.shape[1] <= last:
+    last = num_positions(decoder)
+    if mask.shape[1] <= last:
         return
     longest = int(mask.sum(1).max())
     if longest > last:

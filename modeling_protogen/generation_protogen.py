@@ -1,6 +1,7 @@
 """Decoding: `generate` in all its modes, and what it returns."""
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
@@ -46,6 +47,8 @@ IGNORED_OPTIONS |= {"use_cache", "_from_model_config"}
 # Options that are whole numbers from 1 on, and numbers, where they are given.
 COUNTS = ("max_new_tokens", "max_length", "num_return_sequences", "num_candidates", "num_refinements", "block_size")
 NUMBERS = ("num_length_sigmas", "abstain_above", "candidate_noise", "confidence_threshold", "temperature", "top_p")
+# Least and most, beside those of `Sampling`.
+RANGES = {"candidate_noise": (0, math.inf), "confidence_threshold": (0, 1)}
 
 
 class ProtoGenGenerationConfig(GenerationConfig):
@@ -68,10 +71,10 @@ class ProtoGenGenerationConfig(GenerationConfig):
         candidate_noise (`float`, defaults to 0.5, one_step): standard deviation of the Gaussian noise on candidates'
             `e` and `m`, in units of `config.proto_token_std`.
         num_refinements (`int`, defaults to 1, refine): passes over the draft.
-        confidence_threshold (`float`, defaults to 0.9, refine and adaptive): least probability of a token to
-            count as confident.
+        confidence_threshold (`float`, defaults to 0.9, refine and adaptive): least probability of a token, in
+            [0, 1], to count as confident.
         block_size (`int`, *optional*, adaptive and verified): tokens of a draft at most; by default as many as there
-            are proto-tokens for. Drafts are shorter where long ones do not pay.
+            are proto-tokens for. Drafts are shorter where long ones do not pay, or positions end.
         max_new_tokens, max_length (`int`, *optional*): tokens of an answer at most, whichever is smaller;
             `config.max_answer_length` by default.
         do_sample (`bool`, *optional*): draws tokens, with `temperature` and `top_p`; in one step independently of one
@@ -219,6 +222,9 @@ def check_numbers(options: dict[str, int | float]) -> None:
             raise ValueError(f"{name} must be a {'whole ' if name in COUNTS else ''}number; got {value!r}.")
         if name in COUNTS and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}.")
+        least, most = RANGES.get(name, (-math.inf, math.inf))
+        if not least <= value <= most:
+            raise ValueError(f"{name} must lie in {least}..{most}; got {value}.")
 
 
 def check_ids(**ids: torch.LongTensor | None) -> None:
@@ -350,7 +356,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
             noise = options.candidate_noise * config.proto_token_std
             prediction, quantiles = candidates(prediction, num_candidates, noise)
             prompt = tuple(part.repeat_interleave(num_candidates, dim=0) for part in prompt)
-        lengths = self._lengths(prediction, quantiles, options)
+        lengths = self._lengths(prediction, quantiles, options, prompt[1])
         first = None if prediction.next_logits is None else sampling.pick(prediction.next_logits)
         logits = passes.decode(prediction, lengths, *prompt, first_tokens=first)
         tokens = sampling.pick(logits)
@@ -366,13 +372,23 @@ class ProtoGenGenerationMixin(GenerationMixin):
             draft = draft.of_rows(best_candidates(self.decoder, prompt, sequences, ends, num_candidates))
         return self._finished(draft, options, processor, streamer)
 
-    def _lengths(self, prediction: Prediction, quantiles: torch.Tensor | float, options) -> torch.LongTensor:
+    def _lengths(
+        self,
+        prediction: Prediction,
+        quantiles: torch.Tensor | float,
+        options,
+        decoder_prompt_mask: torch.Tensor | None,
+    ) -> torch.LongTensor:
         """Tokens to write of each answer, `(batch,)`; `quantiles` from [`candidates`]."""
         mean, sigma = prediction.log_length_mean, prediction.log_length_variance.sqrt()
         longest = min(options.longest(self.config.max_answer_length), self.config.max_answer_length)
         if options.length is None:
             lengths = self.clamp_lengths((mean + (options.num_length_sigmas + quantiles) * sigma).exp())
-            return lengths.clamp_max(longest)
+            lengths = lengths.clamp_max(longest)
+            if decoder_prompt_mask is None:
+                return lengths
+            known = int(self.config.reads_decoder_states)
+            return lengths.minimum(self.longest_answers(decoder_prompt_mask.sum(1) + known)).clamp_min(1)
         lengths = torch.as_tensor(options.length, device=mean.device)
         if lengths.is_floating_point() or lengths.dtype == torch.bool:
             raise ValueError(f"length must be a whole number of tokens; got {options.length}.")

@@ -20,13 +20,15 @@ from .frozen_decoder import (
     fingerprint_if_exact,
     keep_special_tokens,
     logits_of,
+    num_positions,
     read_prefix,
     sink_ids,
 )
 from .generation_protogen import ProtoGenGenerationMixin
+from .loading import load_weights
 from .objectives import IGNORE_INDEX, LOSS_WEIGHTS, duration_nll, error_nll, length_nll, reconstruction_loss
 from .proto_predictor import Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
-from .proto_tokens import Layout, build_layout, fill_slots
+from .proto_tokens import Layout, build_layout, fill_slots, longest_answer
 from .publishing import MODEL_FILES, model_card, pin_decoder, publish
 from .slot_adapters import SlotAdapters
 
@@ -172,7 +174,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         encoder = None
         if encoder_name_or_path is not None:
             cut = {} if encoder_num_layers is None else {"num_hidden_layers": encoder_num_layers}
-            encoder = AutoModel.from_pretrained(
+            encoder = load_weights(
+                AutoModel.from_pretrained,
                 encoder_name_or_path,
                 revision=encoder_revision,
                 dtype=encoder_dtype,
@@ -180,7 +183,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 **cut,
             )
             config_kwargs["encoder_config"] = encoder.config.to_dict()
-        decoder = AutoModelForCausalLM.from_pretrained(
+        decoder = load_weights(
+            AutoModelForCausalLM.from_pretrained,
             decoder_name_or_path,
             revision=decoder_revision,
             dtype=decoder_dtype,
@@ -230,7 +234,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 with.
         """
         ignores_mismatches = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
+        model, info = load_weights(
+            super().from_pretrained,
             pretrained_model_name_or_path,
             *model_args,
             output_loading_info=True,
@@ -252,7 +257,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 "dtype": kwargs.get("dtype") or model.dtype,
             }
             try:
-                decoder = AutoModelForCausalLM.from_pretrained(name, **options | (decoder_kwargs or {}))
+                options |= decoder_kwargs or {}
+                decoder = load_weights(AutoModelForCausalLM.from_pretrained, name, **options)
             except OSError as error:
                 raise OSError(
                     f"{pretrained_model_name_or_path} is a thin checkpoint and its decoder {name!r} cannot be loaded; "
@@ -310,7 +316,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             OSError: if there is no such model.
             ValueError: if they have another shape.
         """
-        theirs = AutoModel.from_pretrained(name).get_input_embeddings().weight
+        theirs = load_weights(AutoModel.from_pretrained, name).get_input_embeddings().weight
         words = self.encoder.get_input_embeddings().weight
         if theirs.shape != words.shape:
             raise ValueError(
@@ -535,6 +541,11 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         """The slots of answers of the given lengths `(batch,)`, as [`build_layout`]."""
         config = self.config
         return build_layout(lengths, config.arrangement, config.chunk_size, num_chunks, config.num_e_tokens)
+
+    def longest_answers(self, num_tokens: torch.LongTensor) -> torch.LongTensor:
+        """Tokens of the longest answers that the decoder has positions for after so many tokens; any shape."""
+        config, num_slots = self.config, num_positions(self.decoder) - num_tokens
+        return longest_answer(num_slots, config.arrangement, config.chunk_size, config.num_e_tokens)
 
     def decode_layout(
         self,

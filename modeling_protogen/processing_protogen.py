@@ -1,6 +1,8 @@
 """Text to tensors and back: the encoder's tokenizer, the decoder's tokenizer and the prompt template."""
 
 import copy
+import hashlib
+import json
 import os
 import re
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import CommitInfo
-from transformers import AutoConfig, AutoTokenizer, BatchEncoding, BatchFeature, ProcessorMixin
+from transformers import AutoConfig, BatchEncoding, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
 from .encoder_places import (
@@ -21,6 +23,7 @@ from .encoder_places import (
     places_of_tokens,
 )
 from .key_value_lines import from_lines, to_lines
+from .loading import DamagedTokenizer, load_tokenizer
 from .objectives import IGNORE_INDEX
 from .publishing import publish
 
@@ -78,6 +81,8 @@ class ProtoGenProcessor(ProcessorMixin):
             given: its last tokens, half a window of them at most, after the instruction, whose end gives way.
         aligns_encoder (`bool`, defaults to False): whether to return `encoder_places`, for a model with
             `latent_source="encoder"` and `upsamples_prompt`; needs fast tokenizers.
+        vocabularies (`dict[str, str]`, *optional*): checksums of the tokenizers' vocabularies, by argument, which
+            saving notes. Tokenizers with others are refused.
     """
 
     def __init__(
@@ -92,6 +97,7 @@ class ProtoGenProcessor(ProcessorMixin):
         for_encoder: bool = True,
         encoder_reads_answer: bool = False,
         aligns_encoder: bool = False,
+        vocabularies: dict[str, str] | None = None,
         **kwargs,
     ):
         self.max_input_length = max_input_length
@@ -108,7 +114,15 @@ class ProtoGenProcessor(ProcessorMixin):
         if aligns_encoder and (encoder_reads_answer or not for_encoder):
             raise ValueError("aligns_encoder needs an encoder, and one that reads no answer (encoder_reads_answer).")
         self.aligns_encoder = aligns_encoder
+        self.vocabularies = vocabularies
         super().__init__(tokenizer, decoder_tokenizer, **kwargs)
+        for part, sha256 in (vocabularies or {}).items():
+            found = getattr(self, part)
+            if vocabulary_sha256(found) != sha256:
+                raise ValueError(
+                    f"the {part} from {found.name_or_path} has another vocabulary than the one that the model was "
+                    "trained with: give that one."
+                )
         if aligns_encoder:
             check_offsets(tokenizer, decoder_tokenizer)
 
@@ -147,12 +161,12 @@ class ProtoGenProcessor(ProcessorMixin):
                 f"{positions} positions."
             )
         kwargs |= {"max_prompt_length": max_prompt_length, "max_answer_length": max_answer_length}
-        decoder_tokenizer = AutoTokenizer.from_pretrained(decoder_name_or_path, **of_decoder)
+        decoder_tokenizer = load_tokenizer(decoder_name_or_path, **of_decoder)
         if encoder_name_or_path is None:
             # A second object: saving takes each one apart by itself.
             return cls(copy.deepcopy(decoder_tokenizer), decoder_tokenizer, for_encoder=False, **kwargs)
         source = {"revision": encoder_revision, "trust_remote_code": trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(encoder_name_or_path, **source)
+        tokenizer = load_tokenizer(encoder_name_or_path, **source)
         config = AutoConfig.from_pretrained(encoder_name_or_path, **source)
         # RoBERTa counts positions from its padding id on, so the last two are out of reach.
         offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
@@ -173,7 +187,9 @@ class ProtoGenProcessor(ProcessorMixin):
         # Where one is missing, `ProcessorMixin` takes the other in its place.
         folder = subfolder if sub_processor_type == "tokenizer" else os.path.join(subfolder, sub_processor_type)
         try:
-            return AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **kwargs)
+            return load_tokenizer(pretrained_model_name_or_path, subfolder=folder, **kwargs)
+        except DamagedTokenizer:
+            raise
         except (OSError, ValueError) as error:
             raise OSError(
                 f"{os.path.join(pretrained_model_name_or_path, folder)} has no whole tokenizer, and the processor "
@@ -436,6 +452,8 @@ class ProtoGenProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> list[str]:
         """As in transformers, which offline would take a tokenizer for the other without a `config.json` beside it."""
+        parts = ("tokenizer", "decoder_tokenizer")
+        self.vocabularies = {part: vocabulary_sha256(getattr(self, part)) for part in parts}
         written = super().save_pretrained(save_directory, push_to_hub, **kwargs)
         (Path(save_directory) / "decoder_tokenizer" / "config.json").write_text("{}\n")
         return written
@@ -448,6 +466,11 @@ class ProtoGenProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         names = ["input_ids", "attention_mask", "decoder_prompt_ids", "decoder_prompt_mask"]
         return [*names, "encoder_places"] if self.aligns_encoder else names
+
+
+def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A checksum of the tokens and their ids."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def checked_instruction(row: int, instruction: str | list[dict[str, str]], context: str) -> str | list[dict[str, str]]:

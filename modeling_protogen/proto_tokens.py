@@ -95,6 +95,15 @@ def build_layout(
     )
 
 
+def longest_answer(
+    num_slots: torch.LongTensor, arrangement: str, chunk_size: int, num_e_tokens: int = 1
+) -> torch.LongTensor:
+    """Tokens of the longest answer that needs at most so many slots, below 1 if there is none; any shape."""
+    unguided = num_unguided(arrangement, num_e_tokens)
+    slots_per_chunk = unguided + chunk_size
+    return num_slots // slots_per_chunk * chunk_size + (num_slots % slots_per_chunk - unguided).clamp_min(0)
+
+
 def predicting_positions(layout: Layout, num_autoregressive_tokens: int) -> torch.BoolTensor:
     """
     Whether each of the prefix's last positions, and each slot, predicts an answer token: `(batch,

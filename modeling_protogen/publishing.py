@@ -5,10 +5,11 @@ result files say.
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitInfo, DatasetInfo, EvalResult, HfApi, ModelCard, ModelCardData, ModelInfo
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -162,30 +163,31 @@ def pin_decoder(config: PreTrainedConfig, private: bool | None = None, token: st
         ValueError: if the Hub does not have it, or keeps it from strangers while the model is public.
     """
     name, revision = config.decoder_name_or_path, config.decoder_revision
-    try:
-        if name is None or Path(name).exists():
-            raise HFValidationError("local")
-        found = HfApi().model_info(name, revision=revision, token=token if private else False)
-    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+    found = hub_info(name, revision=revision, token=token if private else False)
+    if found is None:
         raise ValueError(
             f"pushed thin, this model could not be loaded by others: its decoder {name!r}"
             f"{f' at {revision!r}' if revision else ''} is not on the Hub for them. Push all of it (--full, "
             "thin=False), or give it a decoder that is on the Hub (--decoder ORG/NAME)."
-        ) from error
+        )
     config.decoder_revision = revision or found.sha
+
+
+def hub_info(name: str | None, **options) -> ModelInfo | DatasetInfo | None:
+    """What `HfApi.repo_info(name, **options)` finds, or None; of a folder's name, None."""
+    if name is not None and not Path(name).exists():
+        with suppress(HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
+            return HfApi().repo_info(name, **options)
+    return None
 
 
 def on_hub(names: Iterable[str | None], repo_type: str = "model") -> dict[str, str | None]:
     """Those of the names that anyone finds on the Hub, with the licence that it has for them, or None."""
     known = {}
     for name in names:
-        try:
-            if name is not None and not Path(name).exists():
-                card = HfApi().repo_info(name, repo_type=repo_type, token=False).card_data
-                license = card.get("license") if card is not None else None
-                known[name] = license if isinstance(license, str) and license != "other" else None
-        except (HFValidationError, RepositoryNotFoundError):
-            continue
+        if (found := hub_info(name, repo_type=repo_type, token=False)) is not None:
+            license = (found.card_data or {}).get("license")
+            known[name] = license if isinstance(license, str) and license != "other" else None
     return known
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .autoregressive import DecoderState
-from .block_decoding import GenerationBuffer, PredictorInputs, read_and_draft
+from .block_decoding import GenerationBuffer, PredictorInputs, largest_blocks, read_and_draft
 from .draft_length import DraftLength
 from .sampling import Sampling, log_probability
 
@@ -72,8 +72,9 @@ def verified_decoding(
     one = torch.ones_like(last)
     answers.extend(last, log_probability(text.next_logits, last), one[:, 0])
     while answers.unfinished:
-        size = min(block_size, answers.room - 1, 1 + draft_length.next())
-        logits = read_and_draft(model, text, last, one, max(size, 1), instruction)
+        largest = largest_blocks(model, text, one)[answers.unfinished].min().item()
+        size = max(1, min(block_size, answers.room - 1, 1 + draft_length.next(), largest))
+        logits = read_and_draft(model, text, last, one, size, instruction)
         block = sampling.pick(logits)
         next_log_p = log_probability(logits[:, :1], block[:, :1])
         if size < 2:

@@ -33,7 +33,7 @@ def test_all_that_verifies_writes_the_greedy_answer(build, decoder_dir):
         prompt_lookup(decoder, processor),
         assisted(decoder, processor, AutoModelForCausalLM.from_pretrained(decoder_dir, num_hidden_layers=1)),
         protogen(model, processor, "verified"),
-        protogen(model, processor, "adaptive", confidence_threshold=1.1),
+        protogen(model, processor, "adaptive", confidence_threshold=1),
     ):
         written = write(INSTRUCTIONS, CONTEXTS, TOKENS)
         assert written.token_ids == expected

@@ -1,10 +1,13 @@
 """Saving and loading: full and thin, with our code and through `trust_remote_code` in a process without it."""
 
+import io
 import json
+import pickle
 import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from trainers.decoders import load_processor_of
+from trainers.decoders import load_decoder, load_processor_of
 
 REMOTE = """
 import json, sys
@@ -299,6 +302,84 @@ def test_a_processor_that_is_not_whole_is_refused(build, llama_dir, tmp_path, mi
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(OSError, match=message):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "content", [None, b"no JSON", b"\xff", b"", b"[]"], ids=["cut", "text", "bytes", "empty", "list"]
+)
+def test_a_damaged_file_of_a_tokenizer_is_named(encoder_dir, llama_dir, tmp_path, name, content):
+    copies = [shutil.copytree(folder, tmp_path / folder.name) for folder in (encoder_dir, llama_dir)]
+    for copy in copies:
+        whole = (copy / name).read_bytes()
+        (copy / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    encoder, decoder = copies
+    join = ProtoGenProcessor.from_encoder_decoder_pretrained
+    for folder, call in (
+        (encoder, partial(join, encoder, llama_dir)),
+        (decoder, partial(join, encoder_dir, decoder)),
+        (decoder, partial(load_decoder, str(decoder), None, "float32", torch.device("cpu"))),
+    ):
+        with pytest.raises(OSError, match=f"^{name} in {folder} is damaged .*: get the tokenizer again"):
+            call()
+
+
+@pytest.mark.parametrize("part", ["", "decoder_tokenizer"])
+def test_a_damaged_tokenizer_of_a_processor_is_named(build, llama_dir, tmp_path, part):
+    _, processor = build(llama_dir)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / part / "tokenizer.json").write_text("{}")
+    with pytest.raises(OSError, match=rf"^tokenizer\.json in {tmp_path / part} is damaged"):
+        ProtoGenProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_tokenizer_of_another_vocabulary_is_refused(build, llama_dir, tmp_path, is_packed):
+    """A packed model has the tokenizers of its encoder and its decoder, which may have moved."""
+    model, processor = build(llama_dir, latent_source="none", decoder_sees_prompt=True, thin=True)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    moved = shutil.copytree(llama_dir, tmp_path / "moved")
+    if is_packed:
+        shutil.rmtree(tmp_path / "model" / "decoder_tokenizer")
+        for file in (tmp_path / "model").glob("*token*.json"):
+            file.unlink()
+    load = partial(load_processor_of, tmp_path / "model", str(moved))
+    assert load()(INSTRUCTIONS)["decoder_prompt_ids"].tolist() == processor(INSTRUCTIONS)["decoder_prompt_ids"].tolist()
+    path = (moved if is_packed else tmp_path / "model" / "decoder_tokenizer") / "tokenizer.json"
+    rules = json.loads(path.read_text())
+    words = rules["model"]["vocab"]
+    words["cat"], words["dog"] = words["dog"], words["cat"]
+    path.write_text(json.dumps(rules))
+    with pytest.raises(ValueError, match="the decoder_tokenizer from .* has another vocabulary"):
+        load()
+
+
+def damaged_weights():
+    pickled, zipped = io.BytesIO(), io.BytesIO()
+    torch.save({"a": torch.zeros(999)}, pickled, _use_new_zipfile_serialization=False)
+    torch.save({"a": torch.zeros(999)}, zipped)
+    contents = {"text": b"version https://git-lfs", "empty": b"", "zeros": bytes(99), "other": pickle.dumps(Path(), 2)}
+    return contents | {"cut pickle": pickled.getvalue()[:-999], "cut archive": zipped.getvalue()[:-999]}
+
+
+@pytest.mark.parametrize("content", damaged_weights().values(), ids=damaged_weights().keys())
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+def test_damaged_weights_are_named(encoder_dir, llama_dir, tmp_path, file, content):
+    encoder, decoder = (shutil.copytree(folder, tmp_path / folder.name) for folder in (encoder_dir, llama_dir))
+    for copy in (encoder, decoder):
+        (copy / "model.safetensors").unlink()
+        (copy / file).write_bytes(content)
+    join = ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained
+    for folder, call in (
+        (encoder, partial(join, encoder, llama_dir)),
+        (decoder, partial(join, encoder_dir, decoder)),
+        (decoder, partial(load_decoder, str(decoder), None, "float32", torch.device("cpu"))),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"^the weights of {folder} are damaged \([^\n]{{1,120}}\): get them again\.$"
+        ):
+            call()
 
 
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(build, llama_dir, tmp_path):

@@ -103,7 +103,7 @@ GOOD = '{"instruction": "who", "context": "", "response": "cat"}\n'
         ("x.jsonl", GOOD + "\n{bad\n", "x.jsonl, line 3: this is no JSON"),
         ("x.jsonl", GOOD + GOOD[:20], "x.jsonl, line 2: this is no JSON"),
         ("x.jsonl", "instruction,context,response\na,,b\n", "x.jsonl, line 1: this is no JSON"),
-        ("x.jsonl", GOOD + '["a"]\n', "x.jsonl, line 2: a row must be a JSON object"),
+        ("x.jsonl", GOOD + '["a"]\n', "x.jsonl, line 2: this must be a JSON object"),
         ("x.jsonl", '{"instruction": "a", "instruction": "b"}\n', "line 1: .*the key 'instruction' is there twice"),
         ("x.jsonl", '{"instruction": "\\ud83d", "response": "x"}', "line 1: instruction has half a character"),
         ("x.jsonl", GOOD + '{"instruction": "a", "response": ["b"]}', r"line 2: response must be text, not \['b'\]"),

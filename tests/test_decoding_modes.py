@@ -91,7 +91,7 @@ def test_adaptive_decoding_that_is_never_sure_is_greedy(build, decoder_dir):
     without_eos(model)
     inputs = processor(MORE, MORE_CONTEXTS)
     output = model.generate(
-        **inputs, mode="adaptive", max_new_tokens=TOKENS, confidence_threshold=1.1, return_dict_in_generate=True
+        **inputs, mode="adaptive", max_new_tokens=TOKENS, confidence_threshold=1, return_dict_in_generate=True
     )
     assert answers_of(output) == [greedy(model, processor, *pair) for pair in zip(MORE, MORE_CONTEXTS, strict=True)]
     assert (output.accepted_lengths == 0).all()
@@ -104,7 +104,7 @@ def test_refining_all_of_it_ends_at_the_greedy_answer(build, decoder_dir):
     without_eos(model)
     inputs = processor(INSTRUCTIONS, CONTEXTS)
     expected = [greedy(model, processor, *pair)[:8] for pair in zip(INSTRUCTIONS, CONTEXTS, strict=True)]
-    options = {"mode": "refine", "length": 8, "confidence_threshold": 1.1}
+    options = {"mode": "refine", "length": 8, "confidence_threshold": 1}
     refined = [model.generate(**inputs, **options, num_refinements=n).tolist() for n in (1, 8)]
     assert refined[1] == expected
     # Each pass sets at least one more token right for good.
@@ -365,6 +365,9 @@ def test_answers_end_at_a_stop_string(build, decoder_dir):
         ({"num_candidates": 0}, "num_candidates must be at least 1"),
         ({"num_candidates": 2.5}, r"num_candidates must be a whole number; got 2\.5"),
         ({"length": 3.7}, r"length must be a whole number of tokens; got 3\.7"),
+        ({"mode": "adaptive", "confidence_threshold": 1.5}, r"confidence_threshold must lie in 0\.\.1; got 1\.5"),
+        ({"mode": "refine", "confidence_threshold": -0.1}, r"confidence_threshold must lie in 0\.\.1; got -0\.1"),
+        ({"num_candidates": 2, "candidate_noise": -1}, "candidate_noise must lie in 0..inf; got -1"),
         ({"abstain_above": float("nan")}, "abstain_above must be a number; got nan"),
         ({"num_length_sigmas": "long"}, "num_length_sigmas must be a number; got 'long'"),
         ({"mode": "refine", "num_refinements": 0}, "num_refinements must be at least 1"),

@@ -204,18 +204,48 @@ def test_what_cannot_serve_is_refused(family):
         check_decoder(tiny(family, REFUSED[family]))
 
 
-@pytest.mark.parametrize("mode", ["one_step", "verified", "adaptive"])
-@pytest.mark.parametrize("latent_source", ["decoder", "none"])
-def test_more_positions_than_there_are_is_one_clear_error(mode, latent_source):
-    decoder = tiny("gpt2", GPT | {"n_positions": 32})
+def with_positions(number, latent_source, **fields):
+    decoder = tiny("gpt2", GPT | {"n_positions": number})
     config = ProtoGenConfig(
         decoder_config=decoder.config.to_dict(),
         latent_source=latent_source,
         decoder_sees_prompt=True,
-        chunk_size=TOKENS,
         predictor_dim=64,
+        **{"chunk_size": TOKENS} | fields,
     )
-    model = ProtoGenForConditionalGeneration(config, decoder=decoder).eval()
+    return ProtoGenForConditionalGeneration(config, decoder=decoder).eval()
+
+
+@pytest.mark.parametrize("latent_source", ["decoder", "none"])
+def test_answers_reach_the_last_position(latent_source):
+    """Slots would not: drafts end before, also those of other rows where their text is shorter."""
+    model = with_positions(32, latent_source, chunk_size=4, max_chunks=3, arrangement="e_mN", num_e_tokens=2)
+    ids = torch.randint(3, 64, (3, 28), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(28) >= torch.tensor([[0], [9], [2]])).long()
+    prompts = {"decoder_prompt_ids": ids * mask, "decoder_prompt_mask": mask}
+    # The last token is not read.
+    options = {"max_new_tokens": 5, "do_sample": False}
+    greedy = model.decoder.generate(input_ids=ids, attention_mask=mask, pad_token_id=0, **options)[:, 28:].tolist()
+    assert model.generate(**prompts, mode="verified", **options).tolist() == greedy
+    assert model.generate(**prompts, mode="adaptive", confidence_threshold=1, **options).tolist() == greedy
+    sure = {"mode": "adaptive", "confidence_threshold": 0.0, **options}
+    found = model.generate(**prompts, **sure, return_dict_in_generate=True)
+    assert found.accepted_lengths[0] == 0 < found.accepted_lengths[1]
+    for row, padding in enumerate([0, 9, 2]):
+        one = {name: part[row : row + 1, padding:] for name, part in prompts.items()}
+        assert torch.equal(model.generate(**one, **sure)[0], found.sequences[row])
+    # What is written at once has slots for all of it.
+    options = {"mode": "refine", "confidence_threshold": 1, "num_refinements": 12, "num_length_sigmas": 9}
+    refined = model.generate(**prompts, **options, return_dict_in_generate=True)
+    assert refined.lengths.tolist() == ([1, 8, 3] if latent_source == "decoder" else [2, 8, 4])
+    for row, length in enumerate(refined.lengths.tolist()):
+        assert refined.sequences[row, : min(length, 5)].tolist() == greedy[row][:length]
+
+
+@pytest.mark.parametrize("mode", ["one_step", "verified", "adaptive"])
+@pytest.mark.parametrize("latent_source", ["decoder", "none"])
+def test_more_positions_than_there_are_is_one_clear_error(mode, latent_source):
+    model = with_positions(32, latent_source)
     ids = torch.full((2, 40), 5)
     mask = (torch.arange(40) >= torch.tensor([[37], [33]])).long()  # Padding takes none.
     options = {"max_new_tokens": 4} if mode != "one_step" else {"length": 4}

@@ -7,6 +7,7 @@ from modeling_protogen.proto_tokens import (
     ARRANGEMENTS,
     build_layout,
     fill_slots,
+    longest_answer,
     position_ids,
     predicting_positions,
 )
@@ -118,6 +119,17 @@ def test_gradients_count_how_often_a_vector_stands():
 def test_impossible_lengths_are_refused(lengths):
     with pytest.raises(ValueError, match=r"answer lengths must lie in 1\.\.6 tokens"):
         build_layout(torch.tensor(lengths), "e_m", chunk_size=3, num_chunks=2)
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize(("chunk_size", "num_e_tokens"), [(4, 1), (3, 2)])
+def test_the_longest_answer_is_that_of_as_many_slots(arrangement, chunk_size, num_e_tokens):
+    lengths = torch.arange(1, 3 * chunk_size + 1)
+    needed = build_layout(lengths, arrangement, chunk_size, 3, num_e_tokens).mask.sum(1)
+    for number in range(1, needed.max() + 1):
+        longest = longest_answer(torch.tensor(number), arrangement, chunk_size, num_e_tokens)
+        assert longest == (needed <= number).sum()
+    assert longest_answer(torch.tensor([0, -1, -9]), arrangement, chunk_size, num_e_tokens).max() <= 0
 
 
 def test_positions_skip_left_padding():

@@ -524,7 +524,6 @@ BAD_RECIPES = [
 BAD_OPTIONS = [
     (["--batch-size", 0], "--batch-size 0 must be at least 1"),
     (["--batch-size", -1], "--batch-size -1 must be at least 1"),
-    (["--confidence-threshold", 7], "--confidence-threshold 7.0 must lie in 0..1"),
     (["--stream", "--json"], "choose one of them"),
 ]
 

@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OURS = {"modeling_protogen", "trainers", "eval_tasks", "scripts"}
-# The Hub's client is how transformers itself loads a model.
-NEEDED = {"modeling_protogen", "torch", "transformers", "huggingface_hub"}
+# The last two are how transformers itself loads a model.
+NEEDED = {"modeling_protogen", "torch", "transformers", "huggingface_hub", "safetensors"}
 ALLOWED = {
     "modeling_protogen": {"modeling_protogen"},
     "trainers": {"modeling_protogen", "trainers"},

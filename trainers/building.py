@@ -12,6 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from modeling_protogen import ProtoGenForConditionalGeneration
 from modeling_protogen.configuration_protogen import FITTED_SIZE
 from modeling_protogen.frozen_decoder import embedding_std
+from modeling_protogen.loading import load_weights
 
 from .arguments import ModelArguments
 from .embedded import resolve
@@ -41,7 +42,7 @@ def start_from(model: ProtoGenForConditionalGeneration, folder: str) -> None:
     Takes over the trained weights of another run's model. What it lacks stays as it is: slot adapters, and word
     embeddings of a packed model's encoder.
     """
-    weights = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
+    weights = load_weights(load_file, Path(folder) / SAFE_WEIGHTS_NAME)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     kept = ("decoder.", "slot_adapters.", *([model.word_embeddings_name] if model.encoder is not None else []))
     lacking = [name for name in missing if not name.startswith(kept)]
@@ -63,7 +64,8 @@ def spread_embedding_std(decoder: str, revision: str | None, trust_remote_code: 
     """Standard deviation of the decoder's input embeddings, which ZeRO-3 spreads over the processes."""
     import deepspeed
 
-    model = AutoModelForCausalLM.from_pretrained(decoder, revision=revision, trust_remote_code=trust_remote_code)
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model = load_weights(AutoModelForCausalLM.from_pretrained, decoder, **source)
     with deepspeed.zero.GatheredParameters(model.get_input_embeddings().weight):
         return embedding_std(model)
 

@@ -10,11 +10,9 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GPTNeoXConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,6 +21,7 @@ from transformers.utils import PROCESSOR_NAME
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.frozen_decoder import keep_special_tokens
+from modeling_protogen.loading import load_tokenizer, load_weights
 
 from .devices import best_device, fastest_dtype
 from .embedded import PREFIX, resolve
@@ -31,7 +30,7 @@ from .text_files import read_json
 # The fields of a processor, without what says whether it has an encoder.
 PROCESSOR_FIELDS = (
     *("max_input_length", "max_prompt_length", "max_answer_length"),
-    *("prompt_template", "answer_format", "encoder_reads_answer", "aligns_encoder"),
+    *("prompt_template", "answer_format", "encoder_reads_answer", "aligns_encoder", "vocabularies"),
 )
 VARIANTS = re.compile(r"first:(?P<layers>\d+)|untrained|untrained-gpt_neox:(?P<width>\d+)x(?P<depth>\d+)")
 
@@ -48,10 +47,10 @@ def load_decoder(
     name, _, variant = name.partition("@")
     path, dtype = resolve(name), getattr(torch, dtype)
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(path, **source)
+    tokenizer = load_tokenizer(path, **source)
     wanted = VARIANTS.fullmatch(variant)
     if not variant:
-        decoder = AutoModelForCausalLM.from_pretrained(path, **source, dtype=dtype)
+        decoder = load_weights(AutoModelForCausalLM.from_pretrained, path, **source, dtype=dtype)
     elif not wanted:
         raise ValueError(f"unknown variant {variant!r} of {name}; there are first:LAYERS, untrained and "
                          "untrained-gpt_neox:WIDTHxLAYERS.")  # fmt: skip
@@ -59,7 +58,8 @@ def load_decoder(
         config, layers = AutoConfig.from_pretrained(path, **source), int(wanted["layers"])
         if not 1 <= layers <= config.num_hidden_layers:
             raise ValueError(f"{name} has {config.num_hidden_layers} layers; first:{layers} cannot be taken of it.")
-        decoder = AutoModelForCausalLM.from_pretrained(path, **source, dtype=dtype, num_hidden_layers=layers)
+        source |= {"dtype": dtype, "num_hidden_layers": layers}
+        decoder = load_weights(AutoModelForCausalLM.from_pretrained, path, **source)
     else:
         config = AutoConfig.from_pretrained(path, **source)
         if wanted["width"]:
@@ -90,10 +90,7 @@ def load_protogen(
              "encoder_name_or_path": config.encoder_name_or_path}  # fmt: skip
     moved = {field: resolve(name) for field, name in names.items() if name and (decoder or name.startswith(PREFIX))}
     dtype = getattr(torch, fastest_dtype() if dtype == "auto" else dtype)
-    try:
-        return ProtoGenForConditionalGeneration.from_pretrained(folder, dtype=dtype, **moved).eval()
-    except SafetensorError as error:
-        raise ValueError(f"the weights of {folder} are damaged: {error}; get them again.") from error
+    return ProtoGenForConditionalGeneration.from_pretrained(folder, dtype=dtype, **moved).eval()
 
 
 def load_processor_of(folder: str | Path, decoder: str | None = None) -> ProtoGenProcessor:
@@ -117,6 +114,21 @@ def load_processor_of(folder: str | Path, decoder: str | None = None) -> ProtoGe
     )
 
 
+def load_trained(
+    name: str, dtype: str, decoder: str | None
+) -> tuple[ProtoGenForConditionalGeneration, ProtoGenProcessor]:
+    """
+    A trained model on the best device, and its processor; arguments as in `load_protogen`.
+
+    Raises:
+        FileNotFoundError: if the name is no folder, and no Hub id either.
+    """
+    if not Path(name).is_dir() and name.count("/") != 1:
+        raise FileNotFoundError(f"there is no model folder {name}, and it is no Hub id either.")
+    processor = load_processor_of(name, decoder)
+    return load_protogen(name, dtype, decoder).to(best_device()), processor
+
+
 def gpt_neox_config(width: int, layers: int, like) -> GPTNeoXConfig:
     """A GPTNeoX with heads of 64 as in the Pythia suite, for the tokens of another model."""
     return GPTNeoXConfig(
@@ -135,8 +147,8 @@ def load_frozen_decoder(name: str, dtype: str) -> tuple[PreTrainedTokenizerBase,
     """The decoder's tokenizer, and the decoder in memory of its own, so that using it first costs no reading."""
     path = resolve(name)
     device = best_device()
-    decoder = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device)
+    decoder = load_weights(AutoModelForCausalLM.from_pretrained, path, dtype=getattr(torch, dtype)).to(device)
     keep_special_tokens(decoder)
     for parameter in decoder.parameters():
         parameter.data = parameter.data.clone()
-    return AutoTokenizer.from_pretrained(path), decoder.requires_grad_(False).eval()
+    return load_tokenizer(path), decoder.requires_grad_(False).eval()

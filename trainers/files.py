@@ -14,8 +14,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-# What the system says of a full disk, and of one on which this user may write no more.
-NO_SPACE = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]
+from .text_files import json_object, parse_json, read_text
+
+# What the system says of a full disk, and of one on which this user may write no more; the last is torch's.
+NO_SPACE = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "unexpected pos")
 LINE_SHA256 = "line_sha256"
 
 
@@ -35,6 +37,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write_json(path: str | Path, content: dict | list) -> None:
+    """[`write_atomically`] of JSON; makes the folder if there is none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def sync(path: Path) -> None:
@@ -78,8 +87,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
 @contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
     """
-    Names the folder in which a write fails for lack of space. The libraries that write do not, and torch does not even
-    name the cause.
+    Names the folder in which a write fails for lack of space, which libraries that write do not.
 
     Raises:
         OSError: if the disk is full.
@@ -87,9 +95,13 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if any(text in str(error) for text in NO_SPACE) or is_full(folder):
+        if says_full(error) or is_full(folder):
             raise OSError(f"no space left in {folder}: make room, and run the same command again.") from error
         raise
+
+
+def says_full(error: Exception) -> bool:
+    return any(words in str(error) for words in NO_SPACE)
 
 
 def is_full(folder: Path) -> bool:
@@ -122,12 +134,9 @@ def read_run_json(path: Path, advice: str) -> dict:
         ValueError: if the file holds none.
     """
     try:
-        content = json.loads(path.read_bytes())
+        return json_object(parse_json(read_text(path), path.name), path.name)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. {advice}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object. {advice}")
-    return content
+        raise ValueError(f"{path} is damaged: {error} {advice}") from error
 
 
 def differences(there: dict, wanted: dict) -> str:

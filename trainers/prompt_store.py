@@ -1,7 +1,6 @@
 """What the frozen decoder has read of prompts, on disk: in every epoch, and in every run, it is the same."""
 
 import hashlib
-import json
 import uuid
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from modeling_protogen.frozen_decoder import decoder_fingerprint, padded_left, read_prefix
 
-from .files import CheckedTensors, read_run_json, save_tensors, write_atomically
+from .files import CheckedTensors, read_run_json, save_tensors, write_json
 
 INFO_NAME = "prompts.json"
 KEYS_AND_VALUES, STATES = "keys_and_values", "states"
@@ -36,8 +35,7 @@ class PromptStore:
         info = {"decoder": decoder_fingerprint(decoder), "dtype": str(decoder.dtype), "layers": layers}
         path = self.folder / INFO_NAME
         if not path.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda temporary: temporary.write_text(json.dumps(info, indent=2)))
+            write_json(path, info)
         elif read_run_json(path, "Remove the folder: its prompts are read again.") != info:
             raise ValueError(
                 f"{self.folder} holds prompts as another decoder or dtype read them, or other layers: "

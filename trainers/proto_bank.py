@@ -36,6 +36,7 @@ from .files import (
     read_run_json,
     save_tensors,
     write_atomically,
+    write_json,
 )
 
 INFO_NAME = "bank.json"
@@ -446,8 +447,7 @@ def read_info(path: Path) -> BankInfo:
 
 
 def write_info(path: Path, info: BankInfo) -> None:
-    text = json.dumps(asdict(info) | {"sha256": json_sha256(asdict(info))}, indent=2)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_json(path, asdict(info) | {"sha256": json_sha256(asdict(info))})
 
 
 def remove_shard(path: Path) -> None:

@@ -13,7 +13,7 @@ from modeling_protogen import ProtoGenConfig, ProtoGenForConditionalGeneration, 
 from modeling_protogen.frozen_decoder import decoder_fingerprint
 
 from .data import Example
-from .files import differences, file_sha256, json_sha256, read_run_json, sync, sync_folder, write_atomically
+from .files import differences, file_sha256, json_sha256, read_run_json, sync, sync_folder, write_json
 
 CHECKSUMS_NAME = "checksums.json"
 RUN_NAME = "run.json"
@@ -23,8 +23,7 @@ NOT_COMPARED = ("decoder_name_or_path", "decoder_revision", "decoder_config", "e
 
 def begin_checkpoint(folder: Path) -> None:
     """Marks a checkpoint as unfinished, also where one is written over another."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CHECKSUMS_NAME, lambda path: path.write_text("{}"))
+    write_json(folder / CHECKSUMS_NAME, {})
 
 
 def finish_checkpoint(folder: Path) -> None:
@@ -33,23 +32,27 @@ def finish_checkpoint(folder: Path) -> None:
     sync(folder.parent)
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     checksums = {name: file_sha256(folder / name) for name in names if name != CHECKSUMS_NAME}
-    write_atomically(folder / CHECKSUMS_NAME, lambda path: path.write_text(json.dumps(checksums, indent=2)))
+    write_json(folder / CHECKSUMS_NAME, checksums)
 
 
 def is_finished(folder: Path) -> bool:
     """Whether a checkpoint was written to its end; one from before there were checksums, if it has the last file."""
     checksums = folder / CHECKSUMS_NAME
-    return checksums.read_text() != "{}" if checksums.is_file() else (folder / TRAINER_STATE_NAME).is_file()
+    return checksums.read_text().strip() != "{}" if checksums.is_file() else (folder / TRAINER_STATE_NAME).is_file()
 
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """All checkpoints, by step."""
+    return sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*"), key=step_of)
+
+
 def finished_checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints that were written to their end, by step."""
-    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*")
-    return sorted(filter(is_finished, folders), key=step_of)
+    return list(filter(is_finished, checkpoints(output_dir)))
 
 
 def damaged_files(folder: Path) -> list[str]:
@@ -60,11 +63,11 @@ def damaged_files(folder: Path) -> list[str]:
     except ValueError:
         return [name]
     checksums = content if name == CHECKSUMS_NAME else {}
-    return [file for file, sha256 in checksums.items() if sha256_if_there(folder / file) != sha256]
-
-
-def sha256_if_there(path: Path) -> str | None:
-    return file_sha256(path) if path.is_file() else None
+    return [
+        file
+        for file, sha256 in checksums.items()
+        if not (folder / file).is_file() or file_sha256(folder / file) != sha256
+    ]
 
 
 def last_complete_checkpoint(output_dir: str | Path, say: Callable[[str], object] = print) -> str | None:
@@ -78,9 +81,8 @@ def last_complete_checkpoint(output_dir: str | Path, say: Callable[[str], object
     Raises:
         ValueError: if all that were finished are damaged.
     """
-    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*")
     unfinished, damaged, found = [], [], None
-    for folder in sorted(folders, key=step_of, reverse=True):
+    for folder in reversed(checkpoints(output_dir)):
         if not is_finished(folder):
             unfinished.append(f"{folder} was not finished")
         elif files := damaged_files(folder):
@@ -112,11 +114,10 @@ def checkpoint_to_resume(output_dir: Path, made_with: dict, accelerator: Acceler
     path, checkpoint = output_dir / RUN_NAME, last_complete_checkpoint(output_dir, accelerator.print)
     if checkpoint is None:
         if accelerator.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda temporary: temporary.write_text(json.dumps(made_with, indent=2)))
+            write_json(path, made_with)
     elif path.is_file():
         there = read_run_json(path, "Remove it to go on without comparing.")
-        # A version of before may not have noted all.
+        # An older version may not have noted all.
         differing = differences(there, {name: value for name, value in made_with.items() if name in there})
         if differing:
             raise ValueError(
@@ -145,8 +146,7 @@ def run_info(
         "training examples": examples_sha256(train_examples),
         "validation examples": examples_sha256(validation_examples),
     }
-    # As they come back from a file.
-    return json.loads(json.dumps(info))
+    return json.loads(json.dumps(info))  # As it comes back from a file.
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:

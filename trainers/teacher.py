@@ -1,6 +1,5 @@
 """Teacher answers: what the frozen decoder says itself to an instruction, token by token."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from modeling_protogen.autoregressive import up_to_eos
 from modeling_protogen.configuration_protogen import as_list
 
 from .data import Example
-from .files import append_lines, differences, locked, read_lines, read_run_json, write_atomically
+from .files import append_lines, differences, locked, read_lines, read_run_json, write_json
 
 INFO_NAME = "teacher.json"
 
@@ -96,8 +95,7 @@ def write_teacher_answers(
         if accelerator.is_main_process and not (folder / INFO_NAME).is_file():
             if any(folder.glob("answers-*.jsonl")):
                 raise ValueError(f"{folder} holds answers and no {INFO_NAME}. Restore it, or use another folder.")
-            text = json.dumps(asdict(info), indent=2)
-            write_atomically(folder / INFO_NAME, lambda path: path.write_text(text))
+            write_json(folder / INFO_NAME, asdict(info))
         accelerator.wait_for_everyone()
         done = read_teacher_answers(folder, info)
         # Nobody writes before all have read what there is.

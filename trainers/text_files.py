@@ -10,26 +10,19 @@ from pathlib import Path
 Row = tuple[str, dict]
 
 
-def decoded(content: bytes, name: str) -> str:
+def read_text(path: str | Path) -> str:
     """
-    UTF-8 as text, without a byte order mark.
-
-    Args:
-        name (`str`): what errors call it.
+    A UTF-8 file's text, without a byte order mark.
 
     Raises:
-        ValueError: if it is not UTF-8.
+        ValueError: if it is not UTF-8; the message names the line.
     """
+    content = Path(path).read_bytes()
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{name}, line {line}: this is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
-
-
-def read_text(path: str | Path) -> str:
-    """[`decoded`] of a file."""
-    return decoded(Path(path).read_bytes(), str(path))
+        raise ValueError(f"{path}, line {line}: this is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
 
 
 def parse_json(text: str, name: str) -> object:
@@ -66,7 +59,7 @@ def read_json(path: str | Path) -> object:
 
 def json_object(value: object, name: str) -> dict:
     if not isinstance(value, dict):
-        raise ValueError(f"{name}: a row must be a JSON object, {{...}}, not {json.dumps(value)[:60]}.")
+        raise ValueError(f"{name}: this must be a JSON object, {{...}}, not {json.dumps(value)[:60]}.")
     return value
 
 

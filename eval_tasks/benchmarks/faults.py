@@ -15,7 +15,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,22 +29,13 @@ from tqdm import tqdm
 from eval_tasks import command_line, report
 from trainers.files import read_lines
 from trainers.proto_bank import ProtoTokenBank
+from trainers.resuming import checkpoints
 
 # A command runs in a fork: importing takes longer than the work.
 FORK = multiprocessing.get_context("fork")
 SCRIPTS = Path(command_line.__file__).parent.parent / "scripts"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-TWO = [
-    "--multi_gpu",
-    "--num_processes",
-    "2",
-    "--num_machines",
-    "1",
-    "--mixed_precision",
-    "no",
-    "--dynamo_backend",
-    "no",
-]
+TWO = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
 WORLD = {"world_rows": 120, "world_width": 32, "world_layers": 2, "world_steps": 1, "validation_share": 0.2}
 RECIPE = {
     "chunk_size": 8,
@@ -114,7 +107,14 @@ def result_of(outcomes: dict[str, Outcome], arguments) -> dict:
     return content | {"messages": {f"{name}_what_a_person_reads": o.seen for name, o in outcomes.items()}}
 
 
-def run_quietly(arguments: list[str], output: str) -> None:
+def started(arguments: Sequence[str | Path], output: Path) -> multiprocessing.Process:
+    """A process that runs a command of `protogen` and writes all that it says into a file."""
+    process = FORK.Process(target=run_quietly, args=(list(map(str, arguments)), output))
+    process.start()
+    return process
+
+
+def run_quietly(arguments: list[str], output: Path) -> None:
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -148,8 +148,7 @@ class Ground:
     def run(self, *arguments: str | Path, kill_after: float | None = None) -> tuple[int, str]:
         """Runs a command of `protogen`: its exit status, negative for a signal, and the last line that it wrote."""
         output = self.folder / "output.txt"
-        process = FORK.Process(target=run_quietly, args=(list(map(str, arguments)), str(output)))
-        process.start()
+        process = started(arguments, output)
         process.join(kill_after)
         if process.is_alive():
             process.kill()
@@ -173,6 +172,25 @@ class Ground:
             if status:
                 raise RuntimeError(f"protogen {name} does not run at all: {seen}")
         return run
+
+
+@contextmanager
+def copy_of(folder: Path) -> Iterator[Path]:
+    """A copy to damage."""
+    copy = folder.with_name("damaged")
+    shutil.copytree(folder, copy)
+    yield copy
+    shutil.rmtree(copy)
+
+
+def cut_in_half(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Relative to it, those with nothing in them left out."""
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
 
 
 def tensors_that_differ(one: Path, other: Path) -> int:
@@ -236,16 +254,14 @@ def killed_processes(how: list[str]) -> Callable[[Ground], Outcome]:
     """SIGKILL of a training run with two processes, all of it, once it has a checkpoint."""
 
     def outcome(ground: Ground) -> Outcome:
-        def launched(run: Path, checkpoints: float) -> tuple[int, str]:
+        def launched(run: Path, wanted: float) -> tuple[int, str]:
             command = [*LAUNCH, *how, SCRIPTS / "train.py", *ground.command("train", run)[1:]]
             output = run.with_suffix(".txt")
             with open(output, "w") as file:
                 environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                process = subprocess.Popen(
-                    list(map(str, command)), stdout=file, stderr=file, start_new_session=True, env=environment
-                )
-                while process.poll() is None and len(list(run.glob("checkpoint-*/trainer_state.json"))) < checkpoints:
-                    pass
+                process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=environment)
+                while process.poll() is None and len(list(run.glob("checkpoint-*/trainer_state.json"))) < wanted:
+                    time.sleep(0.01)
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
             return process.wait(), ground.last_line(output.read_text(errors="replace"))
@@ -255,8 +271,8 @@ def killed_processes(how: list[str]) -> Callable[[Ground], Outcome]:
         if status:
             raise RuntimeError(f"two processes do not run at all: {seen}")
         run, kills = whole.with_name(f"killed_{whole.name}"), 0
-        for checkpoints in range(1, 1 + ground.arguments.launched_kills):
-            status, _ = launched(run, min(checkpoints, RECIPE["save_total_limit"]))
+        for number in range(1, 1 + ground.arguments.launched_kills):
+            status, _ = launched(run, min(number, RECIPE["save_total_limit"]))
             kills += status == -signal.SIGKILL
         status, seen = launched(run, math.inf)
         return Outcome(kills, (status != 0) + weights_that_differ(run, whole), seen)
@@ -270,9 +286,7 @@ def two_at_once(ground: Ground) -> Outcome:
     for number in range(tried):
         run = ground.folder / f"twice_{number}"
         outputs = [run.with_name(f"{run.name}_{side}.txt") for side in "ab"]
-        both = [FORK.Process(target=run_quietly, args=(ground.command("fit", run), str(file))) for file in outputs]
-        for process in both:
-            process.start()
+        both = [started(ground.command("fit", run), file) for file in outputs]
         for process in both:
             process.join()
         refused = [file for file, process in zip(outputs, both, strict=True) if process.exitcode]
@@ -310,47 +324,40 @@ def full_disk(ground: Ground) -> Outcome | None:
 def flipped_bits(ground: Ground) -> Outcome:
     """One bit of a bank at a time: an error that names the file, or no difference; then the repair of every file."""
     whole, lost, seen = ground.whole("fit"), 0, ""
-    run = ground.folder / "flipped"
-    shutil.copytree(whole, run)
-    files = [path for path in sorted((run / "bank").iterdir()) if path.is_file() and path.stat().st_size]
+    files = files_in(whole / "bank")
     for number in tqdm(range(ground.arguments.flips), desc="bits", unit="bit", leave=False):
-        path = files[number % len(files)]
-        content = path.read_bytes()
-        place, bit = ground.rng.randrange(len(content)), 1 << ground.rng.randrange(8)
-        path.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
-        status, message = ground.run("bank", "show", run / "bank")
-        if status:
-            seen = message
-            lost += not message.startswith("error")
-        else:
-            lost += texts_that_differ(run, whole)
-        path.write_bytes(content)
-    for path in files:
-        content = path.read_bytes()
-        path.write_bytes(content[: len(content) // 2])
-        status, _ = ground.run(*ground.command("fit", run, "--refit_damaged", "true"))
-        lost += (status != 0) + texts_that_differ(run, whole)
-        shutil.rmtree(run)
-        shutil.copytree(whole, run)
+        with copy_of(whole) as run:
+            path = run / "bank" / files[number % len(files)]
+            content = bytearray(path.read_bytes())
+            content[ground.rng.randrange(len(content))] ^= 1 << ground.rng.randrange(8)
+            path.write_bytes(content)
+            status, message = ground.run("bank", "show", run / "bank")
+            if status:
+                seen = message
+                lost += not message.startswith("error")
+            else:
+                lost += texts_that_differ(run, whole)
+    for file in files:
+        with copy_of(whole) as run:
+            cut_in_half(run / "bank" / file)
+            status, _ = ground.run(*ground.command("fit", run, "--refit_damaged", "true"))
+            lost += (status != 0) + texts_that_differ(run, whole)
     return Outcome(ground.arguments.flips + len(files), lost, seen)
 
 
 def cut_checkpoints(ground: Ground) -> Outcome:
     """Each file of the newest checkpoint cut in half: the run goes on from the one before."""
-    whole, lost, tried, seen = ground.whole("train"), 0, 0, ""
-    newest = max(whole.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
-    for file in sorted(path for path in newest.iterdir() if path.is_file()):
-        run = ground.folder / "cut"
-        shutil.copytree(whole, run)
-        (run / "metrics.json").unlink()
-        shutil.rmtree(run / "model")
-        path = run / newest.name / file.name
-        path.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        status, seen = ground.run(*ground.command("train", run))
-        lost += status != 0 or weights_that_differ(run, whole) > 0
-        tried += 1
-        shutil.rmtree(run)
-    return Outcome(tried, lost, seen)
+    whole, lost, seen = ground.whole("train"), 0, ""
+    newest = checkpoints(whole)[-1]
+    files = files_in(newest)
+    for file in files:
+        with copy_of(whole) as run:
+            (run / "metrics.json").unlink()
+            shutil.rmtree(run / "model")
+            cut_in_half(run / newest.name / file)
+            status, seen = ground.run(*ground.command("train", run))
+            lost += status != 0 or weights_that_differ(run, whole) > 0
+    return Outcome(len(files), lost, seen)
 
 
 def exploded(ground: Ground) -> Outcome:
@@ -368,7 +375,7 @@ def exploded(ground: Ground) -> Outcome:
 
 def damaged_models(ground: Ground) -> Outcome:
     """Each file of a model folder removed, then cut in half: an error, or the same answer."""
-    model, lost, tried, seen = ground.whole("train") / "model", 0, 0, ""
+    model, lost, seen = ground.whole("train") / "model", 0, ""
     question = ["--dtype", "float32", "say apple bell"]
 
     def answer(folder: Path) -> tuple[int, str]:
@@ -377,35 +384,30 @@ def damaged_models(ground: Ground) -> Outcome:
         return status, json.loads(lines[-1])["answer"] if not status else ground.last_line("\n".join(lines))
 
     _, expected = answer(model)
-    for file in sorted(path.relative_to(model) for path in model.rglob("*") if path.is_file()):
-        for left in (0, file.suffix != ".py" and 0.5):
-            copy = ground.folder / "damaged"
-            shutil.copytree(model, copy)
-            content = (copy / file).read_bytes()
-            (copy / file).unlink()
-            if left:
-                (copy / file).write_bytes(content[: int(left * len(content))])
+    cases = [(file, Path.unlink) for file in files_in(model)]
+    # Half of a module is a mistake in the code.
+    cases += [(file, cut_in_half) for file, _ in cases if file.suffix != ".py"]
+    for file, damage in cases:
+        with copy_of(model) as copy:
+            damage(copy / file)
             status, said = answer(copy)
             if status:
                 seen = said
                 lost += not said.startswith("error")
             else:
                 lost += said != expected
-            tried += 1
-            shutil.rmtree(copy)
-    return Outcome(tried, lost, seen)
+    return Outcome(len(cases), lost, seen)
 
 
 def another_decoder(ground: Ground) -> Outcome:
     """A decoder of the same shape with other weights."""
-    other = ground.folder / "other"
-    shutil.copytree(ground.folder / "world" / "decoder", other)
-    weights = load_file(other / "model.safetensors")
-    torch.manual_seed(ground.arguments.seed)
-    noisy = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in weights.items()}
-    save_file(noisy, other / "model.safetensors", metadata={"format": "pt"})
     model = ground.whole("train") / "model"
-    status, seen = ground.run("generate", model, "say apple", "--dtype", "float32", "--decoder", other)
+    torch.manual_seed(ground.arguments.seed)
+    with copy_of(ground.folder / "world" / "decoder") as other:
+        weights = load_file(other / "model.safetensors")
+        noisy = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in weights.items()}
+        save_file(noisy, other / "model.safetensors", metadata={"format": "pt"})
+        status, seen = ground.run("generate", model, "say apple", "--dtype", "float32", "--decoder", other)
     return Outcome(1, int(status == 0), seen)
 
 

@@ -10,8 +10,7 @@ Looks after banks of fitted proto-tokens.
 
 import argparse
 
-from transformers import AutoTokenizer
-
+from modeling_protogen.loading import load_tokenizer
 from trainers.bank_dataset import describe, export_bank, import_bank, push_bank
 from trainers.embedded import resolve
 from trainers.proto_bank import ProtoTokenBank, merge_banks
@@ -21,7 +20,7 @@ def decoder_tokenizer(bank: ProtoTokenBank, arguments):
     if arguments.no_text:
         return None
     name = arguments.decoder or bank.info.decoder
-    return AutoTokenizer.from_pretrained(resolve(name), revision=bank.info.decoder_revision)
+    return load_tokenizer(resolve(name), revision=bank.info.decoder_revision)
 
 
 def show(arguments) -> None:

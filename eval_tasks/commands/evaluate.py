@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from eval_tasks.baselines.masked_diffusion import masked_diffusion
 from eval_tasks.evaluation import (
@@ -33,6 +33,7 @@ from eval_tasks.evaluation import (
 from eval_tasks.protogen_lm import ProtoGenLM
 from eval_tasks.recipes import RecipeParser
 from eval_tasks.report import result, write_csv, write_json, write_result
+from modeling_protogen.loading import load_tokenizer, load_weights
 from trainers.decoders import load_decoder
 from trainers.devices import best_device
 from trainers.embedded import resolve
@@ -111,8 +112,8 @@ def masked_diffusion_lm(
         **settings: as of [`masked_diffusion`].
     """
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model = AutoModel.from_pretrained(pretrained, dtype=torch.bfloat16, **source).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(pretrained, **source)
+    model = load_weights(AutoModel.from_pretrained, pretrained, dtype=torch.bfloat16, **source).to(device).eval()
+    tokenizer = load_tokenizer(pretrained, **source)
     return WriterLM(masked_diffusion(model, tokenizer, **settings), batch_size)
 
 

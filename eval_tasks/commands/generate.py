@@ -24,8 +24,7 @@ from transformers import TextStreamer
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.configuration_protogen import category_id
 from modeling_protogen.generation_protogen import MODES, ProtoGenGenerateOutput
-from trainers.decoders import load_processor_of, load_protogen
-from trainers.devices import best_device
+from trainers.decoders import load_trained
 from trainers.text_files import json_object, numbered_lines, parse_json, read_text, text_of
 
 
@@ -125,8 +124,6 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size} must be at least 1.")
-    if not 0 <= getattr(arguments, "confidence_threshold", 0) <= 1:
-        raise ValueError(f"--confidence-threshold {arguments.confidence_threshold} must lie in 0..1: a probability.")
     if arguments.stream and arguments.json:
         raise ValueError("--stream prints text as it is written and --json whole objects: choose one of them.")
     return arguments
@@ -138,11 +135,7 @@ def main(argv: list[str]) -> None:
         prompts, problems = read_prompts(arguments)
     else:
         prompts, problems = [prompt_of(vars(arguments) | {"instruction": arguments.prompt}, "the prompt")], []
-    if not Path(arguments.model).is_dir() and arguments.model.count("/") != 1:
-        raise FileNotFoundError(f"there is no model folder {arguments.model}, and it is no Hub id either.")
-    device = best_device()
-    processor = load_processor_of(arguments.model, arguments.decoder)
-    model = load_protogen(arguments.model, arguments.dtype, arguments.decoder).to(device)
+    model, processor = load_trained(arguments.model, arguments.dtype, arguments.decoder)
     if arguments.prompt is None:
         prompts, refused = fitting_prompts(prompts, processor)
         problems += refused

@@ -8,7 +8,6 @@ beside the model (metrics.json) and of result files.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from huggingface_hub import EvalResult
@@ -19,6 +18,7 @@ from modeling_protogen import ProtoGenConfig
 from modeling_protogen.publishing import MODEL_FILES, eval_result, model_card, pin_decoder, publish
 from trainers.decoders import load_processor_of, load_protogen
 from trainers.embedded import HUB_NAMES
+from trainers.text_files import read_json
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
         raise FileNotFoundError(f"there is no model in {arguments.folder}: config.json is missing.")
     results, tables = chosen_results(arguments.result)
     metrics_path = (folder.parent if folder.name == "model" else folder) / "metrics.json"
-    training = json.loads(metrics_path.read_text()) if metrics_path.is_file() else {"run": {}, "after": None}
+    training = read_json(metrics_path) if metrics_path.is_file() else {"run": {}, "after": None}
     run = training["run"]
 
     config = ProtoGenConfig.from_pretrained(folder)

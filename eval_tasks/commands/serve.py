@@ -11,13 +11,11 @@ import argparse
 import math
 import os
 from dataclasses import fields
-from pathlib import Path
 
 import uvicorn
 
 from eval_tasks.serving.api import Limits, create_app
-from trainers.decoders import load_processor_of, load_protogen
-from trainers.devices import best_device
+from trainers.decoders import load_trained
 
 KEY = "PROTOGEN_API_KEY"
 
@@ -33,15 +31,8 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     # In bfloat16 passes of different shapes round differently, so answers would depend on who shares them.
     parser.add_argument("--dtype", default="float32", choices=["auto", "bfloat16", "float16", "float32"])
     parser.add_argument("--decoder", help="load a thin checkpoint's decoder from here")
-    helps = {
-        "deadline_ms": "milliseconds that a request waits for others to share its pass",
-        "pass_tokens": "tokens of a pass at most: prompts, answers and padding",
-        "queue": "requests that are not answered yet, at most",
-        "body_bytes": "bytes of a request at most",
-        "seconds": "seconds until a request is answered, at most",
-    }
     for field in fields(Limits):
-        option, text = f"--{field.name.replace('_', '-')}", f"{helps[field.name]} (default: {field.default:g})"
+        option, text = f"--{field.name.replace('_', '-')}", f"{field.metadata['help']} (default: {field.default:g})"
         parser.add_argument(option, type=field.type, default=field.default, help=text)
     parser.add_argument("--cors-origin", nargs="*", default=[], help="origins whose pages may ask from a browser")
     return parser.parse_args(argv)
@@ -49,14 +40,11 @@ def parsed(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     arguments = parsed(argv)
-    if not Path(arguments.model).is_dir() and arguments.model.count("/") != 1:
-        raise FileNotFoundError(f"there is no model folder {arguments.model}, and it is no Hub id either.")
     key = os.environ.get(KEY)
     if key == "":
         raise ValueError(f"{KEY} is empty: give it a key, or unset it to serve without one.")
     limits = Limits(**{field.name: getattr(arguments, field.name) for field in fields(Limits)})
-    processor = load_processor_of(arguments.model, arguments.decoder)
-    model = load_protogen(arguments.model, arguments.dtype, arguments.decoder).to(best_device())
+    model, processor = load_trained(arguments.model, arguments.dtype, arguments.decoder)
     app = create_app(model, processor, arguments.name or arguments.model, limits, key, arguments.cors_origin)
     # What was taken is answered before the server ends.
     uvicorn.run(app, host=arguments.host, port=arguments.port, timeout_graceful_shutdown=math.ceil(limits.seconds) + 1)

@@ -8,7 +8,7 @@ import traceback
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -30,22 +30,19 @@ logger = logging.getLogger("uvicorn.error")
 CLIENT_LEFT = 499
 
 
+def limit(default: float, help: str):
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class Limits:
-    """
-    Args:
-        deadline_ms (`float`, defaults to 10): milliseconds that a request waits for others to share its pass.
-        pass_tokens (`int`, defaults to 8192): tokens of a pass at most: prompts, answers and padding.
-        queue (`int`, defaults to 256): requests that are not answered yet, at most.
-        body_bytes (`int`, defaults to 1 MiB): of a request.
-        seconds (`float`, defaults to 60): until a request is answered.
-    """
+    """What a server takes on; each is an option of `protogen serve`."""
 
-    deadline_ms: float = 10.0
-    pass_tokens: int = 8192
-    queue: int = 256
-    body_bytes: int = 2**20
-    seconds: float = 60.0
+    deadline_ms: float = limit(10.0, "milliseconds that a request waits for others to share its pass")
+    pass_tokens: int = limit(8192, "tokens of a pass at most: prompts, answers and padding")
+    queue: int = limit(256, "requests that are not answered yet, at most")
+    body_bytes: int = limit(2**20, "bytes of a request at most")
+    seconds: float = limit(60.0, "seconds until a request is answered, at most")
 
 
 class Metrics:
@@ -295,13 +292,8 @@ def create_app(
     """
     server = Server(model, processor, name, limits)
     handlers = {HTTPException: on_http_error, RequestValidationError: on_invalid, Exception: on_failure}
-    app = FastAPI(
-        title="ProtoGen",
-        lifespan=server.lifespan,
-        exception_handlers=handlers,
-        docs_url=None,
-        redoc_url=None,
-    )
+    no_pages = {"docs_url": None, "redoc_url": None}
+    app = FastAPI(title="ProtoGen", lifespan=server.lifespan, exception_handlers=handlers, **no_pages)
     app.state.server = server
     app.add_middleware(Gate, metrics=server.metrics, key=key, body_bytes=limits.body_bytes)
     if cors_origins:

@@ -53,10 +53,9 @@ class Response:
     def __init__(self, request: Common, id: str, created: int):
         self.request = request
         self.is_chat = isinstance(request, ChatRequest)
-        kind = "chat.completion" if self.is_chat else "text_completion"
+        chat = "chat.completion.chunk" if request.stream else "chat.completion"
+        kind = chat if self.is_chat else "text_completion"
         self.head = {"id": id, "object": kind, "created": created, "model": request.model}
-        if self.is_chat and request.stream:
-            self.head["object"] = "chat.completion.chunk"
 
     def whole(self, prompt_tokens: int, answers: list[Answer]) -> dict:
         choices = []
@@ -73,19 +72,20 @@ class Response:
             for index in range(num_choices):
                 yield self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
 
-    def text(self, text: str, index: int = 0) -> str:
-        return self._chunk(index, {"delta": {"content": text}} if self.is_chat else {"text": text})
+    def text(self, text: str) -> str:
+        """The event of a piece of a single answer."""
+        return self._chunk(0, self._piece(text))
 
     def last(self, prompt_tokens: int, answers: list[Answer], num_sent: int) -> Iterator[str]:
         """The events that a stream ends with: what has not been sent of each answer yet, and how it ended."""
         for index, answer in enumerate(answers):
-            rest = answer.text[num_sent:]
-            yield self._chunk(
-                index, {"delta": {"content": rest}} if self.is_chat else {"text": rest}, self._end(answer)
-            )
+            yield self._chunk(index, self._piece(answer.text[num_sent:]), self._end(answer))
         if self.request.stream_options and self.request.stream_options.include_usage:
             yield event(self.head | {"choices": [], "usage": usage(prompt_tokens, answers)})
         yield "data: [DONE]\n\n"
+
+    def _piece(self, text: str) -> dict:
+        return {"delta": {"content": text}} if self.is_chat else {"text": text}
 
     def _chunk(self, index: int, content: dict, end: dict | None = None) -> str:
         end = {"logprobs": None, "finish_reason": None} if end is None else end

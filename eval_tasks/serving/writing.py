@@ -28,10 +28,6 @@ class PromptRefused(ValueError):
     """A prompt that the model cannot read."""
 
 
-class TooLarge(ValueError):
-    """A request that no pass has room for."""
-
-
 class ClientLeft(Exception):
     """Nobody waits for the answer that is being written."""
 
@@ -69,7 +65,7 @@ def settled(text: str, stop_strings: list[str]) -> str:
     return text[: len(text) - max(held, default=0)]
 
 
-class TextStreamer(BaseStreamer):
+class JobStreamer(BaseStreamer):
     """Passes on a job's text as it grows; ends the pass when nobody waits for it."""
 
     def __init__(self, processor: ProtoGenProcessor, job: Job):
@@ -140,7 +136,7 @@ class Writing:
 
         Raises:
             PromptRefused: if the model cannot read a prompt.
-            TooLarge: if no pass has room for the job.
+            ValueError: if no pass has room for the job.
         """
         try:
             inputs = self.readers_processor(job.instructions, job.contexts)
@@ -151,7 +147,7 @@ class Writing:
         job.rows = len(job.instructions) * job.config.num_return_sequences * job.config.num_candidates
         job.row_tokens = source + inputs["decoder_prompt_ids"].shape[1] + self.longest(job.config)
         if job.rows * job.row_tokens > self.max_pass_tokens:
-            raise TooLarge(
+            raise ValueError(
                 f"{job.rows} answers of {job.row_tokens} tokens, prompts included, are more than the "
                 f"{self.max_pass_tokens} tokens of a pass: ask for fewer or shorter answers."
             )
@@ -176,7 +172,7 @@ class Writing:
             output = self.model.generate(
                 **inputs,
                 processor=self.processor,
-                streamer=TextStreamer(self.processor, first) if first.grows else None,
+                streamer=JobStreamer(self.processor, first) if first.grows else None,
                 return_dict_in_generate=True,
                 **first.options,
             )
