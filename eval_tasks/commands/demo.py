@@ -16,8 +16,7 @@ from transformers.utils import cached_file
 from eval_tasks.commands.generate import prompt_of
 from eval_tasks.demo.page import demo, launch
 from eval_tasks.demo.racing import Prompt, answer_at_once
-from trainers.decoders import load_processor_of, load_protogen
-from trainers.devices import best_device
+from trainers.decoders import load_trained
 from trainers.text_files import read_json_rows
 
 NUM_EXAMPLES = 6
@@ -42,11 +41,8 @@ def parsed(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     arguments = parsed(argv)
-    if not Path(arguments.model).is_dir() and arguments.model.count("/") != 1:
-        raise FileNotFoundError(f"there is no model folder {arguments.model}, and it is no Hub id either.")
+    model, processor = load_trained(arguments.model, arguments.dtype, arguments.decoder)
     examples = examples_of(arguments.model, arguments.examples)
-    processor = load_processor_of(arguments.model, arguments.decoder)
-    model = load_protogen(arguments.model, arguments.dtype, arguments.decoder).to(best_device())
     # The first answer pays for what is made once.
     answer_at_once(model, processor, Prompt("Hello", category=(model.config.categories or [None])[0]))
     page = demo(model, processor, arguments.model, examples)
