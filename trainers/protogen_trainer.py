@@ -420,8 +420,8 @@ class ProtoGenTrainer(ExampleTrainer):
                 table = model.decoder.get_output_embeddings().weight
                 tokens = head_tokens(outputs.e[:, :, 0], table).masked_fill(labels == IGNORE_INDEX, IGNORE_INDEX)
                 prediction = model.predict(**prompt)
-                sequences = head_tokens(prediction.e[:, :, 0], table)
                 lengths = model.clamp_lengths(prediction.log_length_mean.exp())
+                sequences = head_tokens(prediction.e[:, : lengths.max(), 0], table)
             else:
                 tokens = argmax_tokens(outputs.answer_logits, labels)
                 answers = model.generate(**prompt, return_dict_in_generate=True)

@@ -10,14 +10,18 @@ from .writing import Writer, Written
 
 
 def token_head(model: ProtoGenForConditionalGeneration, processor: ProtoGenProcessor) -> Writer:
-    """Its answers end at EOS, as training with that loss teaches."""
+    """Answers have their predicted length, and end at EOS before it."""
 
     def write(instructions, contexts, max_new_tokens, exactly=False):
         inputs = processor(instructions, contexts).to(model.device)
         with torch.no_grad():
-            proto_tokens = model.predict(**inputs, longest=max_new_tokens).e[:, :, 0]
-        tokens = head_tokens(proto_tokens, model.decoder.get_output_embeddings().weight)
-        token_ids = up_to_eos(tokens, [] if exactly else [processor.decoder_tokenizer.eos_token_id])
+            prediction = model.predict(**inputs, longest=max_new_tokens)
+        lengths = model.clamp_lengths(prediction.log_length_mean.exp()).clamp(max=max_new_tokens)
+        if exactly:
+            lengths = torch.full_like(lengths, max_new_tokens)
+        tokens = head_tokens(prediction.e[:, : lengths.max(), 0], model.decoder.get_output_embeddings().weight)
+        rows = up_to_eos(tokens, [] if exactly else model.config.eos_token_ids)
+        token_ids = [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
         return Written(processor.batch_decode(token_ids), token_ids)
 
     return write
