@@ -211,6 +211,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         pretrained_model_name_or_path,
         *model_args,
         decoder_name_or_path=None,
+        encoder_name_or_path=None,
         decoder_kwargs=None,
         ignore_other_decoder=False,
         output_loading_info=False,
@@ -223,6 +224,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
 
         Args:
             decoder_name_or_path (`str`, *optional*): load the decoder from here instead.
+            encoder_name_or_path (`str`, *optional*): take the encoder's word embeddings from here, where the checkpoint
+                is without them.
             decoder_kwargs (`dict`, *optional*): options of loading that decoder alone. `trust_remote_code` is one of
                 them: what is given for this model does not run a decoder's code.
             ignore_other_decoder (`bool`, defaults to False): take a decoder whose weights are not those that the
@@ -244,7 +247,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         )
         config = model.config
         if config.encoder_name_or_path:
-            model.take_word_embeddings(config.encoder_name_or_path)
+            model.take_word_embeddings(encoder_name_or_path or config.encoder_name_or_path)
             config.encoder_name_or_path = None  # From here on this model has them.
             info["missing_keys"] = set(info["missing_keys"]) - {model.word_embeddings_name}
         check_complete(pretrained_model_name_or_path, info, ignores_mismatches)

@@ -418,15 +418,19 @@ def test_processor_and_model_share_a_folder(build, llama_dir, tmp_path):
 
 
 def test_word_embeddings_are_frozen_and_may_come_from_elsewhere(build, encoder_dir, llama_dir, tmp_path):
-    model, _ = build(llama_dir)
+    model, processor = build(llama_dir)
     words = model.encoder.get_input_embeddings().weight
     assert not words.requires_grad
     assert not model.train().encoder.get_input_embeddings().weight.requires_grad
     model.config.encoder_name_or_path = str(encoder_dir)
     model.save_pretrained(tmp_path / "without", thin=True)
     assert model.word_embeddings_name not in load_file(tmp_path / "without" / "model.safetensors")
-    found = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "without")
+    shutil.copytree(encoder_dir, tmp_path / "moved")
+    found = ProtoGenForConditionalGeneration.from_pretrained(
+        tmp_path / "without", encoder_name_or_path=str(tmp_path / "moved")
+    )
     assert weights_hash(found) == weights_hash(model)
+    assert len(found.generate(**processor(INSTRUCTIONS))) == len(INSTRUCTIONS)
     # What was loaded has them, and is saved whole.
     found.save_pretrained(tmp_path / "whole", thin=True)
     assert weights_hash(ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "whole")) == weights_hash(model)
