@@ -1,6 +1,7 @@
 """ProtoGen: an encoder predicts `e`, `m` and the answer's length; a frozen decoder writes the answer in one pass."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -130,6 +131,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             self.slot_adapters = SlotAdapters(config.slot_adapter_rank, shape)
         self.decoder = decoder
         self.post_init()
+        if config.encoder_name_or_path:
+            self._keys_to_ignore_on_load_missing.add(re.escape(self.word_embeddings_name))
         self._prepare_decoder()
         self.graphs = None
         # A reader with the signature of [`read_prefix`] that remembers prompts; training may set one.
@@ -249,7 +252,6 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         if config.encoder_name_or_path:
             model.take_word_embeddings(encoder_name_or_path or config.encoder_name_or_path)
             config.encoder_name_or_path = None  # From here on this model has them.
-            info["missing_keys"] = set(info["missing_keys"]) - {model.word_embeddings_name}
         check_complete(pretrained_model_name_or_path, info, ignores_mismatches)
         if model.decoder is None:
             name = decoder_name_or_path or config.decoder_name_or_path

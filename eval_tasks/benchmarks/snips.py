@@ -88,8 +88,7 @@ def snips(arguments) -> None:
         if arguments.finetuned:
             writers["finetuned"] = autoregressive(decoder, processor, cache_implementation="static")
     metrics |= speed_metrics(writers, processor, examples, longest, arguments.rounds)
-    trained = [p for name, p in model.named_parameters() if not name.startswith("decoder.")]
-    metrics["trained_parameters"] = sum(p.numel() for p in trained)
+    metrics["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapters = model.slot_adapters.parameters() if model.slot_adapters is not None else []
     metrics["trained_parameters_in_slot_adapters"] = sum(p.numel() for p in adapters)
     metrics |= learning(run, arguments.result)
@@ -97,8 +96,8 @@ def snips(arguments) -> None:
     training = read_json(run / "metrics.json")["run"]
     content = report.result(
         command=arguments.command_line,
-        model=f"{training['decoder']}, {training['decoder_dtype']}, frozen; slot adapters of rank "
-        f"{model.config.slot_adapter_rank} and the predictor are trained",
+        model=f"{training['decoder']}, {training['decoder_dtype']}, frozen; trained are slot adapters of rank "
+        f"{model.config.slot_adapter_rank}, the predictor and the encoder ({training['encoder'] or 'none'})",
         revision=None,
         data=f"{len(examples)} commands of {arguments.data}; {training['train_examples']} others to train on",
         seed=training["seed"],
