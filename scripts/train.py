@@ -8,6 +8,8 @@
 import argparse
 import sys
 
+import torch.distributed
+
 from eval_tasks.command_line import main
 
 if __name__ == "__main__":
@@ -15,3 +17,6 @@ if __name__ == "__main__":
     parser.add_argument("--stage", default="train", choices=["fit", "teacher", "train", "finetune", "study", "world"])
     chosen, arguments = parser.parse_known_args(sys.argv[1:])
     main([chosen.stage, *arguments])
+    # A process that ends before the first one would now and then abort in a thread of the group.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

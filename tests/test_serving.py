@@ -25,7 +25,7 @@ from eval_tasks.serving.writing import settled
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 
 # One for all: each would read the certificates of the machine again.
-HTTP = httpx2.Client(verify=False, timeout=30)
+HTTP = httpx2.Client(verify=False, timeout=120)
 MODES = ["one_step", "refine", "adaptive", "verified"]
 ASK = {"model": "tiny", "prompt": INSTRUCTIONS[0]}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": INSTRUCTIONS[0]}]}
@@ -61,7 +61,7 @@ class Gate:
     def __call__(self, jobs):
         self.passes.append([job.instructions[0] for job in jobs])
         self.threads.add(threading.current_thread().name)
-        assert self.opened.wait(20)
+        assert self.opened.wait(120)
         return self.write(jobs)
 
 
@@ -354,14 +354,14 @@ def test_a_stream_ends_when_its_client_leaves(parts):
             put(job)
             on_text = job.on_text
             # The first piece is sent; the next one waits until the client has left.
-            job.on_text = lambda text: (on_text(text), texts.append(text), left.wait(20) if len(texts) > 1 else None)
+            job.on_text = lambda text: (on_text(text), texts.append(text), left.wait(120) if len(texts) > 1 else None)
             job.answers.add_done_callback(lambda _: left.set())
 
         served.batcher.put, left = putting, threading.Event()
         stream = served.client.completions.create(**ASK, stream=True, extra_body={"protogen": {"mode": "verified"}})
         next(iter(stream))
         stream.close()
-        assert left.wait(20)
+        assert left.wait(120)
         assert served.client.models.list().data
     # The answer has more pieces.
     assert len(texts) <= 2
