@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from transformers import AutoModel
 
-from modeling_protogen.loading import load_tokenizer
+from modeling_protogen.loading import load_tokenizer, load_weights
 
 
 def sentence_embeddings(name: str, texts: list[str], batch_size: int = 32) -> np.ndarray:
@@ -19,7 +19,8 @@ def sentence_embeddings(name: str, texts: list[str], batch_size: int = 32) -> np
     Returns:
         `np.ndarray` of shape `(texts, dim)`, float32.
     """
-    tokenizer, model = load_tokenizer(name), AutoModel.from_pretrained(name, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(name)
+    model = load_weights(AutoModel.from_pretrained, name, dtype=torch.float32).eval()
     parts = []
     for first in range(0, len(texts), batch_size):
         inputs = tokenizer(texts[first : first + batch_size], padding=True, truncation=True, return_tensors="pt")

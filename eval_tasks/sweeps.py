@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from modeling_protogen import ProtoGenConfig, ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.proto_tokens import flatten_proto_tokens
-from trainers.data import DataArguments, load_examples, split_by_instruction
+from trainers.data import DataArguments, Example, load_examples, split_by_instruction
 from trainers.embedded import decoder_revision
 from trainers.proto_bank import ProtoTokenBank, stack_entries
 from trainers.text_files import read_json
@@ -183,6 +183,12 @@ def finished(sweep: Sweep, name: str) -> dict[str, Path]:
     return folders
 
 
+def split_of(recipe: dict) -> tuple[list[Example], list[Example]]:
+    """The examples that a recipe trains on, and those that it holds out."""
+    data = DataArguments(data=recipe["data"])
+    return split_by_instruction(load_examples(data), recipe.get("validation_share", data.validation_share))
+
+
 def gather_answers(sweep: Sweep, command: str) -> dict:
     """
     How well held-out answers are written, and what each run gains on the one that it is compared with, instruction by
@@ -244,8 +250,7 @@ def gains(table: pd.DataFrame, reference: pd.DataFrame | None, parts: dict[str, 
 def gather_token_head(sweep: Sweep, command: str) -> dict:
     """Exact match on held-out instructions of what the predictors alone say, and gains, instruction by instruction."""
     runs, recipe = finished(sweep, "metrics.json"), read_recipe(sweep.recipe)
-    examples = load_examples(DataArguments(data=recipe["data"]))
-    _, held_out = split_by_instruction(examples, recipe["validation_share"])
+    _, held_out = split_of(recipe)
     right, metrics = {}, {}
     for run, folder in tqdm(runs.items(), desc="token heads", unit="model"):
         model = ProtoGenForConditionalGeneration.from_pretrained(folder / "model").eval()
@@ -296,9 +301,7 @@ def gather_losses(sweep: Sweep, command: str) -> dict:
     runs, recipe = finished(sweep, "metrics.json"), read_recipe(sweep.recipe)
     bank = ProtoTokenBank(Path(recipe["output_dir"]) / "bank")
     bank.verify()
-    examples = load_examples(DataArguments(data=recipe["data"]))
-    known, held_out = split_by_instruction(examples, recipe.get("validation_share", DataArguments.validation_share))
-    known, held_out = ([example for example in part if example.id in bank] for part in (known, held_out))
+    known, held_out = ([example for example in part if example.id in bank] for part in split_of(recipe))
     metrics = {}
     for run, folder in tqdm(runs.items(), desc="losses", unit="model"):
         model = ProtoGenForConditionalGeneration.from_pretrained(folder / "model").eval()

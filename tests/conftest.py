@@ -131,7 +131,7 @@ def decoder(llama_dir):
     return AutoModelForCausalLM.from_pretrained(llama_dir)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def build(encoder_dir):
     """Builds a model and its processor: `build(decoder_dir, **config_fields)`."""
 

@@ -12,7 +12,6 @@ from conftest import INSTRUCTIONS
 from eval_tasks import command_line
 from eval_tasks.demo.racing import Answer, Prompt, Written, answer_at_once, answer_token_by_token, token_texts
 from eval_tasks.demo.showing import answer_html, facts_of, length_interval, refused_html, written_html
-from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 
 HOSTILE = "<img src=x onerror=alert(1)>${alert(1)}{{ 7 * 7 }} & \"'"
 MEASURES = {"tokens": 2, "predicted_length": 3.0, "length_sigma": 0.5, "confidence": 0.9, "uncertainty": 0.25}
@@ -23,21 +22,8 @@ needs_gradio = pytest.mark.skipif(not has_gradio, reason="needs the extra demo")
 
 
 @pytest.fixture(scope="module")
-def parts(encoder_dir, llama_dir):
-    torch.manual_seed(0)
-    model = ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(
-        str(encoder_dir),
-        str(llama_dir),
-        chunk_size=8,
-        predictor_dim=64,
-        num_source_layers=1,
-        num_query_layers=1,
-        decoder_sees_prompt=True,
-    ).eval()
-    processor = ProtoGenProcessor.from_encoder_decoder_pretrained(
-        str(encoder_dir), str(llama_dir), max_answer_length=model.config.max_answer_length
-    )
-    return model, processor
+def parts(build, llama_dir):
+    return build(llama_dir, decoder_sees_prompt=True)
 
 
 def written_by(parts, instruction, **options):

@@ -126,6 +126,16 @@ def test_the_command_publishes_all_that_loading_takes_with_a_card(hub, trained, 
     assert "rival" not in card.text
 
 
+def strangers_environment(hub, folder):
+    """Of a process that has nothing cached and knows the local Hub alone."""
+    return {n: v for n, v in os.environ.items() if n != "HF_HUB_OFFLINE"} | {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 PULL = """
 import json, re, sys
 class Blocker:
@@ -171,15 +181,11 @@ def test_a_stranger_pulls_a_pinned_revision_and_goes_on_offline(hub, trained, pr
     hub.commit(
         "models/org/name", "main", hub.files("models/org/name") | {"config.json": b"{}", "publishing.py": b"1 / 0"}
     )
-    environment = {n: v for n, v in os.environ.items() if n != "HF_HUB_OFFLINE"} | {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-    }
     (tmp_path / "pull.py").write_text(PULL)
     command = [sys.executable, "pull.py", revision, json.dumps(INSTRUCTIONS), f"{hub.endpoint}/shut-down"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=strangers_environment(hub, tmp_path), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     online, offline = json.loads(done.stdout.splitlines()[-1])
     assert online == offline == model.generate(**processor(INSTRUCTIONS), length=6).tolist()
@@ -341,13 +347,9 @@ def test_the_walkthrough_from_an_empty_folder(hub, build, llama_dir, protogen, t
     folder = tmp_path / "empty"
     folder.mkdir()
     (folder / "ask.py").write_text(ask.replace("8000", port))
-    environment = {n: v for n, v in os.environ.items() if n != "HF_HUB_OFFLINE"} | {
+    environment = strangers_environment(hub, tmp_path) | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PROTOGEN": str(ROOT),
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
     }
     # `kill %%` needs job control.
     script = ["bash", "-emc", commands.replace("8000", port)]

@@ -22,7 +22,7 @@ from eval_tasks.serving.api import Limits, create_app
 from eval_tasks.serving.batcher import Batcher, Job
 from eval_tasks.serving.running import running
 from eval_tasks.serving.writing import settled
-from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen import ProtoGenProcessor
 
 # One for all: each would read the certificates of the machine again.
 HTTP = httpx2.Client(verify=False, timeout=120)
@@ -32,21 +32,8 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": INSTRUCTIONS[0
 
 
 @pytest.fixture(scope="module")
-def parts(encoder_dir, llama_dir):
-    torch.manual_seed(0)
-    model = ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(
-        str(encoder_dir),
-        str(llama_dir),
-        chunk_size=8,
-        predictor_dim=64,
-        num_source_layers=1,
-        num_query_layers=1,
-        decoder_sees_prompt=True,
-    ).eval()
-    processor = ProtoGenProcessor.from_encoder_decoder_pretrained(
-        str(encoder_dir), str(llama_dir), max_answer_length=model.config.max_answer_length
-    )
-    return model, processor
+def parts(build, llama_dir):
+    return build(llama_dir, decoder_sees_prompt=True)
 
 
 class Gate:

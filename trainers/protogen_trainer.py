@@ -31,7 +31,7 @@ from .distillation import teacher_top_k
 from .files import full_disk_named, write_atomically
 from .grouped_attention import use_grouped_attention
 from .losses import LOSSES
-from .losses.token_head import head_tokens
+from .losses.token_head import head_answers, head_tokens
 from .mixed_precision import keep_logits
 from .resuming import begin_checkpoint, finish_checkpoint, finished_checkpoints, step_of
 from .training_args import ProtoGenTrainingArguments
@@ -419,9 +419,7 @@ class ProtoGenTrainer(ExampleTrainer):
             if self.args.trains_token_head_alone:
                 table = model.decoder.get_output_embeddings().weight
                 tokens = head_tokens(outputs.e[:, :, 0], table).masked_fill(labels == IGNORE_INDEX, IGNORE_INDEX)
-                prediction = model.predict(**prompt)
-                lengths = model.clamp_lengths(prediction.log_length_mean.exp())
-                sequences = head_tokens(prediction.e[:, : lengths.max(), 0], table)
+                sequences, lengths = head_answers(model, model.predict(**prompt))
             else:
                 tokens = argmax_tokens(outputs.answer_logits, labels)
                 answers = model.generate(**prompt, return_dict_in_generate=True)

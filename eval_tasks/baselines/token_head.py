@@ -4,7 +4,7 @@ import torch
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.autoregressive import up_to_eos
-from trainers.losses.token_head import head_tokens
+from trainers.losses.token_head import head_answers
 
 from .writing import Writer, Written
 
@@ -12,15 +12,11 @@ from .writing import Writer, Written
 def token_head(model: ProtoGenForConditionalGeneration, processor: ProtoGenProcessor) -> Writer:
     """Answers have their predicted length, and end at EOS before it."""
 
-    def write(instructions, contexts, max_new_tokens, exactly=False):
+    def write(instructions, contexts, max_new_tokens):
         inputs = processor(instructions, contexts).to(model.device)
         with torch.no_grad():
-            prediction = model.predict(**inputs, longest=max_new_tokens)
-        lengths = model.clamp_lengths(prediction.log_length_mean.exp()).clamp(max=max_new_tokens)
-        if exactly:
-            lengths = torch.full_like(lengths, max_new_tokens)
-        tokens = head_tokens(prediction.e[:, : lengths.max(), 0], model.decoder.get_output_embeddings().weight)
-        rows = up_to_eos(tokens, [] if exactly else model.config.eos_token_ids)
+            tokens, lengths = head_answers(model, model.predict(**inputs, longest=max_new_tokens))
+        rows = up_to_eos(tokens, model.config.eos_token_ids)
         token_ids = [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
         return Written(processor.batch_decode(token_ids), token_ids)
 

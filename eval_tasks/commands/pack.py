@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModel, HfArgumentParser
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen.loading import load_weights
 from trainers.embedded import resolve
 from trainers.files import written_aside
 from trainers.text_files import read_json
@@ -52,7 +53,7 @@ def leave_word_embeddings_out(model: ProtoGenForConditionalGeneration, encoder: 
     Raises:
         ValueError: if they are not those of the encoder that the training began with.
     """
-    theirs = AutoModel.from_pretrained(resolve(encoder)).get_input_embeddings().weight
+    theirs = load_weights(AutoModel.from_pretrained, resolve(encoder)).get_input_embeddings().weight
     if not torch.equal(theirs, model.encoder.get_input_embeddings().weight):
         raise ValueError(f"the model's word embeddings are not those of {encoder}, which it would be packed without.")
     model.config.encoder_config._name_or_path = model.config.encoder_name_or_path = encoder

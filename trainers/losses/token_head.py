@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modeling_protogen.modeling_protogen import ProtoGenOutput
+from modeling_protogen.modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenOutput
 from modeling_protogen.objectives import IGNORE_INDEX, mean_over_texts
+from modeling_protogen.proto_predictor import Prediction
 
 # Tokens drawn by chance that the batch's own are told apart from.
 NUM_NEGATIVES = 2048
@@ -53,3 +54,12 @@ class TokenHeadLoss(nn.Module):
 def head_tokens(vectors: torch.Tensor, embeddings: torch.Tensor) -> torch.LongTensor:
     """The head's most likely tokens of all the vocabulary: proto-tokens `(..., dim)` to `(...)`."""
     return (vectors.to(embeddings.dtype) @ embeddings.T).max(-1).indices
+
+
+def head_answers(
+    model: ProtoGenForConditionalGeneration, prediction: Prediction
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """The head's answers `(batch, longest)`, and their predicted lengths `(batch,)`."""
+    lengths = model.clamp_lengths(prediction.log_length_mean.exp())
+    table = model.decoder.get_output_embeddings().weight
+    return head_tokens(prediction.e[:, : lengths.max(), 0], table), lengths
