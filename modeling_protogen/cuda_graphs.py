@@ -3,13 +3,13 @@ One-step decoding as CUDA graphs: where a model is small, a GPU waits for the ne
 launched; a recorded pass is launched at once.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
+from .frozen_decoder import copied_cache
 from .one_step_decoding import token_mask
 from .proto_predictor import Prediction
 from .proto_tokens import predicting_positions
@@ -104,11 +104,8 @@ class OneStepGraphs:
         places = predicting_positions(layout, own)[0].nonzero()[:, 0] - own
 
         def logits(first_tokens=None):
-            # Its cache grows by the answer.
-            cache = copy.copy(prediction.prompt_cache)
-            if cache is not None:
-                cache.layers = [copy.copy(layer) for layer in cache.layers]
-            own_cache = replace(prediction, prompt_cache=cache)
+            cache = prediction.prompt_cache
+            own_cache = replace(prediction, prompt_cache=None if cache is None else copied_cache(cache))
             return self.model.decode_layout(own_cache, layout, *prompt, first_tokens, places)
 
         return Recording(logits, **first)

@@ -7,6 +7,7 @@ A cache is a `DynamicCache()`, in which layers with a sliding window keep all th
 outside of it: what a text takes back may move others into it.
 """
 
+import copy
 import hashlib
 import inspect
 import sys
@@ -137,6 +138,13 @@ def crop_cache(cache: Cache, length: int) -> None:
     """Forgets what was read after the first `length` positions."""
     if cache.get_seq_length() > length:
         cache.crop(length - cache.get_seq_length())
+
+
+def copied_cache(cache: Cache) -> Cache:
+    """The same keys and values, to which a pass may add its own without changing the cache."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
 
 
 def move_right(cache: Cache, ids: torch.LongTensor, shifts: torch.LongTensor, length: int) -> torch.LongTensor:

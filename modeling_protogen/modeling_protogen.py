@@ -17,6 +17,7 @@ from .frozen_decoder import (
     answer_logits,
     bucket_by_length,
     check_decoder,
+    copied_cache,
     embedding_std,
     fingerprint_if_exact,
     keep_special_tokens,
@@ -31,7 +32,7 @@ from .objectives import IGNORE_INDEX, LOSS_WEIGHTS, duration_nll, error_nll, len
 from .proto_predictor import Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
 from .proto_tokens import Layout, build_layout, fill_slots, longest_answer
 from .publishing import MODEL_FILES, model_card, pin_decoder, publish
-from .slot_adapters import SlotAdapters
+from .slot_adapters import FusedDecoder, SlotAdapters
 
 # What a thin checkpoint's decoder is loaded with as well.
 LOADING_OPTIONS = (
@@ -412,7 +413,26 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             self.config.decoder_text_config.eos_token_id = self.decoder.config.get_text_config().eos_token_id
         if self.decoder is not None and self.slot_adapters is not None:
             self.slot_adapters.attach(self.decoder)
+        self.fused: FusedDecoder | None = None
         self._freeze()
+
+    def fuse_slot_adapters(self) -> None:
+        """
+        From now on, until it is trained on or gets another decoder, the model writes one-step answers with a second
+        copy of the decoder's linear weights, the slot adapters in it. That is faster and takes as much memory again.
+        Real tokens are still read by the decoder itself. Call it when the model is where it stays.
+
+        Raises:
+            ValueError: if the model has no slot adapters, or the decoder's weights are quantised.
+            RuntimeError: if no decoder is attached.
+        """
+        self._check_decoder()
+        if self.slot_adapters is None:
+            raise ValueError("there are no slot adapters to fuse: the model has slot_adapter_rank=0.")
+        sink_cache, sink = None, self._sink(1)
+        if not self.config.decoder_sees_prompt and sink.numel():
+            sink_cache, _ = read_prefix(self.decoder, sink, torch.ones_like(sink), [])
+        self.fused = FusedDecoder(self.slot_adapters.fused(self.decoder), sink_cache)
 
     def _freeze(self):
         if self.decoder is not None:
@@ -427,6 +447,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         super().train(mode)
         # `from_pretrained` puts new parameters in place and ends here, in `eval()`.
         self._freeze()
+        if mode:
+            self.fused = None
         return self
 
     def _init_weights(self, module):
@@ -562,16 +584,25 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         places: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """As `decode`, of answers that are laid out; `places` as in [`answer_logits`]."""
-        config = self.config
+        config, own, cache = self.config, self.config.num_autoregressive_tokens, prediction.prompt_cache
         slots = fill_slots(layout, prediction.e, prediction.m)
+        prefix = decoder_prompt_ids, decoder_prompt_mask
         if not config.decoder_sees_prompt:
-            sink = sink_ids(config.decoder_config, config.sink, len(slots), slots.device)
-            return answer_logits(self.decoder, slots, layout, sink, places=places)
-        prompt = decoder_prompt_ids, decoder_prompt_mask
+            prefix, own, cache = (self._sink(len(slots)), None), 0, None
         if first_tokens is not None:
-            prompt = torch.cat([prompt[0], first_tokens[:, None]], dim=1), F.pad(prompt[1], (0, 1), value=1)
-        own = config.num_autoregressive_tokens
-        return answer_logits(self.decoder, slots, layout, *prompt, own, prediction.prompt_cache, places)
+            prefix = torch.cat([prefix[0], first_tokens[:, None]], dim=1), F.pad(prefix[1], (0, 1), value=1)
+        if self.fused is None or own:
+            return answer_logits(self.decoder, slots, layout, *prefix, own, cache, places)
+        # Real tokens are read by the decoder as it is.
+        if self.fused.sink_cache is not None:
+            cache = copied_cache(self.fused.sink_cache)
+            cache.batch_repeat_interleave(len(slots))
+        elif config.decoder_sees_prompt and cache is None:
+            cache = self.read_prompt(*prefix, [])[0]
+        return answer_logits(self.fused.decoder, slots, layout, *prefix, own, cache, places)
+
+    def _sink(self, batch: int) -> torch.LongTensor:
+        return sink_ids(self.config.decoder_config, self.config.sink, batch, self.device)
 
     def clamp_lengths(self, lengths: torch.Tensor) -> torch.LongTensor:
         """

@@ -4,13 +4,15 @@ Slot adapters: low-rank weights in the frozen decoder's linear layers that act w
 computes without them, as real tokens never see the slots behind them.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .proto_predictor import ScaledLinear
@@ -80,6 +82,40 @@ class SlotAdapters(nn.Module):
             self.handles.pop().remove()
         for name, (layer, _) in _linear_layers(decoder).items():
             self.handles.append(layer.register_forward_hook(self.maps[name.replace(".", "-")].add_at_slots))
+
+    @torch.no_grad()
+    def fused(self, decoder: PreTrainedModel) -> PreTrainedModel:
+        """
+        A decoder that computes at every position what this one computes at slots, with the maps added to its linear
+        layers' weights; it shares all others.
+
+        Raises:
+            ValueError: if the weights are quantised.
+        """
+        if not all(layer.weight.is_floating_point() for layer, _ in _linear_layers(decoder).values()):
+            raise ValueError("slot adapters cannot be fused into quantised weights; leave them beside the decoder.")
+        shared = [*decoder.parameters(), *decoder.buffers(), *self.maps.values()]
+        fused = copy.deepcopy(decoder, {id(part): part for part in shared})
+        for name, (layer, _) in _linear_layers(fused).items():
+            low_rank = self.maps[name.replace(".", "-")]
+            added = low_rank.up.weight.float() @ low_rank.down.weight.float()
+            if isinstance(layer, Conv1D):
+                added = added.T
+            layer.weight = nn.Parameter((layer.weight + added).to(layer.weight.dtype), requires_grad=False)
+            layer._forward_hooks.clear()
+        return fused
+
+
+class FusedDecoder(NamedTuple):
+    """
+    Args:
+        decoder (`PreTrainedModel`): from [`SlotAdapters.fused`].
+        sink_cache (`Cache`, *optional*): keys and values of the sink that one text begins with, where the decoder sees
+            no prompt.
+    """
+
+    decoder: PreTrainedModel
+    sink_cache: Cache | None
 
 
 def _linear_layers(decoder: PreTrainedModel) -> dict[str, tuple[nn.Module, tuple[int, int]]]:

@@ -195,6 +195,53 @@ def test_a_copy_of_a_model_has_adapters_of_its_own(build, llama_dir):
     assert torch.equal(model(**batch).answer_logits, expected)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"latent_source": "decoder"},
+        {"latent_source": "decoder", "first_tokens": "decoder"},
+        {"decoder_sees_prompt": False},
+        {"decoder_sees_prompt": False, "sink": "none"},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_fused_adapters_write_the_same(build, decoder_dir, fields):
+    model, processor = build(decoder_dir, **ADAPTED | fields)
+    stir_slot_adapters(model)
+    decoder, kept = weights_hash(model.decoder), set(model.state_dict())
+    batch = processor(INSTRUCTIONS, CONTEXTS, ANSWERS)
+    prompts = processor(INSTRUCTIONS, CONTEXTS)
+    expected, answers = model(**batch).answer_logits, model.generate(**prompts, length=8)
+    model.fuse_slot_adapters()
+    # Where the decoder writes the first tokens, real tokens stand in the pass, and it stays as it was.
+    is_apart = fields.get("first_tokens") != "decoder"
+    for low_rank in model.slot_adapters.maps.values():
+        low_rank.up.weight.mul_(0 if is_apart else 1)
+    for _ in range(2):
+        torch.testing.assert_close(model(**batch).answer_logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.generate(**prompts, length=8), answers)
+    assert weights_hash(model.decoder) == decoder
+    assert set(model.state_dict()) == kept
+    embeddings = model.decoder.get_input_embeddings().weight
+    assert model.fused.decoder.get_input_embeddings().weight is embeddings
+    # What is trained on is not what was fused.
+    model.train()
+    assert is_apart == (not torch.allclose(model.eval()(**batch).answer_logits, expected, atol=1e-2))
+
+
+def test_what_cannot_be_fused_is_named(build, llama_dir):
+    model, _ = build(llama_dir, decoder_sees_prompt=True)
+    with pytest.raises(ValueError, match="no slot adapters to fuse.*slot_adapter_rank=0"):
+        model.fuse_slot_adapters()
+    model, _ = build(llama_dir, **ADAPTED)
+    layer = model.decoder.base_model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="quantised weights"):
+        model.fuse_slot_adapters()
+
+
 class Experts(nn.Module):
     """Reads tokens one by one, as a mixture of experts does."""
 
@@ -235,6 +282,8 @@ def test_a_gpt2_decoder_whose_layers_are_convolutions(build, tmp_path):
     stir_slot_adapters(model)
     output = model(**batch)
     assert not torch.allclose(output.answer_logits, fresh, atol=1e-2)
+    model.fuse_slot_adapters()
+    torch.testing.assert_close(model(**batch).answer_logits, output.answer_logits, rtol=1e-4, atol=1e-4)
     output.loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in model.slot_adapters.parameters())
     assert weights_hash(model.decoder) == before

@@ -34,6 +34,8 @@ PROCESSOR_FIELDS = (
 )
 VARIANTS = re.compile(r"first:(?P<layers>\d+)|untrained|untrained-gpt_neox:(?P<width>\d+)x(?P<depth>\d+)")
 
+FUSE_HELP = "faster answers by a second copy of the decoder's linear weights, with the slot adapters in it"
+
 
 def load_decoder(
     name: str, revision: str | None, dtype: str, device: torch.device, trust_remote_code: bool = False
@@ -115,18 +117,26 @@ def load_processor_of(folder: str | Path, decoder: str | None = None) -> ProtoGe
 
 
 def load_trained(
-    name: str, dtype: str, decoder: str | None
+    name: str, dtype: str, decoder: str | None, fuses_adapters: bool
 ) -> tuple[ProtoGenForConditionalGeneration, ProtoGenProcessor]:
     """
-    A trained model on the best device, and its processor; arguments as in `load_protogen`.
+    A trained model on the best device, and its processor.
+
+    Args:
+        name (`str`), dtype (`str`), decoder (`str`, *optional*): as in `load_protogen`.
+        fuses_adapters (`bool`): see [`ProtoGenForConditionalGeneration.fuse_slot_adapters`].
 
     Raises:
         FileNotFoundError: if the name is no folder, and no Hub id either.
+        ValueError: if there are no adapters to fuse, or they cannot be fused.
     """
     if not Path(name).is_dir() and name.count("/") != 1:
         raise FileNotFoundError(f"there is no model folder {name}, and it is no Hub id either.")
     processor = load_processor_of(name, decoder)
-    return load_protogen(name, dtype, decoder).to(best_device()), processor
+    model = load_protogen(name, dtype, decoder).to(best_device())
+    if fuses_adapters:
+        model.fuse_slot_adapters()
+    return model, processor
 
 
 def gpt_neox_config(width: int, layers: int, like) -> GPTNeoXConfig:

@@ -23,7 +23,7 @@ from eval_tasks.slot_filling import exact_match, slot_filling_metrics
 from eval_tasks.statistics import mean_with_interval
 from modeling_protogen import ProtoGenProcessor
 from trainers.data import DataArguments, Example, load_examples
-from trainers.decoders import load_processor_of, load_protogen
+from trainers.decoders import FUSE_HELP, load_processor_of, load_protogen
 from trainers.devices import best_device
 from trainers.files import read_lines
 from trainers.text_files import read_json
@@ -45,6 +45,7 @@ def add_commands(commands) -> None:
     command.add_argument("--few-shot-limit", type=int, help="test commands for few-shot answers; all by default")
     command.add_argument("--show", type=int, default=0, help="commands whose answers are printed first")
     command.add_argument("--rounds", type=int, default=40, help="timed commands")
+    command.add_argument("--fuse-adapters", action="store_true", help=FUSE_HELP)
     command.add_argument("--cuda-graphs", action="store_true", help="of one step and of the fine-tuned rival, for time")
     command.add_argument("--result", default="runs/snips.json")
     command.set_defaults(run_command=snips)
@@ -54,6 +55,8 @@ def snips(arguments) -> None:
     run, device = Path(arguments.run), best_device()
     Path(arguments.result).parent.mkdir(parents=True, exist_ok=True)
     model = load_protogen(run / "model").to(device)
+    if arguments.fuse_adapters:
+        model.fuse_slot_adapters()
     processor = load_processor_of(run / "model")
     examples = load_examples(DataArguments(data=arguments.data))[: arguments.limit]
     references, longest = [example.answer for example in examples], model.config.max_answer_length
@@ -93,10 +96,10 @@ def snips(arguments) -> None:
     metrics["trained_parameters_in_slot_adapters"] = sum(p.numel() for p in adapters)
     metrics |= learning(run, arguments.result)
     write_answers(Path(arguments.result).with_suffix(".md"), examples, records)
-    training = read_json(run / "metrics.json")["run"]
+    training, dtype = read_json(run / "metrics.json")["run"], str(model.decoder.dtype).removeprefix("torch.")
     content = report.result(
         command=arguments.command_line,
-        model=f"{training['decoder']}, {training['decoder_dtype']}, frozen; trained are slot adapters of rank "
+        model=f"{training['decoder']}, {dtype}, frozen; trained are slot adapters of rank "
         f"{model.config.slot_adapter_rank}, the predictor and the encoder ({training['encoder'] or 'none'})",
         revision=None,
         data=f"{len(examples)} commands of {arguments.data}; {training['train_examples']} others to train on",

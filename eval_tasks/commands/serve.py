@@ -15,7 +15,7 @@ from dataclasses import fields
 import uvicorn
 
 from eval_tasks.serving.api import Limits, create_app
-from trainers.decoders import load_trained
+from trainers.decoders import FUSE_HELP, load_trained
 
 KEY = "PROTOGEN_API_KEY"
 
@@ -30,6 +30,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
     # In bfloat16 passes of different shapes round differently, so answers would depend on who shares them.
     parser.add_argument("--dtype", default="float32", choices=["auto", "bfloat16", "float16", "float32"])
+    parser.add_argument("--fuse-adapters", action="store_true", help=FUSE_HELP)
     parser.add_argument("--decoder", help="load a thin checkpoint's decoder from here")
     for field in fields(Limits):
         option, text = f"--{field.name.replace('_', '-')}", f"{field.metadata['help']} (default: {field.default:g})"
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
     if key == "":
         raise ValueError(f"{KEY} is empty: give it a key, or unset it to serve without one.")
     limits = Limits(**{field.name: getattr(arguments, field.name) for field in fields(Limits)})
-    model, processor = load_trained(arguments.model, arguments.dtype, arguments.decoder)
+    model, processor = load_trained(arguments.model, arguments.dtype, arguments.decoder, arguments.fuse_adapters)
     app = create_app(model, processor, arguments.name or arguments.model, limits, key, arguments.cors_origin)
     # What was taken is answered before the server ends.
     uvicorn.run(app, host=arguments.host, port=arguments.port, timeout_graceful_shutdown=math.ceil(limits.seconds) + 1)
