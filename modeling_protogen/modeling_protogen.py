@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .anchors import labels_behind, states_behind, text_so_far
 from .configuration_protogen import FITTED_SIZE, ProtoGenConfig
 from .frozen_decoder import (
     answer_logits,
@@ -604,6 +605,33 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
     def _sink(self, batch: int) -> torch.LongTensor:
         return sink_ids(self.config.decoder_config, self.config.sink, batch, self.device)
 
+    def draft_behind(
+        self,
+        prediction: Prediction,
+        decoder_prompt_ids: torch.LongTensor,
+        decoder_prompt_mask: torch.Tensor,
+        labels: torch.LongTensor,
+        anchors: torch.LongTensor,
+    ) -> torch.Tensor:
+        """
+        Logits `(drafted_tokens, vocab)` of drafts of `config.max_answer_length` tokens at many places of given answers:
+        where [`labels_behind`] has tokens.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, length)`), anchors (`torch.LongTensor` of shape `(batch,
+                anchors)`): as in `forward`.
+        """
+        self._check_prompt(decoder_prompt_ids, True)
+        size = self.config.max_answer_length
+        layout = self.layout(torch.full_like(anchors[:, 0], size), prediction.e.shape[1])
+        ids, mask, num_read = text_so_far(decoder_prompt_ids, decoder_prompt_mask, labels)
+        cache, _ = read_prefix(self.decoder, ids, mask, [])
+        ends = ids.shape[1] - num_read[:, None] + anchors.minimum(num_read[:, None])
+        slots = fill_slots(layout, prediction.e, prediction.m)
+        states = states_behind(self.decoder, cache, mask, ends, slots)[:, :, layout.predicts[0]]
+        is_drafted = labels_behind(labels, anchors, size) != IGNORE_INDEX
+        return logits_of(self.decoder, states.flatten(0, 1)[is_drafted])
+
     def clamp_lengths(self, lengths: torch.Tensor) -> torch.LongTensor:
         """
         Rounds lengths in tokens to the whole numbers that an answer can have; any shape.
@@ -628,6 +656,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         first_tokens: torch.LongTensor | None = None,
         durations: torch.LongTensor | None = None,
         encoder_places: torch.LongTensor | None = None,
+        anchors: torch.LongTensor | None = None,
         return_loss: bool = True,
         return_logits: bool = True,
     ) -> ProtoGenOutput:
@@ -652,6 +681,9 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             encoder_places (`torch.LongTensor` of shape `(batch, prompt)`, *optional*): with `upsamples_prompt` and
                 `latent_source="encoder"`, the number in `input_ids` of the token that each of the prompt's takes its
                 state from.
+            anchors (`torch.LongTensor` of shape `(batch, anchors)`, *optional*): numbers of the labels' tokens after
+                which drafts begin. Then `answer_logits` are those of the drafts' tokens, in the order of
+                [`labels_behind`], and there are no losses.
             return_loss (`bool`): whether to compute the losses when there are labels.
             return_logits (`bool`): whether to run the decoder at all. What compares proto-tokens themselves, or
                 lengths, needs neither logits nor the losses.
@@ -659,16 +691,21 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         if decoder_prompt_ids is not None and decoder_prompt_mask is None:
             decoder_prompt_mask = torch.ones_like(decoder_prompt_ids)
         prompt = decoder_prompt_ids, decoder_prompt_mask
-        longest = None if labels is None else labels.shape[1]
+        longest = None if labels is None or anchors is not None else labels.shape[1]
         prediction = self.predict(input_ids, attention_mask, *prompt, category_ids, encoder_places, durations, longest)
         # In training a prompt that is read apart has no backward pass; without gradients one joined pass is faster.
         reads_apart = torch.is_grad_enabled() or self.prompt_store is not None
-        if return_logits and self.config.decoder_sees_prompt and prediction.prompt_cache is None and reads_apart:
+        reads_apart &= anchors is None and self.config.decoder_sees_prompt and prediction.prompt_cache is None
+        if return_logits and reads_apart:
             self._check_prompt(decoder_prompt_ids, True)
             prediction = replace(prediction, prompt_cache=self.read_prompt(*prompt, [])[0])
         mean, variance = prediction.log_length_mean, prediction.log_length_variance
         lengths = self.clamp_lengths(mean.exp()) if labels is None else (labels != IGNORE_INDEX).sum(-1)
-        logits = self.decode(prediction, lengths, *prompt, first_tokens=first_tokens) if return_logits else None
+        logits = None
+        if return_logits and anchors is not None:
+            logits = self.draft_behind(prediction, *prompt, labels, anchors)
+        elif return_logits:
+            logits = self.decode(prediction, lengths, *prompt, first_tokens=first_tokens)
         output = ProtoGenOutput(
             answer_logits=logits,
             e=prediction.e,
@@ -681,7 +718,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             lengths=lengths,
             prompt_cache=prediction.prompt_cache,
         )
-        if labels is not None and return_loss and return_logits:
+        if labels is not None and anchors is None and return_loss and return_logits:
             output.reconstruction_loss = reconstruction_loss(logits, labels)
             output.length_nll = length_nll(mean, variance, lengths if length_labels is None else length_labels)
             output.error_nll = error_nll(output.error_mean, output.error_variance, logits, labels)

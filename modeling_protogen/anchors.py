@@ -1,0 +1,97 @@
+"""
+Proto-tokens behind many places of a text, its anchors, in one pass of the decoder over nothing but them: each anchor's
+slots see the text before it and one another. Behind an anchor the decoder itself predicts the next token, and the slots
+hold those that follow it.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers import Cache, PreTrainedModel
+
+from .frozen_decoder import crop_cache, num_positions
+from .objectives import IGNORE_INDEX
+from .slot_adapters import slots_at_the_end
+
+
+def text_so_far(
+    prompt_ids: torch.LongTensor, prompt_mask: torch.Tensor, labels: torch.LongTensor
+) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+    """
+    Prompts `(batch, prompt)` and answers `(batch, length)`, -100 after their ends, but for each answer's last token, in
+    one row each.
+
+    Returns:
+        Ids and mask `(batch, text)`, padded on the left, and how many of each row's tokens are the answer's `(batch,)`.
+    """
+    is_read = F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+    ids = torch.cat([prompt_ids, labels.clamp_min(0)], dim=1)
+    mask = torch.cat([prompt_mask.long(), is_read.long()], dim=1)
+    order = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]
+    return ids.gather(1, order), mask.gather(1, order), is_read.sum(1)
+
+
+def labels_behind(labels: torch.LongTensor, anchors: torch.LongTensor, size: int) -> torch.LongTensor:
+    """
+    What the slots behind anchors hold: of answers `(batch, length)` with `anchors` `(batch, anchors)` tokens before
+    them, the `size` tokens after the next one, `(batch * anchors, size)`; -100 beyond the end.
+    """
+    places = anchors[..., None] + 1 + torch.arange(size, device=labels.device)
+    return F.pad(labels, (0, size), value=IGNORE_INDEX).gather(1, places.flatten(1)).view(-1, size)
+
+
+def random_anchors(labels: torch.LongTensor, number: int) -> torch.LongTensor:
+    """Places `(batch, number)` in answers `(batch, length)` that at least two tokens follow, where there are any."""
+    places = (labels != IGNORE_INDEX).sum(1, keepdim=True).sub(1).clamp_min(1)
+    return (torch.rand(len(labels), number, device=labels.device) * places).long()
+
+
+def even_anchors(labels: torch.LongTensor, number: int) -> torch.LongTensor:
+    """As [`random_anchors`], at even distances from the first."""
+    places = (labels != IGNORE_INDEX).sum(1, keepdim=True).sub(1).clamp_min(1)
+    return torch.arange(number, device=labels.device) * places // number
+
+
+def pair_mask(mask: torch.Tensor, ends: torch.LongTensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """
+    What each slot sees, as an attention mask that is added to the scores, `(batch, 1, slots, text + slots)`.
+
+    Args:
+        mask (`torch.Tensor` of shape `(batch, text)`): of the texts' tokens.
+        ends (`torch.LongTensor` of shape `(batch, anchors)`): how many places of the text lie before each anchor.
+        size (`int`): slots behind each.
+    """
+    places = torch.arange(mask.shape[1], device=mask.device)
+    sees_text = (mask.bool()[:, None] & (places < ends[..., None])).repeat_interleave(size, dim=1)
+    slot = torch.arange(ends.shape[1] * size, device=mask.device)
+    sees_slot = (slot[:, None] // size == slot // size) & (slot[:, None] >= slot)
+    sees = torch.cat([sees_text, sees_slot.expand(len(mask), -1, -1)], dim=2)
+    return torch.zeros(sees.shape, dtype=dtype, device=mask.device).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+
+
+def states_behind(
+    decoder: PreTrainedModel, cache: Cache, mask: torch.Tensor, ends: torch.LongTensor, slots: torch.Tensor
+) -> torch.Tensor:
+    """
+    The decoder's last states `(batch, anchors, size, dim)` at proto-tokens behind each anchor, the same as in a pass of
+    its own over the text before it and its slots. The cache stays as it was.
+
+    Args:
+        cache (`Cache`): keys and values of the texts.
+        mask (`torch.Tensor` of shape `(batch, text)`), ends (`torch.LongTensor` of shape `(batch, anchors)`): as in
+            [`pair_mask`].
+        slots (`torch.Tensor` of shape `(batch, size, dim)`): the same behind all anchors of a text.
+    """
+    number, size, text = ends.shape[1], slots.shape[1], mask.shape[1]
+    tokens_before = F.pad(mask.long().cumsum(1), (1, 0)).gather(1, ends)
+    # No text goes beyond the decoder's last position, and what slots there predict means nothing.
+    positions = (tokens_before[..., None] + torch.arange(size, device=ends.device)).clamp_max(num_positions(decoder) - 1)
+    with slots_at_the_end(number * size):
+        output = decoder.base_model(
+            inputs_embeds=slots.to(decoder.dtype).repeat(1, number, 1),
+            attention_mask=pair_mask(mask, ends, size, decoder.dtype),
+            position_ids=positions.flatten(1),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    crop_cache(cache, text)
+    return output.last_hidden_state.unflatten(1, (number, size))

@@ -1,0 +1,92 @@
+"""Drafts behind many places of an answer in one pass: each is what a pass of its own over the text before it gives."""
+
+import pytest
+import torch
+from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS, set_dropout, stir_slot_adapters
+
+from modeling_protogen.anchors import even_anchors, labels_behind, random_anchors, text_so_far
+from modeling_protogen.frozen_decoder import answer_logits
+from modeling_protogen.objectives import IGNORE_INDEX, reconstruction_loss
+from modeling_protogen.proto_tokens import fill_slots
+
+LONG = ["a cat sat on the mat under the tree", "paris", "the dog ran and the bird flew", "red blue"]
+FIELDS = [
+    {"latent_source": "none", "arrangement": "e_m"},
+    {"latent_source": "none", "arrangement": "e_mN"},
+    {"latent_source": "decoder", "arrangement": "e_only", "chunk_size": 1, "max_chunks": 3},
+    {"latent_source": "encoder", "arrangement": "e_m"},
+]
+
+
+@pytest.fixture(params=FIELDS, ids=str)
+def drafter(request, build, decoder_dir):
+    """A model with adapters, whose drafts have three tokens, and a batch."""
+    fields = {"chunk_size": 3, "slot_adapter_rank": 2, "decoder_sees_prompt": True} | request.param
+    model, processor = build(decoder_dir, **fields)
+    stir_slot_adapters(model)
+    processor.max_answer_length = 32
+    batch = processor([*INSTRUCTIONS, "who"], [*CONTEXTS, None], LONG)
+    return model, batch
+
+
+def alone(model, batch, row: int, anchor: int) -> torch.Tensor:
+    """Logits of three tokens behind one anchor, from one pass over the text before it and the slots."""
+    inputs = {k: v[row : row + 1] for k, v in batch.items() if k not in ("labels", "length_labels")}
+    prediction = model.predict(**inputs)
+    layout = model.layout(torch.tensor([3]), prediction.e.shape[1])
+    slots = fill_slots(layout, prediction.e, prediction.m)
+    ids = inputs["decoder_prompt_ids"][inputs["decoder_prompt_mask"].bool()]
+    text = torch.cat([ids, batch["labels"][row, :anchor]])[None]
+    return answer_logits(model.decoder, slots, layout, text)
+
+
+@pytest.mark.parametrize("in_training", [False, True])
+def test_drafts_are_those_of_passes_of_their_own(drafter, in_training):
+    model, batch = drafter
+    model.train(in_training)
+    set_dropout(model, 0.0)
+    anchors = torch.tensor([[0, 3, 5, 8], [0, 0, 0, 0], [5, 1, 2, 1], [0, 1, 0, 1]])
+    labels = labels_behind(batch["labels"], anchors, 3)
+    with torch.set_grad_enabled(in_training):
+        found = model(**batch, anchors=anchors).answer_logits
+    rows = [
+        alone(model, batch, row, anchor)[: (labels[4 * row + column] != IGNORE_INDEX).sum()]
+        for row, places in enumerate(anchors.tolist())
+        for column, anchor in enumerate(places)
+    ]
+    assert sum(map(len, rows)) == len(found) > 20
+    torch.testing.assert_close(found, torch.cat(rows), rtol=1e-4, atol=1e-5)
+    if in_training:
+        given = [p for p in model.parameters() if p.requires_grad]
+        losses = reconstruction_loss(found, labels), reconstruction_loss(torch.cat(rows), labels)
+        gradients = [torch.autograd.grad(loss, given, allow_unused=True) for loss in losses]
+        assert any(g is not None and g.abs().sum() > 0 for g in gradients[0])
+        for one, other in zip(*gradients, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_labels_behind_anchors():
+    labels = torch.tensor([[5, 6, 7, 8, 9], [5, 6, -100, -100, -100]])
+    expected = [[6, 7], [8, 9], [6, -100], [-100, -100]]
+    assert labels_behind(labels, torch.tensor([[0, 2], [0, 1]]), 2).tolist() == expected
+    assert labels_behind(labels, torch.tensor([[4], [0]]), 3).tolist() == [[-100] * 3, [6, -100, -100]]
+
+
+def test_texts_so_far_stand_on_the_right():
+    prompts, mask = torch.tensor([[1, 2, 3], [0, 0, 4]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
+    ids, found, read = text_so_far(prompts, mask, torch.tensor([[5, 6, -100], [7, 8, 9]]))
+    assert read.tolist() == [1, 2]
+    assert [row[m.bool()].tolist() for row, m in zip(ids, found, strict=True)] == [[1, 2, 3, 5], [4, 7, 8]]
+    assert found.tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
+
+
+def test_anchors_have_tokens_behind_them():
+    labels = torch.full((3, 9), IGNORE_INDEX)
+    for row, length in enumerate((9, 4, 1)):
+        labels[row, :length] = 1
+    torch.manual_seed(0)
+    drawn = random_anchors(labels, 400)
+    assert [set(row.tolist()) for row in drawn] == [set(range(8)), set(range(3)), {0}]
+    assert even_anchors(labels, 4).tolist() == [[0, 2, 4, 6], [0, 0, 1, 2], [0, 0, 0, 0]]
