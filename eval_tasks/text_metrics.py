@@ -38,6 +38,23 @@ def accepted_length(predictions: np.ndarray, labels: np.ndarray) -> float:
     return float(np.cumprod(agree, axis=1).sum(1).mean())
 
 
+def draft_metrics(draft_length: int) -> Callable[[EvalPrediction], dict[str, float]]:
+    """
+    For a trainer with `num_anchors`: `top1_K`, the share of right tokens at each place of a draft, and `kept_tokens`,
+    how many of a draft stand before the first wrong one, on average.
+    """
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        labels = prediction.label_ids.reshape(-1, draft_length)
+        drafts = prediction.predictions.reshape(-1, draft_length)
+        drafts, labels = drafts[labels[:, 0] != IGNORE_INDEX], labels[labels[:, 0] != IGNORE_INDEX]
+        places = range(draft_length)
+        top1 = {f"top1_{k + 1}": token_accuracy(drafts[:, [k]], labels[:, [k]]) for k in places}
+        return top1 | {"kept_tokens": accepted_length(drafts, labels)}
+
+    return metrics
+
+
 def share_of_equal(answer: list[int], target: list[int]) -> float:
     """Share of the target's tokens that the answer has at their places."""
     return sum(a == b for a, b in zip(answer, target, strict=False)) / len(target)

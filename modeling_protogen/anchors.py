@@ -84,7 +84,9 @@ def states_behind(
     number, size, text = ends.shape[1], slots.shape[1], mask.shape[1]
     tokens_before = F.pad(mask.long().cumsum(1), (1, 0)).gather(1, ends)
     # No text goes beyond the decoder's last position, and what slots there predict means nothing.
-    positions = (tokens_before[..., None] + torch.arange(size, device=ends.device)).clamp_max(num_positions(decoder) - 1)
+    positions = (tokens_before[..., None] + torch.arange(size, device=ends.device)).clamp_max(
+        num_positions(decoder) - 1
+    )
     with slots_at_the_end(number * size):
         output = decoder.base_model(
             inputs_embeds=slots.to(decoder.dtype).repeat(1, number, 1),

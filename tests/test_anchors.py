@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ANSWERS, CONTEXTS, INSTRUCTIONS, set_dropout, stir_slot_adapters
+from conftest import CONTEXTS, INSTRUCTIONS, set_dropout, stir_slot_adapters
 
 from modeling_protogen.anchors import even_anchors, labels_behind, random_anchors, text_so_far
 from modeling_protogen.frozen_decoder import answer_logits

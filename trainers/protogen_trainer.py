@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 
 from modeling_protogen import ProtoGenConfig, ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen.anchors import even_anchors, labels_behind, random_anchors
 from modeling_protogen.objectives import IGNORE_INDEX, LOSS_WEIGHTS, argmax_tokens
 from modeling_protogen.publishing import MODEL_FILES, model_card, pin_decoder, publish
 
@@ -199,7 +200,8 @@ class ProtoGenTrainer(ExampleTrainer):
 
     Evaluation hands `compute_metrics` two predictions for each example: the tokens at the label's length, aligned with
     `label_ids`, and the one-step answer at the predicted length, cut at EOS; both padded with -100. Where nothing is
-    learned through the decoder, both are the token head's.
+    learned through the decoder, both are the token head's. With `args.num_anchors` there is one prediction, the drafts
+    behind places at even distances, and `label_ids` are what they should be, `(examples, num_anchors * draft_length)`.
 
     Args:
         model (`str`, `Path` or `ProtoGenForConditionalGeneration`): Hub id or folder of a checkpoint, or a model.
@@ -303,7 +305,13 @@ class ProtoGenTrainer(ExampleTrainer):
         return_logits = "answer_logits" in self.args.needs or not (model.training or self.args.trains_token_head_alone)
         if model.training and "durations" in inputs:
             model_inputs["durations"] = inputs["durations"]
+        if self.args.num_anchors:
+            place = random_anchors if model.training else even_anchors
+            model_inputs["anchors"] = place(inputs["labels"], self.args.num_anchors)
         outputs = model(**model_inputs, return_loss=False, return_logits=return_logits)
+        if self.args.num_anchors:
+            size = self.accelerator.unwrap_model(model).config.max_answer_length
+            inputs["labels"] = labels_behind(inputs["labels"], model_inputs["anchors"], size)
         inputs = inputs | self._soft_targets(model, outputs, inputs)
         if "output_embeddings" in self.args.needs:
             decoder = self.accelerator.unwrap_model(model).decoder
@@ -416,6 +424,10 @@ class ProtoGenTrainer(ExampleTrainer):
                 name: value for name, value in inputs.items() if name not in (*LOSS_INPUTS, "labels", "length_labels")
             }
             model = self.accelerator.unwrap_model(model)
+            if self.args.num_anchors:
+                drafts = inputs["labels"]
+                tokens = argmax_tokens(outputs.answer_logits, drafts)
+                return loss, tokens.view(len(labels), -1), drafts.view(len(labels), -1)
             if self.args.trains_token_head_alone:
                 table = model.decoder.get_output_embeddings().weight
                 tokens = head_tokens(outputs.e[:, :, 0], table).masked_fill(labels == IGNORE_INDEX, IGNORE_INDEX)
@@ -520,8 +532,12 @@ def settle_losses(config: ProtoGenConfig, args: ProtoGenTrainingArguments) -> No
     Raises:
         ValueError: if the losses do not go with the model.
     """
+    if args.losses is None and args.num_anchors:
+        args.losses = {"draft": 1.0}
     if args.losses is None:
         args.losses = {name: w for name, w in LOSS_WEIGHTS.items() if name != "duration" or config.upsamples_prompt}
+    if args.num_anchors and not config.decoder_sees_prompt:
+        raise ValueError("num_anchors: the decoder reads the text before a draft: set decoder_sees_prompt: true.")
     if "token_head" in args.losses and (config.arrangement, config.chunk_size) != ("e_only", 1):
         raise ValueError("the loss token_head reads a token off each proto-token: arrangement: e_only, chunk_size: 1.")
     if config.upsamples_prompt != ("duration" in args.losses):

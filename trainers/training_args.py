@@ -12,6 +12,9 @@ from modeling_protogen.objectives import LOSS_WEIGHTS
 from .losses import LOSSES, needs_of
 from .text_files import parse_json
 
+# What can be learned of drafts behind anchors.
+ANCHORED = ("draft", "reconstruction")
+
 # Arguments of transformers that would do nothing here, or harm, and why.
 REFUSED = {
     "resume_from_checkpoint": "a command goes on from its output_dir by itself, and trainer.train() takes a checkpoint",
@@ -59,6 +62,13 @@ class ProtoGenTrainingArguments(TrainingArguments):
         default=32,
         metadata={"help": "Tokens of the teacher that soft_reconstruction and on_policy learn from; 1 = argmax."},
     )
+    num_anchors: int = field(
+        default=0,
+        metadata={
+            "help": "Places in each answer that drafts of its next tokens are learned behind, in one pass, and drawn "
+            "anew in each step; 0 learns whole answers."
+        },
+    )
     train_sampling_strategy: str = field(
         default="random",
         metadata={
@@ -101,6 +111,10 @@ class ProtoGenTrainingArguments(TrainingArguments):
                 raise ValueError(f"losses: the weight of {name} must be a number, not {weight!r}.")
         if self.losses is not None and not any(weight > 0 for weight in self.losses.values()):
             raise ValueError("no loss has a positive weight.")
+        if self.num_anchors < 0:
+            raise ValueError(f"num_anchors={self.num_anchors} must be at least 0.")
+        if self.num_anchors and not set(self.losses or ANCHORED) <= set(ANCHORED):
+            raise ValueError(f"with num_anchors the losses are {' and '.join(ANCHORED)}; got {', '.join(self.losses)}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1).")
         super().__post_init__()

@@ -11,7 +11,7 @@ from eval_tasks.held_out import calibrate
 from eval_tasks.recipes import SHARED, RecipeParser
 from eval_tasks.report import write_json
 from eval_tasks.sentence_encoder import sentence_embeddings
-from eval_tasks.text_metrics import one_step_metrics
+from eval_tasks.text_metrics import draft_metrics, one_step_metrics
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.arguments import (
     BankArguments,
@@ -87,7 +87,9 @@ def train(
     set_seed(args.seed)
     model = prepared_model(inputs, model_args, target_args, data_args)
     categories = model.config.categories
-    processor = load_processor(model_args, model.config.max_answer_length)
+    processor = reader = load_processor(model_args, model.config.max_answer_length)
+    if args.num_anchors:  # Drafts are short, what they go on from is not.
+        reader = load_processor(model_args, target_args.teacher_max_length)
     train_examples, validation_examples = examples_to_learn(model, processor, model_args, target_args, data_args, args)
     if "bank" in args.needs:
         bank = ProtoTokenBank(bank_folder, bank_info(model_args, model.decoder))
@@ -99,9 +101,9 @@ def train(
         args=args,
         train_dataset=train_examples,
         eval_dataset=validation_examples,
-        data_collator=ProtoGenCollator(processor, categories, bank, embeddings, "durations" in args.needs),
+        data_collator=ProtoGenCollator(reader, categories, bank, embeddings, "durations" in args.needs),
         processing_class=processor,
-        compute_metrics=one_step_metrics(processor),
+        compute_metrics=draft_metrics(processor.max_answer_length) if args.num_anchors else one_step_metrics(processor),
     )
     with locked(output_dir / ".lock") if trainer.is_world_process_zero() else nullcontext():
         run = run_info(model, processor, train_examples, validation_examples)
@@ -114,7 +116,8 @@ def train(
         if trainer.is_world_process_zero():
             if model_args.encoder_lora_rank:
                 merge_lora(model)
-            if not args.trains_token_head_alone:  # Then the decoder cannot write from its proto-tokens yet.
+            # Without that the decoder cannot write whole answers from its proto-tokens.
+            if not (args.trains_token_head_alone or args.num_anchors):
                 measured = with_continuations(validation_examples, target_args.validation_continuations)
                 with full_disk_named(output_dir):
                     calibrate(model, processor, train_examples, measured, bank, output_dir)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from .anchor import AnchorLoss
 from .distance_based_logistic import DistanceBasedLogisticLoss
+from .draft import DraftLoss
 from .duration import DurationLoss
 from .error_nll import ErrorNLLLoss
 from .info_nce import InfoNCELoss
@@ -24,6 +25,7 @@ LOSSES = {
     "reconstruction": ReconstructionLoss,
     "soft_reconstruction": SoftReconstructionLoss,
     "on_policy": OnPolicyLoss,
+    "draft": DraftLoss,
     "token_head": TokenHeadLoss,
     "duration": DurationLoss,
     "length_nll": LengthNLLLoss,
