@@ -4,6 +4,9 @@ slots see the text before it and one another. Behind an anchor the decoder itsel
 hold those that follow it.
 """
 
+import inspect
+import sys
+
 import torch
 import torch.nn.functional as F
 from transformers import Cache, PreTrainedModel
@@ -51,21 +54,47 @@ def even_anchors(labels: torch.LongTensor, number: int) -> torch.LongTensor:
     return torch.arange(number, device=labels.device) * places // number
 
 
-def pair_mask(mask: torch.Tensor, ends: torch.LongTensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+def pair_mask(
+    mask: torch.Tensor, ends: torch.LongTensor, size: int, dtype: torch.dtype, num_new: int = 0
+) -> torch.Tensor:
     """
-    What each slot sees, as an attention mask that is added to the scores, `(batch, 1, slots, text + slots)`.
+    What the texts' last tokens and the slots behind anchors see, as an attention mask that is added to the scores,
+    `(batch, 1, num_new + slots, text + slots)`.
 
     Args:
         mask (`torch.Tensor` of shape `(batch, text)`): of the texts' tokens.
         ends (`torch.LongTensor` of shape `(batch, anchors)`): how many places of the text lie before each anchor.
         size (`int`): slots behind each.
+        num_new (`int`): tokens at the texts' ends that are read in the same pass.
     """
-    places = torch.arange(mask.shape[1], device=mask.device)
-    sees_text = (mask.bool()[:, None] & (places < ends[..., None])).repeat_interleave(size, dim=1)
-    slot = torch.arange(ends.shape[1] * size, device=mask.device)
+    text, slot = torch.arange(mask.shape[1], device=mask.device), torch.arange(ends.shape[1] * size, device=mask.device)
+    new_ends = text[len(text) - num_new :].add(1).expand(len(mask), -1)
+    sees_text = text < torch.cat([new_ends, ends.repeat_interleave(size, dim=1)], dim=1)[..., None]
     sees_slot = (slot[:, None] // size == slot // size) & (slot[:, None] >= slot)
-    sees = torch.cat([sees_text, sees_slot.expand(len(mask), -1, -1)], dim=2)
+    sees_slot = F.pad(sees_slot, (0, 0, num_new, 0)).expand(len(mask), -1, -1)
+    sees = torch.cat([sees_text & mask.bool()[:, None], sees_slot], dim=2)
     return torch.zeros(sees.shape, dtype=dtype, device=mask.device).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+
+
+def longest_pair_masked(decoder: PreTrainedModel) -> int:
+    """
+    Tokens of the longest text over which a decoder goes by [`pair_mask`] alone: its smallest window; 0 where it makes
+    its mask itself, from distances (ALiBi).
+    """
+    config = decoder.config.get_text_config()
+    takes_positions = "position_ids" in inspect.signature(type(decoder.base_model).forward).parameters
+    if not takes_positions or getattr(config, "alibi", False):
+        return 0
+    windows = [getattr(config, name, None) for name in ("sliding_window", "window_size")]
+    return min((window for window in windows if window), default=sys.maxsize)
+
+
+def slot_positions(decoder: PreTrainedModel, mask: torch.Tensor, ends: torch.LongTensor, size: int) -> torch.LongTensor:
+    """The positions of slots behind anchors, `(batch, anchors * size)`; arguments as in [`pair_mask`]."""
+    tokens_before = F.pad(mask.long().cumsum(1), (1, 0)).gather(1, ends)
+    positions = (tokens_before[..., None] + torch.arange(size, device=ends.device)).flatten(1)
+    # No text goes beyond the decoder's last position, and what slots there predict means nothing.
+    return positions.clamp_max(num_positions(decoder) - 1)
 
 
 def states_behind(
@@ -82,16 +111,11 @@ def states_behind(
         slots (`torch.Tensor` of shape `(batch, size, dim)`): the same behind all anchors of a text.
     """
     number, size, text = ends.shape[1], slots.shape[1], mask.shape[1]
-    tokens_before = F.pad(mask.long().cumsum(1), (1, 0)).gather(1, ends)
-    # No text goes beyond the decoder's last position, and what slots there predict means nothing.
-    positions = (tokens_before[..., None] + torch.arange(size, device=ends.device)).clamp_max(
-        num_positions(decoder) - 1
-    )
     with slots_at_the_end(number * size):
         output = decoder.base_model(
             inputs_embeds=slots.to(decoder.dtype).repeat(1, number, 1),
             attention_mask=pair_mask(mask, ends, size, decoder.dtype),
-            position_ids=positions.flatten(1),
+            position_ids=slot_positions(decoder, mask, ends, size),
             past_key_values=cache,
             use_cache=True,
         )

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from .frozen_decoder import check_positions, crop_cache, logits_after, move_right, states_of
+from .anchors import pair_mask, slot_positions
+from .frozen_decoder import check_positions, crop_cache, logits_after, move_right, num_positions
 from .proto_tokens import position_ids
 from .slot_adapters import slots_at_the_end
 
@@ -60,47 +61,39 @@ class DecoderState:
 
     Args:
         decoder (`PreTrainedModel`)
-        ids, mask (`torch.Tensor` of shape `(batch, length)`): the texts at the start, padded on the left.
-        layers (`list[int]`): whose hidden states are kept.
+        batch (`int`): texts, which are empty at the start.
 
     Attributes:
-        next_logits (`torch.Tensor` of shape `(batch, 1, vocab)`): of the token after each text at the start.
-        states (`torch.Tensor` of shape `(batch, read, layers, dim)`, *optional*): hidden states of all that was read.
-        mask (`torch.LongTensor` of shape `(batch, read)`): which of them are of the texts.
+        ids, mask (`torch.LongTensor` of shape `(batch, read)`): what was read; padded on the left.
+        num_passes (`int`): of the decoder.
     """
 
-    def __init__(self, decoder: PreTrainedModel, ids: torch.LongTensor, mask: torch.Tensor, layers: list[int]):
+    def __init__(self, decoder: PreTrainedModel, batch: int):
         self.decoder = decoder
-        self.layers = layers
         self.num_passes = 0
         self.cache = DynamicCache()
-        # The tokens at the places of the cache; padded on the left.
-        self.ids = ids[:, :0]
-        self.mask = mask[:, :0].long()
-        self.states = None
-        last = torch.zeros_like(mask, dtype=torch.bool)
-        last[:, -1] = True
-        self.next_logits = self.read(ids, mask.long(), last)[:, None]
+        self.ids = self.mask = torch.empty(batch, 0, dtype=torch.long, device=decoder.device)
+
+    @property
+    def num_free(self) -> int:
+        """Tokens that all texts may still get within the decoder's positions."""
+        return num_positions(self.decoder) - self.mask.sum(1).max().item()
 
     def read(
-        self,
-        ids: torch.LongTensor,
-        mask: torch.LongTensor,
-        predicts: torch.BoolTensor,
-        slots: torch.Tensor | None = None,
-        slot_mask: torch.BoolTensor | None = None,
-    ) -> torch.Tensor:
+        self, ids: torch.LongTensor, mask: torch.LongTensor, num_ends: int = 1, slots: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Reads on, and slots after that, which are forgotten again.
+        Reads on, with slots behind each of the last tokens, which are forgotten again.
 
         Args:
             ids, mask (`torch.LongTensor` of shape `(batch, new)`): padded on the left.
-            predicts (`torch.BoolTensor` of shape `(batch, new + slots)`): where logits are wanted.
-            slots (`torch.Tensor` of shape `(batch, slots, dim)`), slot_mask (`torch.BoolTensor` of shape `(batch,
-                slots)`): padded on the right.
+            num_ends (`int`): how many of the last tokens, which are no padding then if it is more than one.
+            slots (`torch.Tensor` of shape `(batch, size, dim)`, *optional*): the same behind each. Where there are
+                several ends the decoder must take masks of pairs ([`longest_pair_masked`]).
 
         Returns:
-            Logits `(positions, vocab)`.
+            The decoder's last states at these tokens `(batch, num_ends, dim)`, and at the slots behind each `(batch,
+            num_ends, size, dim)`.
         """
         missing = (mask == 0).sum(1)
         if len(self.cache.layers) and missing.any():
@@ -111,30 +104,43 @@ class DecoderState:
             longest = (self.mask.sum(1) - missing).max().clamp_min(0).item()
             self.ids = move_right(self.cache, self.ids, missing, longest)
         num_tokens = self.mask.sum(1) + mask.sum(1)
-        start, embeds, num_slots = self.ids.shape[1], self.decoder.get_input_embeddings()(ids), 0
+        start, new = self.ids.shape[1], ids.shape[1]
         self.ids, self.mask = torch.cat([self.ids, ids], dim=1), torch.cat([self.mask, mask], dim=1)
-        whole = (torch.arange(self.ids.shape[1], 0, -1, device=ids.device) <= num_tokens[:, None]).long()
+        text = (torch.arange(self.ids.shape[1], 0, -1, device=ids.device) <= num_tokens[:, None]).long()
+        check_positions(self.decoder, text)
+        inputs = {
+            "inputs_embeds": self.decoder.get_input_embeddings()(ids),
+            "attention_mask": text,
+            "position_ids": position_ids(text)[:, start:],
+        }
         if slots is not None:
-            num_slots = slots.shape[1]
-            embeds = torch.cat([embeds, slots.to(embeds.dtype)], dim=1)
-            whole = torch.cat([whole, slot_mask.long()], dim=1)
-        check_positions(self.decoder, whole)
+            inputs = self._with_slots(inputs, num_ends, slots)
+        num_slots = 0 if slots is None else num_ends * slots.shape[1]
         with slots_at_the_end(num_slots):
-            output = self.decoder(
-                inputs_embeds=embeds,
-                attention_mask=whole,
-                position_ids=position_ids(whole)[:, start:],
-                past_key_values=self.cache,
-                use_cache=True,
-                output_hidden_states=bool(self.layers),
-                logits_to_keep=predicts,
-            )
+            output = self.decoder.base_model(**inputs, past_key_values=self.cache, use_cache=True)
         self.num_passes += 1
         crop_cache(self.cache, self.ids.shape[1])
-        if self.layers:
-            new = states_of(output, self.layers)[:, : mask.shape[1]]
-            self.states = new if self.states is None else torch.cat([self.states, new], dim=1)
-        return output.logits
+        states, of_slots = output.last_hidden_state[:, new - num_ends : new], None
+        if slots is not None:
+            of_slots = output.last_hidden_state[:, new:].unflatten(1, (num_ends, -1))
+        return states, of_slots
+
+    def _with_slots(
+        self, inputs: dict[str, torch.Tensor], num_ends: int, slots: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        text, size = inputs["attention_mask"], slots.shape[1]
+        ends = torch.arange(text.shape[1] - num_ends + 1, text.shape[1] + 1, device=text.device).expand(len(text), -1)
+        embeds, new = inputs["inputs_embeds"], inputs["inputs_embeds"].shape[1]
+        # What a decoder makes of a mask of texts is right for one end too, and all families do.
+        mask = F.pad(text, (0, size), value=1)
+        if num_ends > 1:
+            mask = pair_mask(text, ends, size, embeds.dtype, new)
+        positions = slot_positions(self.decoder, text, ends, size)
+        return {
+            "inputs_embeds": torch.cat([embeds, slots.to(embeds.dtype).repeat(1, num_ends, 1)], dim=1),
+            "attention_mask": mask,
+            "position_ids": torch.cat([inputs["position_ids"], positions], dim=1),
+        }
 
     def forget(self, surplus: torch.LongTensor, is_done: list[bool]) -> None:
         """
@@ -153,8 +159,6 @@ class DecoderState:
         length = self.mask.shape[1] - fewest
         self.mask = self.mask[:, :length] * (torch.arange(length, 0, -1, device=done.device) > surplus[:, None])
         self.mask[done] = F.one_hot(torch.tensor(length - 1), length).to(done.device)
-        if self.states is not None:
-            self.states = self.states[:, :length]
         self.ids = self.ids[:, : self.ids.shape[1] - fewest]
         crop_cache(self.cache, self.ids.shape[1])
         self.ids = move_right(self.cache, self.ids, surplus, self.mask.sum(1).max().item())

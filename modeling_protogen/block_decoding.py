@@ -1,32 +1,15 @@
 """Blockwise decoding: proto-tokens draft the next block, and each mode decides how much of the draft to accept."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from .autoregressive import DecoderState
-from .frozen_decoder import num_positions
+from .frozen_decoder import logits_of
+from .proto_predictor import Prediction
 from .proto_tokens import fill_slots, predicting_positions
-
-
-@dataclass
-class PredictorInputs:
-    """
-    Inputs of the predictor that do not depend on the partial answer.
-
-    Args:
-        encoder_states (`torch.Tensor` of shape `(batch, source, encoder_dim)`, *optional*)
-        encoder_mask (`torch.Tensor` of shape `(batch, source)`, *optional*)
-        category_ids (`torch.LongTensor` of shape `(batch,)`, *optional*)
-    """
-
-    encoder_states: torch.Tensor | None
-    encoder_mask: torch.Tensor | None
-    category_ids: torch.LongTensor | None
 
 
 def stops_at(
@@ -115,51 +98,39 @@ class GenerationBuffer:
         return sequences, log_confidences, lengths
 
 
-def largest_blocks(model, text: DecoderState, new_mask: torch.LongTensor) -> torch.LongTensor:
+class Drafter:
     """
-    Tokens that each text may get in one block within the decoder's positions, `(batch,)`, its own next one included; at
-    least that one. Arguments as in [`read_and_draft`].
-    """
-    known = int(model.config.reads_decoder_states)
-    longest = model.longest_answers(text.mask.sum(1) + new_mask.sum(1)) - known
-    return longest.clamp_min(1)
-
-
-def read_and_draft(
-    model,
-    text: DecoderState,
-    new_tokens: torch.LongTensor,
-    new_mask: torch.LongTensor,
-    size: int,
-    instruction: Callable[[], PredictorInputs],
-) -> torch.Tensor:
-    """
-    Reads new tokens of the text, and proto-tokens after them, in one pass.
+    Drafts from one prediction, behind any place of an answer: the text's last token predicts the next one, and slots
+    behind it those that follow.
 
     Args:
         model (`ProtoGenForConditionalGeneration`)
-        new_tokens, new_mask (`torch.LongTensor` of shape `(batch, new)`): padded on the left; the text so far holds
-            them when this returns.
-        instruction (`Callable`): gives what drafts are predicted from; not called without a draft.
-        size (`int`): tokens to predict. The first is the decoder's own prediction; a size of 1 has no draft.
-
-    Returns:
-        Logits `(batch, size, vocab)` of the tokens that follow.
+        prediction (`Prediction`): from the prompt.
     """
-    predicting, slots, slot_mask = torch.ones_like(new_mask[:, :1], dtype=torch.bool), None, None
-    if size > 1:
-        given = instruction()
-        prediction = model.proto_predictor(
-            given.encoder_states, given.encoder_mask, text.states, text.mask, given.category_ids
-        )
-        # The first token of an answer is fed before the slots: the last new one.
-        known = int(model.config.reads_decoder_states)
-        lengths = torch.full((len(new_tokens),), known + size, device=new_tokens.device)
-        layout = model.layout(lengths, prediction.e.shape[1])
-        slots = fill_slots(layout, prediction.e, prediction.m)
-        # Beyond the last position of a text nothing is read, and what is predicted there means nothing.
-        num_free = num_positions(model.decoder) - text.mask.sum(1) - new_mask.sum(1)
-        slot_mask = layout.mask & (torch.arange(slots.shape[1], device=slots.device) < num_free[:, None])
-        predicting = predicting_positions(layout, known + 1)[:, known:]
-    predicts = F.pad(predicting, (new_tokens.shape[1] - 1, 0))
-    return text.read(new_tokens, new_mask, predicts, slots, slot_mask).view(len(new_tokens), size, -1)
+
+    def __init__(self, model, prediction: Prediction):
+        self.decoder, self.prediction = model.decoder, prediction
+        self.layout = partial(model.layout, num_chunks=prediction.e.shape[1])
+
+    def slots(self, size: int) -> torch.Tensor | None:
+        """Slots `(batch, slots, dim)` for drafts of `size` tokens; None for none."""
+        if not size:
+            return None
+        layout = self.layout(self._lengths(size))
+        return fill_slots(layout, self.prediction.e, self.prediction.m)
+
+    def num_slots(self, size: int) -> int:
+        """Slots that drafts of `size` tokens take, from one token on."""
+        return self.layout(self._lengths(size)[:1]).mask.shape[1]
+
+    def logits(self, states: torch.Tensor, size: int) -> torch.Tensor:
+        """Logits `(batch, size, vocab)` of drafts, from the decoder's states at their slots `(batch, slots, dim)`."""
+        return logits_of(self.decoder, states[:, self.places(size)])
+
+    def places(self, size: int) -> torch.BoolTensor:
+        """Which of the slots predict the `size` tokens of a draft."""
+        return predicting_positions(self.layout(self._lengths(size)[:1]), 1)[0, 1:]
+
+    def _lengths(self, size: int) -> torch.LongTensor:
+        # The slot of the token that the text itself predicts is there, and predicts nothing.
+        return torch.full((len(self.prediction.e),), 1 + size, device=self.prediction.e.device)

@@ -329,6 +329,11 @@ class ProtoGenConfig(PreTrainedConfig):
         return sorted({0, last // 2, last} if self.decoder_layers_read is None else {*self.decoder_layers_read})
 
     @property
+    def draft_length(self) -> int:
+        """Tokens of a draft at most: of an answer all but the first, which the text before it predicts."""
+        return self.max_answer_length - 1
+
+    @property
     def num_autoregressive_tokens(self) -> int:
         """
         Tokens at an answer's beginning that the decoder writes as it would token by token: with

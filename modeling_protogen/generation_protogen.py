@@ -11,8 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .adaptive_decoding import adaptive_decoding
-from .autoregressive import DecoderState
-from .block_decoding import GenerationBuffer, PredictorInputs, stops_at
+from .block_decoding import Drafter, GenerationBuffer, stops_at
 from .configuration_protogen import UNCERTAINTY_SCORES
 from .cuda_graphs import OneStepGraphs
 from .one_step_decoding import (
@@ -294,8 +293,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
             generation_config (`GenerationConfig`, *optional*): the model's own `generation_config` by default.
             proto_tokens (one_step and refine): `e` and `m`, shaped as the model's output has them, to write from
                 instead of the predicted ones: retrieved from a bank, or fitted.
-            processor (`ProtoGenProcessor`, *optional*): required with `stop_strings`. If it has
-                `encoder_reads_answer`, the encoder reads the partial answer before each draft of adaptive and verified.
+            processor (`ProtoGenProcessor`, *optional*): required with `stop_strings`.
             streamer (`BaseStreamer`, *optional*): gets the prompt, then the tokens as they are written; for one
                 instruction at a time.
             **kwargs: fields of [`ProtoGenGenerationConfig`], where all options are described: `mode`, `length`,
@@ -460,28 +458,20 @@ class ProtoGenGenerationMixin(GenerationMixin):
 
     def _write_blocks(self, instruction, prompt, category_ids, options, processor, streamer):
         config = self.config
-        # Own tokens that a draft stands after: the last one written.
-        num_before = int(config.reads_decoder_states)
-        longest_block = config.chunk_size * config.max_chunks - num_before
+        longest_block = config.chunk_size * config.max_chunks
         block_size = longest_block if options.block_size is None else options.block_size
         if not 1 <= block_size <= longest_block:
             raise ValueError(f"block_size must lie in 1..{longest_block} tokens; got {block_size}.")
         tokenizer = processor and processor.decoder_tokenizer
         is_stopped = stops_at(config.eos_token_ids, options.stop_strings or (), tokenizer)
         answers = GenerationBuffer(len(prompt[0]), options.longest(config.max_answer_length), is_stopped, streamer)
-        given = PredictorInputs(*self.encode(*instruction), category_ids)
-
-        def source():
-            if self.encoder is None or processor is None or not processor.encoder_reads_answer:
-                return given
-            written = [tokens[: len(tokens) - num_before] for tokens in answers.tokens]
-            return PredictorInputs(*self.encode(*processor.add_answers(*instruction, written)), category_ids)
-
-        text = DecoderState(self.decoder, *prompt, config.layers_read)
-        BLOCK_MODES[options.mode](self, answers, source, text, block_size, options)
+        prediction = self.predict(*instruction, *prompt, category_ids)
+        drafter = Drafter(self, prediction)
+        num_passes = BLOCK_MODES[options.mode](self, answers, drafter, prompt, block_size, options)
+        num_passes += prediction.prompt_cache is not None
         if streamer is not None:
             streamer.end()
-        sequences, log_confidence, lengths = answers.tables(config.answer_pad_token_id, text.mask.device)
+        sequences, log_confidence, lengths = answers.tables(config.answer_pad_token_id, self.device)
         if not options.return_dict_in_generate:
             return sequences
         num_drafts = torch.tensor(answers.num_drafts, device=lengths.device)
@@ -492,5 +482,5 @@ class ProtoGenGenerationMixin(GenerationMixin):
             confidences=(log_confidence.sum(-1) / lengths).exp(),
             accepted_lengths=torch.tensor(answers.num_kept, device=lengths.device) / num_drafts.clamp_min(1),
             num_drafts=num_drafts,
-            num_passes=text.num_passes,
+            num_passes=num_passes,
         )

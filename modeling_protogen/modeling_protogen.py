@@ -13,6 +13,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .anchors import labels_behind, states_behind, text_so_far
+from .block_decoding import Drafter
 from .configuration_protogen import FITTED_SIZE, ProtoGenConfig
 from .frozen_decoder import (
     answer_logits,
@@ -614,7 +615,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         anchors: torch.LongTensor,
     ) -> torch.Tensor:
         """
-        Logits `(drafted_tokens, vocab)` of drafts of `config.max_answer_length` tokens at many places of given answers:
+        Logits `(drafted_tokens, vocab)` of drafts of `config.draft_length` tokens at many places of given answers:
         where [`labels_behind`] has tokens.
 
         Args:
@@ -622,15 +623,13 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 anchors)`): as in `forward`.
         """
         self._check_prompt(decoder_prompt_ids, True)
-        size = self.config.max_answer_length
-        layout = self.layout(torch.full_like(anchors[:, 0], size), prediction.e.shape[1])
+        size, drafter = self.config.draft_length, Drafter(self, prediction)
         ids, mask, num_read = text_so_far(decoder_prompt_ids, decoder_prompt_mask, labels)
         cache, _ = read_prefix(self.decoder, ids, mask, [])
         ends = ids.shape[1] - num_read[:, None] + anchors.minimum(num_read[:, None])
-        slots = fill_slots(layout, prediction.e, prediction.m)
-        states = states_behind(self.decoder, cache, mask, ends, slots)[:, :, layout.predicts[0]]
+        states = states_behind(self.decoder, cache, mask, ends, drafter.slots(size))
         is_drafted = labels_behind(labels, anchors, size) != IGNORE_INDEX
-        return logits_of(self.decoder, states.flatten(0, 1)[is_drafted])
+        return logits_of(self.decoder, states[:, :, drafter.places(size)].flatten(0, 1)[is_drafted])
 
     def clamp_lengths(self, lengths: torch.Tensor) -> torch.LongTensor:
         """

@@ -13,15 +13,15 @@ LONG = ["a cat sat on the mat under the tree", "paris", "the dog ran and the bir
 FIELDS = [
     {"latent_source": "none", "arrangement": "e_m"},
     {"latent_source": "none", "arrangement": "e_mN"},
-    {"latent_source": "decoder", "arrangement": "e_only", "chunk_size": 1, "max_chunks": 3},
+    {"latent_source": "decoder", "arrangement": "e_only", "chunk_size": 1, "max_chunks": 4},
     {"latent_source": "encoder", "arrangement": "e_m"},
 ]
 
 
 @pytest.fixture(params=FIELDS, ids=str)
 def drafter(request, build, decoder_dir):
-    """A model with adapters, whose drafts have three tokens, and a batch."""
-    fields = {"chunk_size": 3, "slot_adapter_rank": 2, "decoder_sees_prompt": True} | request.param
+    """A model with adapters, whose drafts have three tokens after the decoder's own, and a batch."""
+    fields = {"chunk_size": 4, "slot_adapter_rank": 2, "decoder_sees_prompt": True} | request.param
     model, processor = build(decoder_dir, **fields)
     stir_slot_adapters(model)
     processor.max_answer_length = 32
@@ -30,14 +30,14 @@ def drafter(request, build, decoder_dir):
 
 
 def alone(model, batch, row: int, anchor: int) -> torch.Tensor:
-    """Logits of three tokens behind one anchor, from one pass over the text before it and the slots."""
+    """Logits of a draft behind one anchor, from one pass over the text before it and the slots."""
     inputs = {k: v[row : row + 1] for k, v in batch.items() if k not in ("labels", "length_labels")}
     prediction = model.predict(**inputs)
-    layout = model.layout(torch.tensor([3]), prediction.e.shape[1])
+    layout = model.layout(torch.tensor([4]), prediction.e.shape[1])
     slots = fill_slots(layout, prediction.e, prediction.m)
     ids = inputs["decoder_prompt_ids"][inputs["decoder_prompt_mask"].bool()]
     text = torch.cat([ids, batch["labels"][row, :anchor]])[None]
-    return answer_logits(model.decoder, slots, layout, text)
+    return answer_logits(model.decoder, slots, layout, text, num_autoregressive_tokens=1)[1:]
 
 
 @pytest.mark.parametrize("in_training", [False, True])

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from conftest import CONTEXTS, INSTRUCTIONS, stir_slot_adapters
 from eval_tasks.baselines.autoregressive import autoregressive
 from modeling_protogen import ProtoGenForConditionalGeneration
 from modeling_protogen.autoregressive import DecoderState
-from modeling_protogen.block_decoding import PredictorInputs, read_and_draft
+from modeling_protogen.block_decoding import Drafter, GenerationBuffer
+from modeling_protogen.draft_length import FIRST_PAUSE, LONGEST_PAUSE, DraftLength
+from modeling_protogen.frozen_decoder import logits_of
 from modeling_protogen.proto_tokens import position_ids
 from trainers.data import Example
 from trainers.decoders import load_decoder
@@ -128,29 +131,32 @@ def test_right_drafts_are_kept_and_save_passes(build, llama_dir, monkeypatch):
         **inputs, mode="verified", max_new_tokens=TOKENS, block_size=8, return_dict_in_generate=True
     )
     assert output.sequences.tolist() == [[7] * TOKENS]
-    # The first with the prompt; then drafts of 5 tokens, 7, and what is left, each between two of the decoder's own.
-    assert output.accepted_lengths.item() == pytest.approx((5 + 7 + 5) / 3)
-    assert output.num_passes == 1 + 2 * 3
+    # Each pass but the prompt's writes a draft and the token after it, and drafts grow.
+    assert output.num_drafts.item() == output.num_passes - 1 < TOKENS / 2
+    kept = output.accepted_lengths.item() * output.num_drafts.item()
+    assert kept + output.num_passes == pytest.approx(TOKENS)
 
 
-def plan_drafts(monkeypatch, expected, prompt_lengths, num_right):
-    """Drafts that are right in the first `num_right(size)` places after the certain token, and wrong after that."""
-    read = DecoderState.read
+def plan_drafts(monkeypatch, expected, num_right):
+    """Drafts that are right in the first `num_right(size)` places, and wrong after that."""
+    buffers = []
+    start, logits = GenerationBuffer.__init__, Drafter.logits
 
-    def planned(self, ids, mask, predicts, slots=None, slot_mask=None):
-        done = self.mask.sum(1) - prompt_lengths
-        logits = read(self, ids, mask, predicts, slots, slot_mask)
-        if slots is not None:
-            table = logits.view(len(expected), -1, logits.shape[-1])
-            for row, answer in enumerate(expected):
-                right = num_right(table.shape[1] - 1)
-                for slot in range(1, table.shape[1]):
-                    at = done[row].item() + slot + 1
-                    token = answer[at] if at < TOKENS else 0
-                    table[row, slot, (token + (slot > right)) % table.shape[2]] = 1e4
-        return logits
+    def begin(self, *args):
+        start(self, *args)
+        buffers.append(self)
 
-    monkeypatch.setattr(DecoderState, "read", planned)
+    def planned(self, states, size):
+        table = logits(self, states, size)
+        for row, answer in enumerate(expected):
+            right, written = num_right(size), len(buffers[-1].tokens[row])
+            for place in range(size):
+                token = answer[written + place] if written + place < len(answer) else 0
+                table[row, place, (token + (place >= right)) % table.shape[2]] = 1e4
+        return table
+
+    monkeypatch.setattr(GenerationBuffer, "__init__", begin)
+    monkeypatch.setattr(Drafter, "logits", planned)
 
 
 def test_texts_of_a_batch_grow_at_different_paces(build, decoder_dir, monkeypatch):
@@ -160,12 +166,7 @@ def test_texts_of_a_batch_grow_at_different_paces(build, decoder_dir, monkeypatc
     expected = [greedy(model, processor, *pair) for pair in zip(MORE, MORE_CONTEXTS, strict=True)]
     inputs = processor(MORE, MORE_CONTEXTS)
     random = torch.Generator().manual_seed(0)
-    plan_drafts(
-        monkeypatch,
-        expected,
-        inputs["decoder_prompt_mask"].sum(1),
-        lambda size: torch.randint(0, size + 1, (1,), generator=random).item(),
-    )
+    plan_drafts(monkeypatch, expected, lambda size: torch.randint(0, size + 1, (1,), generator=random).item())
     output = model.generate(
         **inputs, mode="verified", max_new_tokens=TOKENS, block_size=6, return_dict_in_generate=True
     )
@@ -176,20 +177,51 @@ def test_texts_of_a_batch_grow_at_different_paces(build, decoder_dir, monkeypatc
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_wrong_drafts_cost_little(build, decoder_dir, monkeypatch, rows):
-    """A draft and its verification write two tokens in two passes even then, and there are few of them."""
+def test_wrong_drafts_cost_no_pass(build, decoder_dir, monkeypatch, rows):
+    """Where nothing is kept a pass writes one token, as without drafts, and there are few of them."""
     model, processor = build(decoder_dir, decoder_sees_prompt=True)
     without_eos(model)
     expected = [greedy(model, processor, *pair) for pair in zip(MORE[:rows], MORE_CONTEXTS[:rows], strict=True)]
+    plan_drafts(monkeypatch, expected, lambda size: 0)
     inputs = processor(MORE[:rows], MORE_CONTEXTS[:rows])
-    plan_drafts(monkeypatch, expected, inputs["decoder_prompt_mask"].sum(1), lambda size: 0)
     output = model.generate(
         **inputs, mode="verified", max_new_tokens=TOKENS, block_size=8, return_dict_in_generate=True
     )
     assert output.sequences.tolist() == expected
     assert output.accepted_lengths.tolist() == [0] * rows
     assert output.num_passes == TOKENS
-    assert output.num_drafts.tolist() == [5] * rows
+    assert 0 < output.num_drafts[0] < TOKENS - 2
+
+
+def test_drafts_are_as_long_as_they_pay():
+    costs = [1.1, 1.2, 1.4, 1.8]
+    sure, doubtful = DraftLength(costs, 1.0), DraftLength(costs, 0.5)
+    # 4 / 1.4 > 5 / 1.8
+    assert sure.next() == 3
+    # 1.5 / 1.1 < 1.75 / 1.2 > 1.875 / 1.4
+    assert doubtful.next() == 2
+    for _ in range(40):
+        doubtful.note(2, 2.0)
+    assert doubtful.rates[:2] == pytest.approx([1, 1], abs=0.01)
+    assert doubtful.rates[2:] == [0.5, 0.5]
+    for _ in range(40):
+        doubtful.note(2, 1.0)
+    assert doubtful.rates[0] > 0.99 > 0.01 > doubtful.rates[1]
+    assert doubtful.next() == 1
+    assert DraftLength([], 0.5).next() == 0
+
+
+def test_drafts_that_never_pay_are_tried_ever_less_often():
+    length, drafted = DraftLength([1.1, 1.2], 0.0), []
+    for number in range(400):
+        size = length.next()
+        if size:
+            drafted.append(number)
+            length.note(size, 0.0)
+    gaps = [b - a for a, b in pairwise(drafted)]
+    assert drafted[0] == FIRST_PAUSE
+    assert gaps == sorted(gaps)
+    assert gaps[-1] == LONGEST_PAUSE
 
 
 def test_a_loaded_checkpoint_decodes_the_same(build, llama_dir, tmp_path):
@@ -210,26 +242,26 @@ def test_bad_requests_are_named(build, llama_dir):
         model.generate(input_ids=inputs["input_ids"], mode="verified")
 
 
-@pytest.mark.parametrize(("source", "rereads"), [("decoder", False), ("both", True), ("encoder", True)])
-def test_drafts_are_what_training_on_continuations_sees(build, decoder_dir, source, rereads):
-    model, processor = build(decoder_dir, latent_source=source, **SEEN, first_tokens="decoder", slot_adapter_rank=2)
+@pytest.mark.parametrize("source", ["none", "decoder", "encoder"])
+@torch.no_grad()
+def test_drafts_are_what_training_behind_anchors_sees(build, decoder_dir, source):
+    model, processor = build(decoder_dir, latent_source=source, **SEEN, slot_adapter_rank=2, chunk_size=4)
     stir_slot_adapters(model)
-    processor.encoder_reads_answer = rereads
-    start, last, rest = [5, 9], 7, [8, 6, 11, 4]
-    # The last token stands before the draft. Where the decoder's states are read, it is the answer's first in training.
-    before, after = ([*start, last], rest) if source == "encoder" else (start, [last, *rest])
-    batch = processor(INSTRUCTIONS[:2], CONTEXTS[:2], [after, after], [before, before])
-    plain = processor(INSTRUCTIONS[:2], CONTEXTS[:2], answer_start=[start, start])
-    with torch.no_grad():
-        trained = model(**batch, first_tokens=batch["labels"][:, 0]).answer_logits.view(2, len(after), -1)[
-            :, -len(rest) :
-        ]
-        prompt = [plain[name] for name in ("decoder_prompt_ids", "decoder_prompt_mask")]
-        text = DecoderState(model.decoder, *prompt, model.config.layers_read)
-        given = PredictorInputs(*model.encode(batch.get("input_ids"), batch.get("attention_mask")), None)
-        last = torch.full((2, 1), last)
-        drafted = read_and_draft(model, text, last, torch.ones_like(last), len(rest), lambda: given)
-    torch.testing.assert_close(drafted, trained, atol=1e-4, rtol=1e-4)
+    processor.max_answer_length = 32
+    answer = [5, 9, 7, 8, 6, 11, 4]
+    batch = processor(INSTRUCTIONS[:2], CONTEXTS[:2], [answer, answer])
+    trained = model(**batch, anchors=torch.tensor([[0, 2], [0, 2]])).answer_logits.view(2, 2, 3, -1)
+    prompt = batch["decoder_prompt_ids"], batch["decoder_prompt_mask"]
+    given = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    prediction = model.predict(**given, decoder_prompt_ids=prompt[0], decoder_prompt_mask=prompt[1])
+    drafter, text = Drafter(model, prediction), DecoderState(model.decoder, 2)
+    _, behind = text.read(*prompt, 1, drafter.slots(3))
+    torch.testing.assert_close(drafter.logits(behind[:, 0], 3), trained[:, 0], atol=1e-4, rtol=1e-4)
+    # Behind each of two tokens that are read together.
+    start = torch.tensor([answer[:2]] * 2)
+    _, behind = text.read(start, torch.ones_like(start), 2, drafter.slots(3))
+    torch.testing.assert_close(drafter.logits(behind[:, 1], 3), trained[:, 1], atol=1e-4, rtol=1e-4)
+    assert text.ids.shape[1] == prompt[0].shape[1] + 2
 
 
 def test_slots_for_the_first_tokens_are_those_of_training_but_where_the_decoder_is_certain(build, decoder_dir):
@@ -240,27 +272,9 @@ def test_slots_for_the_first_tokens_are_those_of_training_but_where_the_decoder_
     with torch.no_grad():
         trained = model(**batch).answer_logits.view(2, 4, -1)
         own = model.decoder(prompt[0], attention_mask=prompt[1], position_ids=position_ids(prompt[1])).logits[:, -1]
-        text = DecoderState(model.decoder, *(part[:, :-1] for part in prompt), [])
-        given = PredictorInputs(*model.encode(batch["input_ids"], batch["attention_mask"]), None)
-        last = [part[:, -1:] for part in prompt]
-        drafted = read_and_draft(model, text, *last, 4, lambda: given)
-    torch.testing.assert_close(drafted[:, 0], own, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(drafted[:, 1:], trained[:, 1:], atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(drafted[:, 0], trained[:, 0], atol=0.1)
-
-
-def test_the_encoder_reads_the_answer_so_far(build, llama_dir, monkeypatch):
-    model, processor = build(llama_dir, decoder_sees_prompt=True)
-    without_eos(model)
-    processor.encoder_reads_answer = True
-    expected, _ = verified(model, processor, 2)
-    read = []
-    monkeypatch.setattr(model, "encode", lambda *inputs: read.append(inputs) or type(model).encode(model, *inputs))
-    found, _ = verified(model, processor, 2, processor=processor)
-    assert found == expected
-    first = processor(MORE[:2], MORE_CONTEXTS[:2])
-    assert torch.equal(read[0][0], first["input_ids"])
-    again = processor(MORE[:2], MORE_CONTEXTS[:2], answer_start=[answer[:1] for answer in expected[:2]])
-    assert torch.equal(read[1][0], again["input_ids"])
-    assert torch.equal(read[1][1], again["attention_mask"])
-    assert not torch.equal(again["input_ids"], first["input_ids"])
+        prediction = model.predict(batch["input_ids"], batch["attention_mask"])
+        drafter, text = Drafter(model, prediction), DecoderState(model.decoder, 2)
+        states, behind = text.read(*prompt, 1, drafter.slots(3))
+    torch.testing.assert_close(logits_of(model.decoder, states[:, 0]), own, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(drafter.logits(behind[:, 0], 3), trained[:, 1:], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(own, trained[:, 0], atol=0.1)

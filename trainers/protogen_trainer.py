@@ -310,7 +310,7 @@ class ProtoGenTrainer(ExampleTrainer):
             model_inputs["anchors"] = place(inputs["labels"], self.args.num_anchors)
         outputs = model(**model_inputs, return_loss=False, return_logits=return_logits)
         if self.args.num_anchors:
-            size = self.accelerator.unwrap_model(model).config.max_answer_length
+            size = self.accelerator.unwrap_model(model).config.draft_length
             inputs["labels"] = labels_behind(inputs["labels"], model_inputs["anchors"], size)
         inputs = inputs | self._soft_targets(model, outputs, inputs)
         if "output_embeddings" in self.args.needs:

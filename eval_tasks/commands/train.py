@@ -103,7 +103,7 @@ def train(
         eval_dataset=validation_examples,
         data_collator=ProtoGenCollator(reader, categories, bank, embeddings, "durations" in args.needs),
         processing_class=processor,
-        compute_metrics=draft_metrics(processor.max_answer_length) if args.num_anchors else one_step_metrics(processor),
+        compute_metrics=draft_metrics(model.config.draft_length) if args.num_anchors else one_step_metrics(processor),
     )
     with locked(output_dir / ".lock") if trainer.is_world_process_zero() else nullcontext():
         run = run_info(model, processor, train_examples, validation_examples)

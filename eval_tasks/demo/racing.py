@@ -13,6 +13,7 @@ from eval_tasks.commands.generate import measures_of
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.autoregressive import DecoderState
 from modeling_protogen.configuration_protogen import category_id
+from modeling_protogen.frozen_decoder import logits_of
 from trainers.devices import synchronize
 
 
@@ -148,9 +149,9 @@ def answer_token_by_token(
 @torch.no_grad()
 def greedy_tokens(decoder, prompt_ids: torch.LongTensor, prompt_mask: torch.Tensor) -> Iterator[int]:
     """The decoder's most likely token after a prompt `(1, length)`, and after each of those, for ever."""
-    text = DecoderState(decoder, prompt_ids, prompt_mask, [])
-    logits, one = text.next_logits[:, 0], torch.ones_like(prompt_ids[:, :1])
+    text, tokens, mask = DecoderState(decoder, len(prompt_ids)), prompt_ids, prompt_mask
     while True:
-        token = logits.argmax(-1)
-        yield token.item()
-        logits = text.read(token[:, None], one, one.bool())
+        states, _ = text.read(tokens, mask)
+        tokens = logits_of(decoder, states).argmax(-1)
+        mask = torch.ones_like(tokens)
+        yield tokens.item()
