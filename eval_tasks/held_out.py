@@ -26,13 +26,10 @@ def calibrate(
     folder: Path,
 ) -> None:
     """
-    Calibrates the model on every other validation example and measures it on the rest, and on those that go on from
-    the middle of an answer; too few are left alone. With a bank, the distance to its nearest text is measured as an
-    uncertainty too; a checkpoint alone cannot have it.
+    Calibrates the model on every other validation example and measures it on the rest; too few are left alone. With a
+    bank, the distance to its nearest text is measured as an uncertainty too; a checkpoint alone cannot have it.
     """
-    beginnings = [example for example in validation_examples if not example.answer_start]
-    later = [example for example in validation_examples if example.answer_start]
-    calibration, test = beginnings[::2], beginnings[1::2]
+    calibration, test = validation_examples[::2], validation_examples[1::2]
     if len(test) < 2:
         print("too few validation examples to calibrate lengths and uncertainty on")
         return
@@ -44,13 +41,11 @@ def calibrate(
     def records(examples):
         categories = model.config.categories
         category_ids = categories and torch.tensor([category_id(e.category, categories) for e in examples])
-        starts = [e.answer_start for e in examples]
         texts = [e.instruction for e in examples], [e.context for e in examples], [e.target for e in examples]
-        rows = one_step_records(model, processor, *texts, starts, category_ids, banked)
-        return rows.assign(id=[e.id for e in examples], answer_start=list(map(len, starts)))
+        return one_step_records(model, processor, *texts, category_ids, banked).assign(id=[e.id for e in examples])
 
     calibrate_length(model.config, records(calibration))
-    seen, found, goes_on = records(calibration), records(test), records(later)
+    seen, found = records(calibration), records(test)
     calibrate_uncertainty(model.config, seen)
 
     def prompt_lengths(examples):
@@ -67,5 +62,4 @@ def calibrate(
     scores = UNCERTAINTY_SCORES if bank is None else (*UNCERTAINTY_SCORES, "bank_distance")
     metrics |= {f"rank_correlation_{name}": value for name, value in rank_correlations(found, scores).items()}
     write_json(folder / "calibration.json", {"uncertainty_score": model.config.uncertainty_score, "metrics": metrics})
-    rows = [row for part in (seen, found, goes_on) for row in part.to_dict("records")]
-    write_csv(folder / "answers.csv", rows)
+    write_csv(folder / "answers.csv", [row for part in (seen, found) for row in part.to_dict("records")])

@@ -21,7 +21,6 @@ def one_step_records(
     instructions: list[str],
     contexts: list[str],
     targets: list[str | list[int]],
-    answer_starts: list[list[int]] | None = None,
     category_ids: torch.LongTensor | None = None,
     banked: np.ndarray | None = None,
     batch_size: int = 16,
@@ -32,7 +31,6 @@ def one_step_records(
     Args:
         instructions, contexts (`list[str]`)
         targets (`list[str | list[int]]`): the answers to compare with, as text or tokens: human or the teacher's.
-        answer_starts (`list[list[int]]`, *optional*): tokens before those, which the model reads.
         category_ids (`torch.LongTensor` of shape `(texts,)`, *optional*): as in the model's `forward`.
         banked (`np.ndarray` of shape `(bank, dim)`, *optional*): known texts' proto-tokens, from
             `flatten_proto_tokens`; adds `bank_distance`, the cosine distance of the predicted ones to the nearest.
@@ -48,8 +46,7 @@ def one_step_records(
     with torch.no_grad():
         for first in tqdm(range(0, len(instructions), batch_size), desc="answer", leave=False):
             part = slice(first, first + batch_size)
-            starts = answer_starts and answer_starts[part]
-            inputs = processor(instructions[part], contexts[part], targets[part], starts).to(model.device)
+            inputs = processor(instructions[part], contexts[part], targets[part]).to(model.device)
             if category_ids is not None:
                 inputs["category_ids"] = category_ids[part].to(model.device)
             rows += _rows(model, processor, inputs, banked)

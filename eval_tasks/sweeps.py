@@ -192,18 +192,16 @@ def split_of(recipe: dict) -> tuple[list[Example], list[Example]]:
 def gather_answers(sweep: Sweep, command: str) -> dict:
     """
     How well held-out answers are written, and what each run gains on the one that it is compared with, instruction by
-    instruction; of what goes on from the middle of an answer, names end in `_later`.
+    instruction.
     """
     runs = finished(sweep, "answers.csv")
     metrics, learning, made_with, encoders = {}, {}, set(), set()
     tables = {run: pd.read_csv(folder / "answers.csv", index_col="id") for run, folder in runs.items()}
     # An encoder's window may leave out instructions that other runs have.
     common = sorted(set.intersection(*(set(table.index) for table in tables.values())))
-    starts = tables[next(iter(runs))].loc[common, "answer_start"]
-    parts = {"": list(starts.index[starts == 0]), "_later": list(starts.index[starts > 0])}
     for run, folder in runs.items():
         training = read_json(folder / "metrics.json")
-        measured = gains(tables[run], tables.get(sweep.reference(run)), parts)
+        measured = gains(tables[run], tables.get(sweep.reference(run)), common)
         # Which agree without any learning.
         measured["own_tokens"] = ProtoGenConfig.from_pretrained(folder / "model").num_autoregressive_tokens
         measured["steps"] = training["log"][-1]["step"]
@@ -229,21 +227,20 @@ def gather_answers(sweep: Sweep, command: str) -> dict:
         command=command,
         model=f"{decoder}, {dtype}; encoder {', '.join(encoders) or 'none'}",
         revision=decoder_revision(decoder),
-        data=f"{len(parts[''])} held-out instructions of {data}",
+        data=f"{len(common)} held-out instructions of {data}",
         seed=seed,
         metrics=metrics,
     )
 
 
-def gains(table: pd.DataFrame, reference: pd.DataFrame | None, parts: dict[str, list[str]]) -> dict[str, list[float]]:
-    """Means over the answers of each part, and of their differences from the reference's, with intervals."""
+def gains(table: pd.DataFrame, reference: pd.DataFrame | None, ids: list[str]) -> dict[str, list[float]]:
+    """Means over these answers, and of their differences from the reference's, with intervals."""
     measured = {}
-    for part, ids in parts.items():
-        for name in ("agreement", "accepted_length", "exact_match") if ids else ():
-            values = table.loc[ids, name]
-            measured[f"{name}{part}"] = mean_with_interval(values)
-            if reference is not None:
-                measured[f"{name}_gain{part}"] = mean_with_interval(values - reference.loc[ids, name])
+    for name in ("agreement", "accepted_length", "exact_match"):
+        values = table.loc[ids, name]
+        measured[name] = mean_with_interval(values)
+        if reference is not None:
+            measured[f"{name}_gain"] = mean_with_interval(values - reference.loc[ids, name])
     return measured
 
 

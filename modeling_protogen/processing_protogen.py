@@ -77,8 +77,6 @@ class ProtoGenProcessor(ProcessorMixin):
             outside, and `key: value` lines in the decoder; what it writes and cannot be read back stays as it is.
         for_encoder (`bool`, defaults to True): False for a model without an encoder: no `input_ids` then, and
             `tokenizer` is the decoder's too.
-        encoder_reads_answer (`bool`, defaults to False): whether the encoder reads a partial answer, where one is
-            given: its last tokens, half a window of them at most, after the instruction, whose end gives way.
         aligns_encoder (`bool`, defaults to False): whether to return `encoder_places`, for a model with
             `latent_source="encoder"` and `upsamples_prompt`; needs fast tokenizers.
         vocabularies (`dict[str, str]`, *optional*): checksums of the tokenizers' vocabularies, by argument, which
@@ -95,7 +93,6 @@ class ProtoGenProcessor(ProcessorMixin):
         prompt_template: str | None = None,
         answer_format: str = "text",
         for_encoder: bool = True,
-        encoder_reads_answer: bool = False,
         aligns_encoder: bool = False,
         vocabularies: dict[str, str] | None = None,
         **kwargs,
@@ -110,9 +107,8 @@ class ProtoGenProcessor(ProcessorMixin):
         self.prompt_template = prompt_template
         self.answer_format = answer_format
         self.for_encoder = for_encoder
-        self.encoder_reads_answer = encoder_reads_answer
-        if aligns_encoder and (encoder_reads_answer or not for_encoder):
-            raise ValueError("aligns_encoder needs an encoder, and one that reads no answer (encoder_reads_answer).")
+        if aligns_encoder and not for_encoder:
+            raise ValueError("aligns_encoder needs an encoder: leave it out for a model without one.")
         self.aligns_encoder = aligns_encoder
         self.vocabularies = vocabularies
         super().__init__(tokenizer, decoder_tokenizer, **kwargs)
@@ -201,7 +197,6 @@ class ProtoGenProcessor(ProcessorMixin):
         text: str | list[dict[str, str]] | list[str | list[dict[str, str]]],
         context: str | list[str | None] | None = None,
         answer: str | list[str | list[int]] | None = None,
-        answer_start: list[list[int]] | None = None,
         return_tensors: str = "pt",
     ) -> BatchFeature:
         """
@@ -210,8 +205,6 @@ class ProtoGenProcessor(ProcessorMixin):
             context (`str` or `list[str | None]`, *optional*): text that the instruction speaks of.
             answer (`str` or `list[str | list[int]]`, *optional*): becomes `labels` and `length_labels`; a list of ids
                 is taken as it is.
-            answer_start (`list[list[int]]`, *optional*): token ids of partial answers. They are appended to the
-                decoder's prompt and do not count towards `max_prompt_length`.
             return_tensors (`str`, defaults to `"pt"`): nothing else.
 
         Returns:
@@ -245,46 +238,19 @@ class ProtoGenProcessor(ProcessorMixin):
         pairs = list(zip(instructions, contexts, strict=True))
         encodings = [self._encode(*pair) for pair in pairs] if self.for_encoder else []
         if self.for_encoder:
-            encoded = [encoding.input_ids for encoding in encodings]
-            if answer_start is not None and self.encoder_reads_answer:
-                encoded = list(map(self._with_answer, encoded, answer_start))
-            batch = self._pad_right(encoded)
+            encoded = {"input_ids": [encoding.input_ids for encoding in encodings]}
+            batch = dict(self.tokenizer.pad(encoded, padding_side="right", return_tensors="pt"))
         prompts = [self._encode_prompt(*pair) for pair in pairs]
-        starts = [[]] * len(prompts) if answer_start is None else answer_start
-        rows = [prompt.ids + start for prompt, start in zip(prompts, starts, strict=True)]
-        batch["decoder_prompt_ids"], batch["decoder_prompt_mask"] = pad_left(rows)
+        batch["decoder_prompt_ids"], batch["decoder_prompt_mask"] = pad_left([prompt.ids for prompt in prompts])
         if self.aligns_encoder:
             places = [self._places(*each) for each in zip(instructions, contexts, encodings, prompts, strict=True)]
-            rows = [row + [0] * len(start) for row, start in zip(places, starts, strict=True)]
-            batch["encoder_places"], _ = pad_left(rows)
+            batch["encoder_places"], _ = pad_left(places)
         if answer is not None:
             answers = [answer] if isinstance(answer, str) else list(answer)
             if len(answers) != len(instructions):
                 raise ValueError(f"{len(instructions)} instructions, but {len(answers)} answers.")
             batch.update(self.encode_answers(answers))
         return BatchFeature(batch)
-
-    def add_answers(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, answers: list[list[int]]
-    ) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """
-        Appends partial answers, in the decoder's vocabulary, to the encoder's inputs `(batch, source)`, as
-        `encoder_reads_answer` does; returns ids and mask `(batch, longer source)`.
-        """
-        rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
-        batch = self._pad_right(list(map(self._with_answer, rows, answers)))
-        return tuple(batch[name].to(input_ids.device) for name in ("input_ids", "attention_mask"))
-
-    def _pad_right(self, rows: list[list[int]]) -> dict[str, torch.LongTensor]:
-        return dict(self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt"))
-
-    def _with_answer(self, ids: list[int], answer: list[int]) -> list[int]:
-        if not answer:
-            return ids
-        text = self.decoder_tokenizer.decode(answer, skip_special_tokens=True)
-        end = [id for id in ids[-1:] if id in self.tokenizer.all_special_ids]
-        added = text_ids(self.tokenizer, text)[-(self.max_input_length // 2) :] + end
-        return ids[: self.max_input_length - len(added)] + added
 
     def encode_answers(self, answers: list[str | list[int]]) -> dict[str, torch.LongTensor]:
         """

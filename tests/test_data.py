@@ -16,7 +16,6 @@ from trainers.data import (
     held_out_of,
     load_examples,
     split_by_instruction,
-    with_continuations,
     with_own_texts,
 )
 
@@ -194,29 +193,15 @@ def test_an_unknown_category_is_refused():
         category_id("z", ["a", "b"])
 
 
-def test_answers_go_on_from_places_in_them(encoder_dir, llama_dir):
+def test_the_teachers_tokens_are_labels_as_they_are(encoder_dir, llama_dir):
     examples = [
         Example("a", INSTRUCTIONS[0], "", "x", answer_ids=[5, 6, 7, 8, 2]),
         Example("b", INSTRUCTIONS[1], "", "x", answer_ids=[9]),
-        Example("c", INSTRUCTIONS[2], "", "a human answer"),
     ]
-    found = with_continuations(examples, 2)
-    assert found[:3] == examples
-    assert len(found) == 5
-    assert with_continuations(examples, 2) == found
-    for example in found[3:]:
-        assert example.answer_start
-        assert example.answer_start + example.answer_ids == [5, 6, 7, 8, 2]
-        assert example.id == f"a-from-{len(example.answer_start)}"
-
     processor = ProtoGenProcessor.from_encoder_decoder_pretrained(str(encoder_dir), str(llama_dir))
-    batch = ProtoGenCollator(processor)([examples[0], found[3]])
-    prompts, masks = batch["decoder_prompt_ids"], batch["decoder_prompt_mask"].bool()
-    whole, rest = prompts[0][masks[0]], prompts[1][masks[1]]
-    assert rest.tolist() == whole.tolist() + found[3].answer_start
-    assert batch["labels"][1][: len(found[3].answer_ids)].tolist() == found[3].answer_ids
-    assert batch["length_labels"].tolist() == [5, len(found[3].answer_ids)]
-    assert torch.equal(batch["input_ids"][0], batch["input_ids"][1])
+    batch = ProtoGenCollator(processor)(examples)
+    assert batch["labels"].tolist() == [[5, 6, 7, 8, 2], [9, -100, -100, -100, -100]]
+    assert batch["length_labels"].tolist() == [5, 1]
 
 
 def test_instructions_as_answers():

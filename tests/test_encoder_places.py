@@ -138,11 +138,6 @@ def test_contexts_that_are_cut(processor, windows):
     assert len(said) >= min(len(read), len(prompt)) - 3
 
 
-def test_partial_answers_stand_for_nothing(processor):
-    plain, begun = processor("play the rose"), processor("play the rose", answer_start=[[5, 6]])
-    assert begun["encoder_places"][0].tolist() == [*plain["encoder_places"][0].tolist(), 0, 0]
-
-
 def test_it_is_saved(processor, tmp_path):
     assert "encoder_places" in processor.model_input_names
     processor.save_pretrained(tmp_path)
@@ -155,9 +150,8 @@ def test_what_cannot_be_aligned_is_refused(processor, encoder_tokenizer):
     for pair in ((ByT5Tokenizer(), encoder_tokenizer), (encoder_tokenizer, ByT5Tokenizer())):
         with pytest.raises(ValueError, match="a token holds, and ByT5Tokenizer does not say: take .* fast tokenizers"):
             ProtoGenProcessor(*pair, aligns_encoder=True)
-    for options in ({"encoder_reads_answer": True}, {"for_encoder": False}):
-        with pytest.raises(ValueError, match="aligns_encoder needs an encoder, and one that reads no answer"):
-            ProtoGenProcessor(encoder_tokenizer, encoder_tokenizer, aligns_encoder=True, **options)
+    with pytest.raises(ValueError, match="aligns_encoder needs an encoder: leave it out for a model without one"):
+        ProtoGenProcessor(encoder_tokenizer, encoder_tokenizer, aligns_encoder=True, for_encoder=False)
 
 
 @torch.no_grad()

@@ -212,22 +212,16 @@ def test_teacher_targets_from_the_command_line(call, recipe, tmp_path, monkeypat
     rows = [{"instruction": f"who is the {word}", "batch": 0} for word in ("cat", "dog", "bird")]
     append_lines(tmp_path / "more" / "teacher" / "instructions.jsonl", rows)
     assert "answers in" in call("teacher", *synthetic)
-    assert "continuations need decoder_sees_prompt" in call("train", *synthetic, "--continuations", 2)
     prompts = tmp_path / "prompts"
-    last = [*synthetic, "--continuations", 2, "--decoder_sees_prompt", "true", "--prompt_store", prompts]
+    last = [*synthetic, "--decoder_sees_prompt", "true", "--prompt_store", prompts]
     last[last.index("--output_dir") + 1] = tmp_path / "runs" / "alone" / "base"
-    last += ["--validation_continuations", 1, "--teacher_answers", tmp_path / "more" / "teacher"]
+    last += ["--teacher_answers", tmp_path / "more" / "teacher"]
     assert "model in" in call("train", *last)
     assert list(prompts.glob("*.safetensors"))
     answers = pd.read_csv(tmp_path / "runs" / "alone" / "base" / "answers.csv")
-    later = answers[answers["answer_start"] > 0]
-    ids, starts = zip(*later["id"].str.split("-from-"), strict=True)
-    assert list(map(int, starts)) == later["answer_start"].tolist()
-    assert set(ids) <= set(answers["id"][answers["answer_start"] == 0])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "alone.yaml").write_text(f"{{recipe: {recipe}, runs: {{base: {{}}}}, gather: answers}}")
     call("sweep", tmp_path / "alone.yaml", "--gather")
     metrics = read_result(tmp_path / "runs" / "alone.json")["metrics"]
-    assert metrics["base_agreement_later"][0] == pytest.approx(later["agreement"].mean())
-    assert metrics["base_agreement"][0] == pytest.approx(answers["agreement"][answers["answer_start"] == 0].mean())
+    assert metrics["base_agreement"][0] == pytest.approx(answers["agreement"].mean())
     assert "set targets to teacher or both" in call("train", *synthetic, "--targets", "human")

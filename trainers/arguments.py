@@ -106,17 +106,8 @@ class TargetArguments:
     )
     teacher_max_length: int = field(default=64, metadata={"help": "Tokens at which the teacher's answers are cut."})
     teacher_batch_size: int = field(default=32, metadata={"help": "Instructions that the teacher answers at once."})
-    continuations: int = field(
-        default=0,
-        metadata={"help": "Training examples more for each teacher answer, that go on from random places in it."},
-    )
-    validation_continuations: int = field(
-        default=0, metadata={"help": "The same of each held-out answer, measured in answers.csv beside the beginnings."}
-    )
 
     def __post_init__(self):
-        if (self.continuations or self.validation_continuations) and self.targets in ("human", "self"):
-            raise ValueError("continuations are of the teacher's answers: set targets to teacher or both.")
         if self.instructions != "data" and self.targets in ("human", "self"):
             raise ValueError(
                 "nobody has answered synthetic instructions but the teacher: set targets to teacher or both."
@@ -171,9 +162,6 @@ class ModelArguments:
     decoder_sees_prompt: bool = config_field("decoder_sees_prompt")
     encoder_lora_rank: int = field(
         default=0, metadata={"help": "Trains low-rank adapters in the encoder instead of its weights; 0 = none."}
-    )
-    encoder_reads_answer: bool = field(
-        default=False, metadata={"help": "With continuations: the encoder, too, reads what they go on from."}
     )
     max_input_length: int | None = field(default=None, metadata={"help": "The encoder's window in tokens."})
     max_prompt_length: int = field(default=1024, metadata={"help": "Longest prompt in decoder tokens."})
@@ -233,7 +221,6 @@ def load_processor(model_args: ModelArguments, max_answer_length: int) -> ProtoG
         max_input_length=model_args.max_input_length,
         max_prompt_length=model_args.max_prompt_length,
         max_answer_length=max_answer_length,
-        encoder_reads_answer=model_args.encoder_reads_answer,
         aligns_encoder=model_args.aligns_encoder,
         prompt_template=model_args.prompt_template,
         answer_format=model_args.answer_format,

@@ -25,7 +25,7 @@ def build_model(model_args: ModelArguments, categories: list[str] | None) -> Pro
     encoder, decoder = fields.pop("encoder"), resolve(fields.pop("decoder"))
     encoder = resolve(encoder) if model_args.has_encoder else None
     dtype = getattr(torch, fields.pop("decoder_dtype"))
-    of_processor = ("max_input_length", "max_prompt_length", "prompt_template", "answer_format", "encoder_reads_answer")
+    of_processor = ("max_input_length", "max_prompt_length", "prompt_template", "answer_format")
     for name in (*of_processor, "encoder_lora_rank"):
         fields.pop(name)
     if is_deepspeed_zero3_enabled():

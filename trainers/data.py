@@ -1,7 +1,6 @@
 """Instruction data: loading, splitting and collating."""
 
 import hashlib
-import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -62,7 +61,6 @@ class Example:
         instruction, context, answer (`str`): `context` may be empty.
         category (`str`, *optional*)
         answer_ids (`list[int]`, *optional*): the answer's tokens as the teacher wrote them, instead of `answer`.
-        answer_start (`list[int]`): tokens before those, which the decoder reads after its prompt.
     """
 
     id: str
@@ -71,7 +69,6 @@ class Example:
     answer: str
     category: str | None = None
     answer_ids: list[int] | None = None
-    answer_start: list[int] = field(default_factory=list)
 
     @property
     def num_characters(self) -> int:
@@ -268,22 +265,6 @@ def with_own_texts(examples: list[Example]) -> list[Example]:
     return [replace(e, id=f"{e.id}-self", context="", answer=e.instruction) for e in examples]
 
 
-def with_continuations(examples: list[Example], number: int) -> list[Example]:
-    """
-    The examples, and for each of the teacher's answers `number` that go on from random places in it, the same ones in
-    every run: what later blocks of a longer answer are drafted from.
-    """
-    more = []
-    for example in examples:
-        ids = example.answer_ids
-        if ids is not None:
-            places = range(1, len(ids))
-            rng = random.Random(int(stable_hash(example.id)[:8], 16))
-            for at in sorted(rng.sample(places, min(number, len(places)))):
-                more.append(replace(example, id=f"{example.id}-from-{at}", answer_ids=ids[at:], answer_start=ids[:at]))
-    return examples + more
-
-
 class ProtoGenCollator:
     """
     Makes a batch of examples.
@@ -321,7 +302,6 @@ class ProtoGenCollator:
                 [example.instruction for example in examples],
                 [example.context for example in examples],
                 [example.target for example in examples],
-                [example.answer_start for example in examples],
             )
         )
         if self.categories:

@@ -30,7 +30,7 @@ from .text_files import read_json
 # The fields of a processor, without what says whether it has an encoder.
 PROCESSOR_FIELDS = (
     *("max_input_length", "max_prompt_length", "max_answer_length"),
-    *("prompt_template", "answer_format", "encoder_reads_answer", "aligns_encoder", "vocabularies"),
+    *("prompt_template", "answer_format", "aligns_encoder", "vocabularies"),
 )
 VARIANTS = re.compile(r"first:(?P<layers>\d+)|untrained|untrained-gpt_neox:(?P<width>\d+)x(?P<depth>\d+)")
 

@@ -22,7 +22,7 @@ def length(arguments) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: train first.")
     made_with = read_json(run / "metrics.json")["run"]
-    count = (pd.read_csv(run / "answers.csv")["answer_start"] == 0).sum()
+    count = len(pd.read_csv(run / "answers.csv"))
     content = report.result(
         command=arguments.command_line,
         model=f"encoder {made_with['encoder']}; lengths in tokens of {made_with['decoder']}",

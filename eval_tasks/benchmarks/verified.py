@@ -171,7 +171,6 @@ def time_verified(arguments, models: dict, drafters: dict, sources: dict) -> dic
                     mode="verified",
                     max_new_tokens=arguments.timed_tokens,
                     block_size=arguments.block_size,
-                    processor=own_processor,
                     return_dict_in_generate=True,
                 ).accepted_lengths.item()
                 for e in chosen

@@ -29,7 +29,6 @@ from trainers.data import (
     categories_of,
     load_examples,
     split_by_instruction,
-    with_continuations,
     with_own_texts,
     with_teacher_answers,
 )
@@ -81,7 +80,7 @@ def train(
         return
     settle_losses(model_args, args)
     bank_folder, bank = bank_args.folder(output_dir), None
-    check(model_args, target_args, args, bank_folder)
+    check(model_args, args, bank_folder)
     if args.deepspeed_plugin and args.use_cpu:
         start_deepspeed_on_cpus()
     set_seed(args.seed)
@@ -94,7 +93,6 @@ def train(
     if "bank" in args.needs:
         bank = ProtoTokenBank(bank_folder, bank_info(model_args, model.decoder))
         train_examples = banked(train_examples, bank)
-    train_examples = with_continuations(train_examples, target_args.continuations)
     embeddings = answer_embeddings(train_examples, processor, inputs.teacher) if "embeddings" in args.needs else None
     trainer = ProtoGenTrainer(
         model=model,
@@ -118,9 +116,8 @@ def train(
                 merge_lora(model)
             # Without that the decoder cannot write whole answers from its proto-tokens.
             if not (args.trains_token_head_alone or args.num_anchors):
-                measured = with_continuations(validation_examples, target_args.validation_continuations)
                 with full_disk_named(output_dir):
-                    calibrate(model, processor, train_examples, measured, bank, output_dir)
+                    calibrate(model, processor, train_examples, validation_examples, bank, output_dir)
             save(output_dir, model, processor, validation_examples)
             write_json(metrics_path, metrics)
             print(f"model in {output_dir / 'model'}, metrics in {metrics_path}")
@@ -226,19 +223,12 @@ def answer_embeddings(examples: list[Example], processor: ProtoGenProcessor, tea
     return {example.id: vector for example, vector in zip(examples, vectors, strict=True)}
 
 
-def check(
-    model_args: ModelArguments, target_args: TargetArguments, args: ProtoGenTrainingArguments, bank: Path
-) -> None:
+def check(model_args: ModelArguments, args: ProtoGenTrainingArguments, bank: Path) -> None:
     """
     Raises:
         ValueError: if the arguments contradict each other.
         FileNotFoundError: if the losses need a bank and there is none.
     """
-    goes_on = target_args.continuations or target_args.validation_continuations
-    if goes_on and not model_args.decoder_sees_prompt:
-        raise ValueError("the decoder reads what an answer goes on from: continuations need decoder_sees_prompt: true.")
-    if model_args.encoder_reads_answer and not (target_args.continuations and model_args.has_encoder):
-        raise ValueError("encoder_reads_answer needs an encoder, and continuations for it to read.")
     if "bank" not in args.needs:
         return
     if model_args.decoder_sees_prompt:
