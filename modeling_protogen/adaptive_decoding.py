@@ -8,7 +8,7 @@ import torch
 from .autoregressive import DecoderState
 from .block_decoding import Drafter, GenerationBuffer
 from .draft_length import DraftLength, pass_cost
-from .frozen_decoder import logits_of, num_positions
+from .frozen_decoder import logits_of
 from .sampling import log_probability
 
 # Share of sure tokens at each place of a draft that is expected before any: the first draft is a whole block.
@@ -45,7 +45,8 @@ def adaptive_decoding(
     draft_lengths = [DraftLength(costs, EXPECTED) for _ in prompt[0]]
     tokens, mask = prompt
     while answers.unfinished:
-        free = num_positions(decoder) - text.mask.sum(1) - mask.sum(1)
+        # Slots beyond the decoder's last position would write anything.
+        free = model.longest_answers(text.mask.sum(1) + mask.sum(1)).sub(1).clamp_min(0)
         wanted = [
             0 if done else min(length.next(), most)
             for done, length, most in zip(answers.is_done, draft_lengths, free.tolist(), strict=True)

@@ -25,7 +25,7 @@ class DraftLength:
 
     def __init__(self, costs: list[float], expected: float):
         self.costs = costs
-        self.rates = [expected] * len(costs)
+        self.rates, self.num_noted = [expected] * len(costs), [0] * len(costs)
         self.pause, self.waiting = FIRST_PAUSE, 0
 
     def next(self) -> int:
@@ -53,5 +53,7 @@ class DraftLength:
         if kept:
             self.pause = FIRST_PAUSE
         for place in range(min(size, int(kept) + 1)):
-            right = min(1.0, kept - place)
-            self.rates[place] += (right - self.rates[place]) / MEMORY
+            # The first ones weigh as much as what was expected.
+            self.num_noted[place] += 1
+            share = 1 / min(MEMORY, 1 + self.num_noted[place])
+            self.rates[place] += share * (min(1.0, kept - place) - self.rates[place])

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, TextStreamer
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenGenerationConfig
+from modeling_protogen.adaptive_decoding import EXPECTED
+from modeling_protogen.draft_length import POSITION_COST, DraftLength
 from modeling_protogen.generation_protogen import MODES
 from modeling_protogen.one_step_decoding import candidates
 from modeling_protogen.proto_tokens import build_layout, fill_slots
@@ -28,41 +30,30 @@ def slow_adaptive(model, processor, instruction, context, block_size, threshold)
     adapted, adapted_layers = adapted_decoder(model)
     config, inputs = model.config, processor(instruction, context)
     prompt = inputs["decoder_prompt_ids"][inputs["decoder_prompt_mask"].bool()][None]
-    embed, states = model.decoder.get_input_embeddings(), model.encode(inputs.get("input_ids"))
-    answer = [model.decoder(prompt).logits[0, -1].argmax().item()]
-    new, usually_kept, pause, waiting = 1, block_size / 2, 4, 0
+    embed, answer, prediction = model.decoder.get_input_embeddings(), [], model.predict(**inputs)
+
+    def slots_of(size):
+        shape = config.arrangement, config.chunk_size, config.max_chunks, config.num_e_tokens
+        layout = build_layout(torch.tensor([1 + size]), *shape)
+        return fill_slots(layout, prediction.e, prediction.m), layout.predicts[0]
+
+    costs = [1 + POSITION_COST * slots_of(size)[0].shape[1] for size in range(1, block_size)]
+    draft_length = DraftLength(costs, EXPECTED)
     while len(answer) < TOKENS:
-        text = torch.cat([prompt, torch.tensor([answer])], dim=1)
-        hidden = model.decoder(text[:, :-new], output_hidden_states=True).hidden_states
-        known = torch.stack([hidden[0], hidden[1], hidden[2]], dim=2)
-        size = 1 if waiting else min(block_size, TOKENS - len(answer), 2 + round(2 * usually_kept))
-        prediction = model.proto_predictor(*states, known, torch.ones(known.shape[:2], dtype=torch.long))
-        # Where the decoder's states are read, the slots are those of an answer that begins with the last token.
-        skipped = 2 if config.latent_source in ("decoder", "both") else 1
-        layout = build_layout(
-            torch.tensor([size + skipped - 1]),
-            config.arrangement,
-            config.chunk_size,
-            config.max_chunks,
-            config.num_e_tokens,
-        )
-        slots = fill_slots(layout, prediction.e, prediction.m)
+        text = torch.cat([prompt, torch.tensor([answer], dtype=torch.long)], dim=1)
+        wanted = draft_length.next()
+        size = min(wanted, TOKENS - len(answer) - 1)
+        slots, predicts = slots_of(size)
         for layer in adapted_layers:
             layer.start = text.shape[1]
         logits = adapted(inputs_embeds=torch.cat([embed(text), slots], dim=1)).logits[0, text.shape[1] - 1 :]
-        drafts = logits[1:][layout.predicts[0]][skipped:]
-        p = torch.cat([logits[:1], drafts]).softmax(-1)
+        p = torch.cat([logits[:1], logits[1:][predicts][1:]]).softmax(-1)
         new = 1
-        while new < size and p[new].max() >= threshold:
+        while new <= size and p[new].max() >= threshold:
             new += 1
         answer += p[:new].argmax(-1).tolist()
-        waiting = max(0, waiting - 1)
-        if size > 1:
-            usually_kept = (usually_kept + new - 1) / 2
-            if usually_kept < 0.25:
-                waiting, pause = pause, 2 * pause
-            else:
-                pause = 4
+        if size:
+            draft_length.note(size, new - 1)
     return answer
 
 
@@ -96,7 +87,7 @@ def test_adaptive_decoding_that_is_never_sure_is_greedy(build, decoder_dir):
     assert answers_of(output) == [greedy(model, processor, *pair) for pair in zip(MORE, MORE_CONTEXTS, strict=True)]
     assert (output.accepted_lengths == 0).all()
     # Where drafts do not pay they get rare.
-    assert (output.num_drafts < TOKENS / 2).all()
+    assert (output.num_drafts < TOKENS - 2).all()
 
 
 def test_refining_all_of_it_ends_at_the_greedy_answer(build, decoder_dir):
@@ -207,7 +198,9 @@ def test_kept_drafts_have_the_decoders_distribution(sampling):
 
 
 @torch.no_grad()
-def test_verified_samples_have_the_decoders_distribution(build, decoder_dir):
+def test_verified_samples_have_the_decoders_distribution(build, decoder_dir, monkeypatch):
+    # A batch of thousands is not worth a draft.
+    monkeypatch.setattr("modeling_protogen.draft_length.POSITION_COST", 0.0)
     model, processor = build(decoder_dir, decoder_sees_prompt=True, latent_source="decoder")
     without_eos(model)
     torch.manual_seed(0)

@@ -1,6 +1,5 @@
 """Whether verified answers are the decoder's greedy ones, token for token, and how much faster they come."""
 
-import importlib
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -17,12 +16,12 @@ from eval_tasks.baselines.writing import Writer
 from eval_tasks.latency import interleaved_seconds, ratio_with_interval
 from eval_tasks.statistics import mean_with_interval
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen.block_decoding import Drafter
 from trainers.data import DataArguments, held_out_of, load_examples
 from trainers.decoders import load_decoder
 from trainers.devices import best_device
 from trainers.files import append_lines, read_lines
 
-verified_decoding = importlib.import_module("modeling_protogen.verified_decoding")
 WRONG = "always_wrong"
 
 
@@ -82,15 +81,15 @@ def verified(arguments) -> None:
 
 def drafting_wrongly(write: Writer) -> Writer:
     """Verified answers whose drafts are all of the unknown token, which the decoder does not write."""
-    read_and_draft = verified_decoding.read_and_draft
+    right = Drafter.logits
 
     def wrong(*args):
-        logits = read_and_draft(*args)
-        logits[:, 1:, 0] = torch.finfo(logits.dtype).max
+        logits = right(*args)
+        logits[..., 0] = torch.finfo(logits.dtype).max
         return logits
 
     def write_from_wrong(*args):
-        with mock.patch.object(verified_decoding, "read_and_draft", wrong):
+        with mock.patch.object(Drafter, "logits", wrong):
             return write(*args)
 
     return write_from_wrong
