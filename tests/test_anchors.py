@@ -1,13 +1,22 @@
 """Drafts behind many places of an answer in one pass: each is what a pass of its own over the text before it gives."""
 
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
-from conftest import CONTEXTS, INSTRUCTIONS, set_dropout, stir_slot_adapters
+from conftest import CONTEXTS, INSTRUCTIONS, set_dropout, stir_slot_adapters, weights_hash
 
+from eval_tasks.text_metrics import draft_metrics
 from modeling_protogen.anchors import even_anchors, labels_behind, random_anchors, text_so_far
 from modeling_protogen.frozen_decoder import answer_logits
 from modeling_protogen.objectives import IGNORE_INDEX, reconstruction_loss
 from modeling_protogen.proto_tokens import fill_slots
+from trainers.data import Example, ProtoGenCollator
+from trainers.protogen_trainer import ProtoGenTrainer
+from trainers.resuming import last_complete_checkpoint
+from trainers.training_args import ProtoGenTrainingArguments
 
 LONG = ["a cat sat on the mat under the tree", "paris", "the dog ran and the bird flew", "red blue"]
 FIELDS = [
@@ -90,3 +99,70 @@ def test_anchors_have_tokens_behind_them():
     drawn = random_anchors(labels, 400)
     assert [set(row.tolist()) for row in drawn] == [set(range(8)), set(range(3)), {0}]
     assert even_anchors(labels, 4).tolist() == [[0, 2, 4, 6], [0, 0, 1, 2], [0, 0, 0, 0]]
+
+
+@pytest.fixture
+def train(build, llama_dir, tmp_path):
+    """Trains a drafter on two answers, and returns the trainer."""
+
+    def train(resumes=False, **arguments):
+        model, processor = build(
+            llama_dir,
+            latent_source="none",
+            arrangement="e_m",
+            chunk_size=4,
+            slot_adapter_rank=4,
+            decoder_sees_prompt=True,
+        )
+        processor.max_answer_length = 32
+        examples = [Example(text, text, "", text, answer_ids=processor.encode_answers([text])["labels"][0].tolist())
+                    for text in (LONG[0], LONG[2])]  # fmt: skip
+        args = ProtoGenTrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, num_anchors=6, **{"save_strategy": "no"} | arguments
+        )
+        trainer = ProtoGenTrainer(
+            model,
+            args,
+            ProtoGenCollator(processor),
+            examples,
+            examples,
+            compute_metrics=draft_metrics(model.config.draft_length),
+        )
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path) if resumes else None)
+        return trainer
+
+    return train
+
+
+def test_a_trainer_learns_drafts_and_says_how_many_are_right(train):
+    trainer = train(max_steps=150, learning_rate=2e-2, warmup_steps=10)
+    assert trainer.args.losses == {"draft": 1.0}
+    metrics = trainer.evaluate()
+    assert {"eval_top1_1", "eval_top1_2", "eval_top1_3"} < set(metrics)
+    assert metrics["eval_top1_1"] > 0.9
+    assert metrics["eval_kept_tokens"] > 1.5
+
+
+def test_training_drafts_resumes(train, tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 1}
+    whole = weights_hash(train(**settings).model)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    assert weights_hash(train(resumes=True, **settings).model) == whole
+
+
+def test_metrics_of_drafts():
+    labels = np.array([[5, 6, 7, 8, 9, -100], [4, 3, 2, -100, -100, -100]])
+    drafts = np.array([[5, 6, 0, 8, 0, -100], [0, 3, 2, -100, -100, -100]])
+    found = draft_metrics(3)(SimpleNamespace(predictions=drafts, label_ids=labels))
+    assert found == {"top1_1": 2 / 3, "top1_2": 2 / 3, "top1_3": 1 / 2, "kept_tokens": 1.0}
+
+
+def test_what_drafts_need_is_said(build, llama_dir, tmp_path):
+    with pytest.raises(ValueError, match="with num_anchors the losses are draft and reconstruction; got siglip"):
+        ProtoGenTrainingArguments(output_dir=str(tmp_path), num_anchors=2, losses={"siglip": 1.0})
+    with pytest.raises(ValueError, match="num_anchors=-1 must be at least 0"):
+        ProtoGenTrainingArguments(output_dir=str(tmp_path), num_anchors=-1)
+    model, processor = build(llama_dir)
+    args = ProtoGenTrainingArguments(output_dir=str(tmp_path), use_cpu=True, num_anchors=2)
+    with pytest.raises(ValueError, match="set decoder_sees_prompt: true"):
+        ProtoGenTrainer(model, args, train_dataset=[], processing_class=processor)

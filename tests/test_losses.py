@@ -14,6 +14,7 @@ from trainers.distillation import teacher_top_k
 from trainers.losses import (
     LOSSES,
     DistanceBasedLogisticLoss,
+    DraftLoss,
     DurationLoss,
     InfoNCELoss,
     LengthNLLLoss,
@@ -170,6 +171,16 @@ def test_reconstruction_is_the_mean_over_texts_of_the_mean_over_tokens():
     surprise = -logits.log_softmax(-1)
     expected = ((surprise[0, 1] + surprise[1, 2] + surprise[2, 3]) / 3 + surprise[3, 4]) / 2
     torch.testing.assert_close(ReconstructionLoss()(ProtoGenOutput(answer_logits=logits), {"labels": labels}), expected)
+
+
+def test_later_tokens_of_a_draft_count_less():
+    logits = torch.randn(5, 7)
+    labels = torch.tensor([[1, 2, 3], [4, 5, -100], [-100, -100, -100]])
+    surprise, whole = -logits.log_softmax(-1), 1 + 0.8 + 0.64
+    first = (surprise[0, 1] + 0.8 * surprise[1, 2] + 0.64 * surprise[2, 3]) / whole
+    second = (surprise[3, 4] + 0.8 * surprise[4, 5]) / whole
+    found = DraftLoss()(ProtoGenOutput(answer_logits=logits), {"labels": labels})
+    torch.testing.assert_close(found, (first + second) / 3)
 
 
 def test_length_nll_takes_true_lengths_or_those_of_the_labels():

@@ -5,6 +5,7 @@ BENCHMARKS = {
     "quickstart": ("quickstart", "gather a finished quickstart"),
     "snips": ("snips", "commands to JSON, beside the same decoder token by token"),
     "decode": ("decoding", "latency and throughput of one pass, against token by token"),
+    "drafts": ("drafts", "how often drafts are right, place by place"),
     "verified": ("verified", "verified answers against greedy ones: equal tokens, and time"),
     "fit": ("fitting", "fitting against the paper's loop, and its memory"),
     "fit-memory": ("fitting", "the memory of one number of slots"),

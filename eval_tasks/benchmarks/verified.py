@@ -17,7 +17,7 @@ from eval_tasks.latency import interleaved_seconds, ratio_with_interval
 from eval_tasks.statistics import mean_with_interval
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.block_decoding import Drafter
-from trainers.data import DataArguments, held_out_of, load_examples
+from trainers.data import DataArguments, Example, held_out_of, load_examples
 from trainers.decoders import load_decoder
 from trainers.devices import best_device
 from trainers.files import append_lines, read_lines
@@ -44,10 +44,7 @@ def add_commands(commands) -> None:
 
 def verified(arguments) -> None:
     run = Path(arguments.run)
-    sources = {"dolly": load_examples(DataArguments(data=arguments.dolly))}
-    if arguments.gsm8k:
-        fields = {"instruction_field": "question", "context_field": None, "answer_field": "answer"}
-        sources["gsm8k"] = load_examples(DataArguments(data=arguments.gsm8k, **fields))
+    sources = sources_of(arguments)
     device = best_device()
     torch.manual_seed(0)
     trained = ProtoGenForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32).to(device)
@@ -77,6 +74,15 @@ def verified(arguments) -> None:
         metrics=metrics,
     )
     report.write_result(run / "verified.json", content)
+
+
+def sources_of(arguments) -> dict[str, list[Example]]:
+    """The prompts of each data set."""
+    sources = {"dolly": load_examples(DataArguments(data=arguments.dolly))}
+    if arguments.gsm8k:
+        fields = {"instruction_field": "question", "context_field": None, "answer_field": "answer"}
+        sources["gsm8k"] = load_examples(DataArguments(data=arguments.gsm8k, **fields))
+    return sources
 
 
 def drafting_wrongly(write: Writer) -> Writer:
