@@ -42,13 +42,13 @@ def adaptive_decoding(
     decoder, sampling = model.decoder, options.sampling
     text = DecoderState(decoder, len(prompt[0]))
     costs = [pass_cost(1 + drafter.num_slots(size)) for size in range(1, block_size)]
-    draft_lengths = [DraftLength(costs, EXPECTED) for _ in prompt[0]]
+    draft_lengths = [DraftLength(len(costs), EXPECTED) for _ in prompt[0]]
     tokens, mask = prompt
     while answers.unfinished:
         # Slots beyond the decoder's last position would write anything.
         free = model.longest_answers(text.mask.sum(1) + mask.sum(1)).sub(1).clamp_min(0)
         wanted = [
-            0 if done else min(length.next(), most)
+            0 if done else min(length.next(costs), most)
             for done, length, most in zip(answers.is_done, draft_lengths, free.tolist(), strict=True)
         ]
         drafted = min(max(wanted), answers.room - 1)

@@ -4,14 +4,20 @@ by speculative sampling (Leviathan et al., 2023, https://arxiv.org/abs/2211.1719
 """
 
 import torch
+import torch.nn.functional as F
 
 from .anchors import longest_pair_masked
 from .autoregressive import DecoderState
 from .block_decoding import Drafter, GenerationBuffer
 from .draft_length import DraftLength, pass_cost
 from .frozen_decoder import logits_of
+from .prompt_lookup import continuations
 from .sampling import Sampling, log_probability
 
+# Tokens of a draft from the text itself at most.
+LONGEST_LOOKUP = 10
+# The logit of a drafted token that was not drawn.
+CERTAIN = 1e4
 # Share of right tokens at each place of a draft that is expected before any.
 EXPECTED = 0.5
 
@@ -44,6 +50,29 @@ def accept(
     return kept, torch.multinomial(left, 1)[:, 0]
 
 
+def relative_cost(batch: int, num_drafted: int, slots: int, later: int) -> float:
+    """
+    Time of a pass that verifies drafts with so many slots behind each token, and of `later` positions of another pass,
+    in passes without these slots and positions.
+    """
+    read = batch * (1 + num_drafted)
+    return pass_cost(read * (1 + slots) + batch * later) / pass_cost(read)
+
+
+def lookup_that_pays(
+    texts: list[list[int]], longest: int, by_lookup: DraftLength, least_gain: float
+) -> torch.LongTensor:
+    """
+    Drafts `(batch, tokens)` from the texts themselves; without tokens where more than `least_gain` tokens in the time
+    of a pass are not expected of them.
+    """
+    found = continuations(texts, min(longest, LONGEST_LOOKUP))
+    costs = [relative_cost(len(texts), 0, 0, later) for later in range(1, found.shape[1] + 1)]
+    size = by_lookup.best(costs)
+    pays = size and (1 + by_lookup.kept(size)) / costs[size - 1] > least_gain
+    return found[:, : size if pays else 0]
+
+
 def verified_decoding(
     model,
     answers: GenerationBuffer,
@@ -54,15 +83,16 @@ def verified_decoding(
 ) -> int:
     """
     Each pass reads the token that is certain and a draft after it, with slots behind each of them: it says how much of
-    the draft is kept and what follows that for certain, and the slots behind the last kept token draft on. Where a
-    decoder takes no masks of pairs, passes that verify and passes that draft take turns.
+    the draft is kept and what follows that for certain, and the slots behind the last kept token draft on. Where more
+    is expected of how the text has gone on from its last tokens before, that is the draft. Where a decoder takes no
+    masks of pairs, passes that verify and passes that draft take turns.
 
     Args:
         model (`ProtoGenForConditionalGeneration`)
         answers (`GenerationBuffer`): empty; they are complete when this returns.
         drafter (`Drafter`)
         prompt: ids and mask `(batch, prompt)`, padded on the left.
-        block_size (`int`): tokens of a draft at most, the certain one included.
+        block_size (`int`): tokens of a draft from slots at most, the certain one included.
         options (`ProtoGenGenerationConfig`)
 
     Returns:
@@ -70,28 +100,38 @@ def verified_decoding(
     """
     decoder, sampling, rows = model.decoder, options.sampling, torch.arange(len(prompt[0]), device=model.device)
     text, longest_masked = DecoderState(decoder, len(rows)), longest_pair_masked(decoder)
-    sizes = [drafter.num_slots(size) for size in range(1, block_size)]
-    costs = [pass_cost(len(rows) * (2 + place) * (1 + slots)) for place, slots in enumerate(sizes)]
-    draft_length = DraftLength(costs, EXPECTED)
-    (tokens, mask), num_drafted, drafted_from = prompt, 0, None
+    num_slots = [drafter.num_slots(size) for size in range(1, block_size)]
+    by_slots, by_lookup = DraftLength(block_size - 1, EXPECTED), DraftLength(LONGEST_LOOKUP, EXPECTED)
+    beginnings = [ids[is_text.bool()].tolist() for ids, is_text in zip(*prompt, strict=True)]
+    (tokens, mask), source, drafts, drafted_from = prompt, by_slots, prompt[0][:, :0], None
     while answers.unfinished:
-        # One of them is the next for certain, and the slots behind that draft what is left.
-        left = answers.room - 1 - num_drafted
-        can_draft = not num_drafted or text.ids.shape[1] + 2 * block_size < longest_masked
-        size = min(draft_length.next(), max(left - 1, 0)) if can_draft else 0
+        num_drafted, size = drafts.shape[1], 0
+        if not num_drafted or text.ids.shape[1] + num_drafted + block_size < longest_masked:
+            # This pass and the next write a token each without drafts.
+            wanted = enumerate(num_slots[: max(answers.room - 2, 0)], start=1)
+            size = by_slots.next([relative_cost(len(rows), num_drafted, slots, later) for later, slots in wanted])
         states, behind = text.read(tokens, mask, 1 + num_drafted, drafter.slots(size))
         own = logits_of(decoder, states)
-        drafts = tokens[:, tokens.shape[1] - num_drafted :]
         kept, certain = accept(drafts, drafted_from, own, sampling)
-        written = torch.cat([drafts, certain[:, None]], dim=1).scatter(1, kept[:, None], certain[:, None])
         if num_drafted:
-            draft_length.note(num_drafted, kept[answers.unfinished].float().mean().item())
+            source.note(num_drafted, kept[answers.unfinished].float().mean().item())
             answers.note_draft(kept, answers.unfinished)
+        certain = certain[:, None]
+        written = torch.cat([drafts, certain], dim=1).scatter(1, kept[:, None], certain)
         answers.extend(written, log_probability(own, written), kept + 1)
         text.forget(num_drafted - kept, answers.is_done)
-        tokens, num_drafted = certain[:, None], min(size, text.num_free - 1)
-        if num_drafted > 0:
-            drafted_from = drafter.logits(behind[rows, kept], size)[:, :num_drafted]
-            tokens = torch.cat([tokens, sampling.pick(drafted_from)], dim=1)
+        longest = min(answers.room, text.num_free) - 1 if answers.unfinished else 0
+        source, drafts = by_slots, certain[:, :0]
+        if size and longest:
+            drafted_from = drafter.logits(behind[rows, kept], size)[:, :longest]
+            drafts = sampling.pick(drafted_from)
+        if longest:
+            least = (1 + by_slots.kept(drafts.shape[1])) / relative_cost(len(rows), 0, 0, drafts.shape[1])
+            texts = [a + b for a, b in zip(beginnings, answers.tokens, strict=True)]
+            looked_up = lookup_that_pays(texts, longest, by_lookup, least).to(rows.device)
+            if looked_up.shape[1]:
+                source, drafts = by_lookup, looked_up
+                drafted_from = CERTAIN * F.one_hot(drafts, own.shape[-1]).to(own.dtype)
+        tokens = torch.cat([certain, drafts], dim=1)
         mask = torch.ones_like(tokens)
     return text.num_passes

@@ -38,10 +38,10 @@ def slow_adaptive(model, processor, instruction, context, block_size, threshold)
         return fill_slots(layout, prediction.e, prediction.m), layout.predicts[0]
 
     costs = [1 + POSITION_COST * slots_of(size)[0].shape[1] for size in range(1, block_size)]
-    draft_length = DraftLength(costs, EXPECTED)
+    draft_length = DraftLength(len(costs), EXPECTED)
     while len(answer) < TOKENS:
         text = torch.cat([prompt, torch.tensor([answer], dtype=torch.long)], dim=1)
-        wanted = draft_length.next()
+        wanted = draft_length.next(costs)
         size = min(wanted, TOKENS - len(answer) - 1)
         slots, predicts = slots_of(size)
         for layer in adapted_layers:

@@ -15,6 +15,7 @@ from modeling_protogen.autoregressive import DecoderState
 from modeling_protogen.block_decoding import Drafter, GenerationBuffer
 from modeling_protogen.draft_length import FIRST_PAUSE, LONGEST_PAUSE, DraftLength
 from modeling_protogen.frozen_decoder import logits_of
+from modeling_protogen.prompt_lookup import continuation, continuations
 from modeling_protogen.proto_tokens import position_ids
 from trainers.data import Example
 from trainers.decoders import load_decoder
@@ -172,7 +173,7 @@ def test_texts_of_a_batch_grow_at_different_paces(build, decoder_dir, monkeypatc
     )
     assert output.sequences.tolist() == expected
     assert output.num_passes < TOKENS
-    assert 0.5 < output.accepted_lengths.mean() < 5
+    assert 0.2 < output.accepted_lengths.mean() < 5
     assert output.accepted_lengths.unique().numel() > 1
 
 
@@ -183,6 +184,8 @@ def test_wrong_drafts_cost_no_pass(build, decoder_dir, monkeypatch, rows):
     without_eos(model)
     expected = [greedy(model, processor, *pair) for pair in zip(MORE[:rows], MORE_CONTEXTS[:rows], strict=True)]
     plan_drafts(monkeypatch, expected, lambda size: 0)
+    nothing = torch.empty(rows, 0, dtype=torch.long)
+    monkeypatch.setattr("modeling_protogen.verified_decoding.continuations", lambda texts, longest: nothing)
     inputs = processor(MORE[:rows], MORE_CONTEXTS[:rows])
     output = model.generate(
         **inputs, mode="verified", max_new_tokens=TOKENS, block_size=8, return_dict_in_generate=True
@@ -195,26 +198,29 @@ def test_wrong_drafts_cost_no_pass(build, decoder_dir, monkeypatch, rows):
 
 def test_drafts_are_as_long_as_they_pay():
     costs = [1.1, 1.2, 1.4, 1.8]
-    sure, doubtful = DraftLength(costs, 1.0), DraftLength(costs, 0.5)
     # 4 / 1.4 > 5 / 1.8
-    assert sure.next() == 3
+    assert DraftLength(4, 1.0).next(costs) == 3
     # 1.5 / 1.1 < 1.75 / 1.2 > 1.875 / 1.4
-    assert doubtful.next() == 2
+    length = DraftLength(4, 0.5)
+    assert length.kept(4) == pytest.approx(0.5 + 0.25 + 0.125 + 0.0625)
+    assert length.next(costs) == 2
+    assert length.next([1.9, 2.5, 3.9, 5.0]) == 0
+    length = DraftLength(4, 0.5)
     for _ in range(40):
-        doubtful.note(2, 2.0)
-    assert doubtful.rates[:2] == pytest.approx([1, 1], abs=0.01)
-    assert doubtful.rates[2:] == [0.5, 0.5]
+        length.note(2, 2.0)
+    assert length.rates[:2] == pytest.approx([1, 1], abs=0.01)
+    assert length.rates[2:] == [0.5, 0.5]
     for _ in range(40):
-        doubtful.note(2, 1.0)
-    assert doubtful.rates[0] > 0.99 > 0.01 > doubtful.rates[1]
-    assert doubtful.next() == 1
-    assert DraftLength([], 0.5).next() == 0
+        length.note(2, 1.0)
+    assert length.rates[0] > 0.99 > 0.01 > length.rates[1]
+    assert length.next(costs) == 1
+    assert DraftLength(0, 0.5).next([]) == 0
 
 
 def test_drafts_that_never_pay_are_tried_ever_less_often():
-    length, drafted = DraftLength([1.1, 1.2], 0.0), []
+    length, drafted = DraftLength(2, 0.0), []
     for number in range(400):
-        size = length.next()
+        size = length.next([1.1, 1.2])
         if size:
             drafted.append(number)
             length.note(size, 0.0)
@@ -222,6 +228,50 @@ def test_drafts_that_never_pay_are_tried_ever_less_often():
     assert drafted[0] == FIRST_PAUSE
     assert gaps == sorted(gaps)
     assert gaps[-1] == LONGEST_PAUSE + 1
+
+
+def test_texts_go_on_as_before():
+    text = [1, 2, 3, 4, 5, 9, 2, 3, 7, 8, 2, 3]
+    assert continuation(text, 10) == [7, 8, 2, 3]
+    assert continuation(text, 1) == [7]
+    assert continuation([4, *text[:3], 6, 1, 2, 3, 8, 1, 2, 3], 2) == [8, 1]
+    # Three tokens tell more than two.
+    assert continuation([1, 2, 3, 5, 9, 2, 3, 6, 1, 2, 3], 1) == [5]
+    assert continuation([5, 6, 7], 4) == continuation([5], 4) == continuation([], 4) == []
+    assert continuations([text, [5], [1, 2, 1, 2]], 3).tolist() == [[7, 8, 2], [0, 0, 0], [1, 2, 0]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_drafts_from_the_text_are_verified(build, decoder_dir, monkeypatch, batch_size):
+    """Right ones save passes, and wrong ones change nothing."""
+    model, processor = build(decoder_dir, decoder_sees_prompt=True)
+    without_eos(model)
+    expected = [greedy(model, processor, *pair) for pair in zip(MORE, MORE_CONTEXTS, strict=True)]
+    answers = {tuple(answer[:1]): answer for answer in expected}
+    assert len(answers) > 1
+
+    def known(texts, longest):
+        starts = [len(processor(*pair)["decoder_prompt_ids"][0]) for pair in zip(MORE, MORE_CONTEXTS, strict=True)]
+        rows = [
+            next((e for e, start in zip(expected, starts, strict=True) if text[start:] == e[: len(text) - start]), [])
+            for text in texts
+        ]
+        found = [row[len(text) - start :][:longest] for row, text, start in zip(rows, texts, starts, strict=False)]
+        table = torch.zeros(len(found), max(map(len, found)), dtype=torch.long)
+        for row, ids in zip(table, found, strict=True):
+            row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+        return table
+
+    plain, (before, *_) = verified(model, processor, batch_size)
+    monkeypatch.setattr("modeling_protogen.verified_decoding.continuations", known)
+    found, (after, *_) = verified(model, processor, batch_size)
+    assert found == plain == expected
+    assert after.num_passes < before.num_passes
+    monkeypatch.setattr(
+        "modeling_protogen.verified_decoding.continuations",
+        lambda *args: (known(*args) + 1) % model.config.decoder_config.vocab_size,
+    )
+    assert verified(model, processor, batch_size)[0] == expected
 
 
 def test_a_loaded_checkpoint_decodes_the_same(build, llama_dir, tmp_path):

@@ -1,0 +1,28 @@
+"""
+Drafts from the text itself: what followed its last tokens where they stood before (prompt lookup,
+https://github.com/apoorvumang/prompt-lookup-decoding).
+"""
+
+import torch
+
+# Tokens that must have stood before, the most first.
+NGRAMS = (3, 2)
+
+
+def continuation(ids: list[int], longest: int) -> list[int]:
+    """Up to `longest` tokens that followed the latest earlier place of the longest of the last n-grams; maybe none."""
+    for size in NGRAMS:
+        last = ids[-size:]
+        for start in range(len(ids) - size - 1, -1, -1):
+            if ids[start : start + size] == last:
+                return ids[start + size : start + size + longest]
+    return []
+
+
+def continuations(texts: list[list[int]], longest: int) -> torch.LongTensor:
+    """[`continuation`] of each text, `(texts, tokens)`, as long as the longest found; 0 where one is shorter."""
+    found = [continuation(ids, longest) for ids in texts]
+    table = torch.zeros(len(found), max(map(len, found)), dtype=torch.long)
+    for row, ids in zip(table, found, strict=True):
+        row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return table
