@@ -54,9 +54,10 @@ def adaptive_decoding(
         drafted = min(max(wanted), answers.room - 1)
         states, behind = text.read(tokens, mask, 1, drafter.slots(drafted))
         logits = logits_of(decoder, states)
-        if drafted:
-            logits = torch.cat([logits, drafter.logits(behind[:, 0], drafted)], dim=1)
         tokens = sampling.pick(logits)
+        if drafted:
+            parts = zip((tokens, logits), drafter.draft(behind[:, 0], tokens, drafted, sampling), strict=True)
+            tokens, logits = (torch.cat(pair, dim=1) for pair in parts)
         log_p = log_probability(logits, tokens)
         places = torch.arange(1 + drafted, device=tokens.device)
         is_drafted = places <= torch.tensor(wanted, device=tokens.device)[:, None]

@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 from .frozen_decoder import logits_of
 from .proto_predictor import Prediction
 from .proto_tokens import fill_slots, predicting_positions
+from .sampling import Sampling
 
 
 def stops_at(
@@ -109,7 +110,7 @@ class Drafter:
     """
 
     def __init__(self, model, prediction: Prediction):
-        self.decoder, self.prediction = model.decoder, prediction
+        self.decoder, self.coherence, self.prediction = model.decoder, model.coherence, prediction
         self.layout = partial(model.layout, num_chunks=prediction.e.shape[1])
 
     def slots(self, size: int) -> torch.Tensor | None:
@@ -123,9 +124,32 @@ class Drafter:
         """Slots that drafts of `size` tokens take, from one token on."""
         return self.layout(self._lengths(size)[:1]).mask.shape[1]
 
-    def logits(self, states: torch.Tensor, size: int) -> torch.Tensor:
-        """Logits `(batch, size, vocab)` of drafts, from the decoder's states at their slots `(batch, slots, dim)`."""
-        return logits_of(self.decoder, states[:, self.places(size)])
+    def draft(
+        self, states: torch.Tensor, certain: torch.LongTensor, size: int, sampling: Sampling
+    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        """
+        Drafts `(batch, size)` and the logits that they are picked from `(batch, size, vocab)`.
+
+        Args:
+            states (`torch.Tensor` of shape `(batch, slots, dim)`): the decoder's at their slots.
+            certain (`torch.LongTensor` of shape `(batch, 1)`): the token before each draft.
+        """
+        states = states[:, self.places(size)]
+        if self.coherence is None:
+            logits = logits_of(self.decoder, states)
+            return sampling.pick(logits), logits
+        tokens, logits = [certain], []
+        for state in states.split(1, dim=1):
+            logits.append(logits_of(self.decoder, self.after(tokens[-1], state)))
+            tokens.append(sampling.pick(logits[-1]))
+        return torch.cat(tokens[1:], dim=1), torch.cat(logits, dim=1)
+
+    def after(self, tokens: torch.LongTensor, states: torch.Tensor) -> torch.Tensor:
+        """Last states `(..., dim)` at slots, given the tokens `(...)` before what they predict."""
+        if self.coherence is None:
+            return states
+        embeddings = self.decoder.get_input_embeddings()(tokens)
+        return states + self.coherence(embeddings.to(self.coherence.down.weight.dtype)).to(states.dtype)
 
     def places(self, size: int) -> torch.BoolTensor:
         """Which of the slots predict the `size` tokens of a draft."""

@@ -93,6 +93,9 @@ class ProtoGenConfig(PreTrainedConfig):
         slot_adapter_rank (`int`, defaults to 0): rank of the low-rank weights that act in the decoder's linear layers
             at the slots only; 0 means none. The decoder's weights stay as they are, and so does all that it computes
             for real tokens.
+        coherence_rank (`int`, defaults to 0): rank of a map from each drafted token's embedding to the decoder's last
+            state at the next one, so that drafts of `adaptive` and `verified` hang together (the Markov head of DSpark,
+            https://arxiv.org/abs/2607.05147); 0 means none.
         latent_source (`str`, defaults to `"encoder"`): what `e`, `m` and the length are predicted from: states of the
             `encoder`, those of the frozen `decoder` over the prompt, `both`, or `none`: trained vectors, the same for
             every instruction, which speaks through the prompt alone then. `decoder` and `none` have no encoder.
@@ -150,6 +153,7 @@ class ProtoGenConfig(PreTrainedConfig):
     decoder_sees_prompt: bool = False
     first_tokens: str = "slots"
     slot_adapter_rank: int = 0
+    coherence_rank: int = 0
     latent_source: str = "encoder"
     decoder_layers_read: list[int] | None = None
     upsamples_prompt: bool = False
@@ -222,7 +226,7 @@ class ProtoGenConfig(PreTrainedConfig):
             require(value in known, f"{name}={value!r} is not one of {', '.join(known)}.")
         for name in ("num_e_tokens", "chunk_size", "max_chunks", "max_answer_length"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("slot_adapter_rank", "num_source_layers", "num_query_layers"):
+        for name in ("slot_adapter_rank", "coherence_rank", "num_source_layers", "num_query_layers"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative.")
         require(0 <= self.predictor_dropout < 1, f"predictor_dropout={self.predictor_dropout} must lie in 0..1.")
         require(self.log_length_scale > 0, f"log_length_scale={self.log_length_scale} must be positive.")

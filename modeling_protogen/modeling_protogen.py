@@ -34,7 +34,7 @@ from .objectives import IGNORE_INDEX, LOSS_WEIGHTS, duration_nll, error_nll, len
 from .proto_predictor import Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
 from .proto_tokens import Layout, build_layout, fill_slots, longest_answer
 from .publishing import MODEL_FILES, model_card, pin_decoder, publish
-from .slot_adapters import FusedDecoder, SlotAdapters
+from .slot_adapters import FusedDecoder, LowRank, SlotAdapters
 
 # What a thin checkpoint's decoder is loaded with as well.
 LOADING_OPTIONS = (
@@ -132,6 +132,9 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 with torch.device("meta"):
                     shape = AutoModelForCausalLM.from_config(config.decoder_config)
             self.slot_adapters = SlotAdapters(config.slot_adapter_rank, shape)
+        self.coherence = None
+        if config.coherence_rank:
+            self.coherence = LowRank(config.decoder_dim, config.decoder_dim, config.coherence_rank)
         self.decoder = decoder
         self.post_init()
         if config.encoder_name_or_path:
@@ -629,7 +632,9 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         ends = ids.shape[1] - num_read[:, None] + anchors.minimum(num_read[:, None])
         states = states_behind(self.decoder, cache, mask, ends, drafter.slots(size))
         is_drafted = labels_behind(labels, anchors, size) != IGNORE_INDEX
-        return logits_of(self.decoder, states[:, :, drafter.places(size)].flatten(0, 1)[is_drafted])
+        before = labels_behind(labels, anchors - 1, size)[is_drafted]
+        states = states[:, :, drafter.places(size)].flatten(0, 1)[is_drafted]
+        return logits_of(self.decoder, drafter.after(before, states))
 
     def clamp_lengths(self, lengths: torch.Tensor) -> torch.LongTensor:
         """

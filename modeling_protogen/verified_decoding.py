@@ -123,8 +123,8 @@ def verified_decoding(
         longest = min(answers.room, text.num_free) - 1 if answers.unfinished else 0
         source, drafts = by_slots, certain[:, :0]
         if size and longest:
-            drafted_from = drafter.logits(behind[rows, kept], size)[:, :longest]
-            drafts = sampling.pick(drafted_from)
+            drafts, drafted_from = drafter.draft(behind[rows, kept], certain, size, sampling)
+            drafts, drafted_from = drafts[:, :longest], drafted_from[:, :longest]
         if longest:
             least = (1 + by_slots.kept(drafts.shape[1])) / relative_cost(len(rows), 0, 0, drafts.shape[1])
             texts = [a + b for a, b in zip(beginnings, answers.tokens, strict=True)]

@@ -180,10 +180,12 @@ def set_dropout(model, p):
 
 
 def stir_slot_adapters(model):
-    """Fresh ones add nothing."""
+    """Fresh ones add nothing; nor does a fresh coherence."""
     if model.slot_adapters is not None:
         for low_rank in model.slot_adapters.maps.values():
             torch.nn.init.normal_(low_rank.up.weight, std=0.2)
+    if model.coherence is not None:
+        torch.nn.init.normal_(model.coherence.up.weight, std=0.5)
 
 
 class AdaptedFrom(torch.nn.Module):

@@ -13,6 +13,7 @@ from modeling_protogen.anchors import even_anchors, labels_behind, random_anchor
 from modeling_protogen.frozen_decoder import answer_logits
 from modeling_protogen.objectives import IGNORE_INDEX, reconstruction_loss
 from modeling_protogen.proto_tokens import fill_slots
+from modeling_protogen.slot_adapters import slots_at_the_end
 from trainers.data import Example, ProtoGenCollator
 from trainers.protogen_trainer import ProtoGenTrainer
 from trainers.resuming import last_complete_checkpoint
@@ -21,7 +22,7 @@ from trainers.training_args import ProtoGenTrainingArguments
 LONG = ["a cat sat on the mat under the tree", "paris", "the dog ran and the bird flew", "red blue"]
 FIELDS = [
     {"latent_source": "none", "arrangement": "e_m"},
-    {"latent_source": "none", "arrangement": "e_mN"},
+    {"latent_source": "none", "arrangement": "e_mN", "coherence_rank": 3},
     {"latent_source": "decoder", "arrangement": "e_only", "chunk_size": 1, "max_chunks": 4},
     {"latent_source": "encoder", "arrangement": "e_m"},
 ]
@@ -46,7 +47,17 @@ def alone(model, batch, row: int, anchor: int) -> torch.Tensor:
     slots = fill_slots(layout, prediction.e, prediction.m)
     ids = inputs["decoder_prompt_ids"][inputs["decoder_prompt_mask"].bool()]
     text = torch.cat([ids, batch["labels"][row, :anchor]])[None]
-    return answer_logits(model.decoder, slots, layout, text, num_autoregressive_tokens=1)[1:]
+    if model.coherence is None:
+        return answer_logits(model.decoder, slots, layout, text, num_autoregressive_tokens=1)[1:]
+    # What the decoder's last state lacks is in the token before.
+    embed, head = model.decoder.get_input_embeddings(), model.decoder.get_output_embeddings()
+    embeds = torch.cat([embed(text), slots], dim=1)
+    with slots_at_the_end(slots.shape[1]):
+        states = model.decoder.base_model(inputs_embeds=embeds).last_hidden_state[0, text.shape[1] :][
+            layout.predicts[0]
+        ]
+    before = embed(torch.nn.functional.pad(batch["labels"][row], (0, 3))[anchor : anchor + 3].clamp_min(0))
+    return head(states[1:] + before @ model.coherence.down.weight.T @ model.coherence.up.weight.T)
 
 
 @pytest.mark.parametrize("in_training", [False, True])

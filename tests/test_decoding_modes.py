@@ -46,8 +46,15 @@ def slow_adaptive(model, processor, instruction, context, block_size, threshold)
         slots, predicts = slots_of(size)
         for layer in adapted_layers:
             layer.start = text.shape[1]
-        logits = adapted(inputs_embeds=torch.cat([embed(text), slots], dim=1)).logits[0, text.shape[1] - 1 :]
-        p = torch.cat([logits[:1], logits[1:][predicts][1:]]).softmax(-1)
+        states = adapted.base_model(inputs_embeds=torch.cat([embed(text), slots], dim=1)).last_hidden_state[0]
+        own, drafted = states[text.shape[1] - 1], states[text.shape[1] :][predicts][1:]
+        logits = [adapted.get_output_embeddings()(own)]
+        for state in drafted:
+            if model.coherence is not None:
+                before = embed(logits[-1].argmax())
+                state = state + model.coherence.up.weight @ model.coherence.down.weight @ before
+            logits.append(adapted.get_output_embeddings()(state))
+        p = torch.stack(logits).softmax(-1)
         new = 1
         while new <= size and p[new].max() >= threshold:
             new += 1

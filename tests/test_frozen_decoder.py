@@ -113,23 +113,23 @@ def plan_drafts(monkeypatch, rows, draft, ahead):
     Drafts for these prompts: `draft(row, place in the answer)` gives a token, and whether it is sure. Before a draft
     stand the tokens written so far, and `ahead` that are to come.
     """
-    buffers, start, logits = [], GenerationBuffer.__init__, Drafter.logits
+    buffers, start, own = [], GenerationBuffer.__init__, Drafter.draft
 
     def begin(self, *args):
         start(self, *args)
         buffers.append(self)
 
-    def planned(self, states, size):
-        table = logits(self, states, size)
+    def planned(self, states, certain, size, sampling):
+        _, table = own(self, states, certain, size, sampling)
         for drafts, row, written in zip(table, rows, buffers[-1].tokens, strict=True):
             for place in range(size):
                 token, is_sure = draft(row, len(written) + ahead + place)
                 drafts[place] = 0.0
                 drafts[place, token] = 20.0 if is_sure else 0.1
-        return table
+        return table.argmax(-1), table
 
     monkeypatch.setattr(GenerationBuffer, "__init__", begin)
-    monkeypatch.setattr(Drafter, "logits", planned)
+    monkeypatch.setattr(Drafter, "draft", planned)
 
 
 def test_verified_decoding_is_greedy(model, prompts, monkeypatch):

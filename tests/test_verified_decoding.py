@@ -33,7 +33,7 @@ FIELDS = [
     SEEN | {"latent_source": "decoder", "first_tokens": "decoder"},
     SEEN | {"latent_source": "both", "first_tokens": "decoder"} | CHUNKS,
     SEEN | {"latent_source": "both", "slot_adapter_rank": 2} | CHUNKS,
-    SEEN | {"latent_source": "none", "slot_adapter_rank": 2},
+    SEEN | {"latent_source": "none", "slot_adapter_rank": 2, "coherence_rank": 3},
     SEEN | {"latent_source": "decoder"} | UPSAMPLED,
     {"latent_source": "decoder"},
 ]
@@ -141,23 +141,23 @@ def test_right_drafts_are_kept_and_save_passes(build, llama_dir, monkeypatch):
 def plan_drafts(monkeypatch, expected, num_right):
     """Drafts that are right in the first `num_right(size)` places, and wrong after that."""
     buffers = []
-    start, logits = GenerationBuffer.__init__, Drafter.logits
+    start, draft = GenerationBuffer.__init__, Drafter.draft
 
     def begin(self, *args):
         start(self, *args)
         buffers.append(self)
 
-    def planned(self, states, size):
-        table = logits(self, states, size)
+    def planned(self, states, certain, size, sampling):
+        _, table = draft(self, states, certain, size, sampling)
         for row, answer in enumerate(expected):
             right, written = num_right(size), len(buffers[-1].tokens[row])
             for place in range(size):
                 token = answer[written + place] if written + place < len(answer) else 0
                 table[row, place, (token + (place >= right)) % table.shape[2]] = 1e4
-        return table
+        return table.argmax(-1), table
 
     monkeypatch.setattr(GenerationBuffer, "__init__", begin)
-    monkeypatch.setattr(Drafter, "logits", planned)
+    monkeypatch.setattr(Drafter, "draft", planned)
 
 
 def test_texts_of_a_batch_grow_at_different_paces(build, decoder_dir, monkeypatch):
@@ -306,11 +306,15 @@ def test_drafts_are_what_training_behind_anchors_sees(build, decoder_dir, source
     prediction = model.predict(**given, decoder_prompt_ids=prompt[0], decoder_prompt_mask=prompt[1])
     drafter, text = Drafter(model, prediction), DecoderState(model.decoder, 2)
     _, behind = text.read(*prompt, 1, drafter.slots(3))
-    torch.testing.assert_close(drafter.logits(behind[:, 0], 3), trained[:, 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits_of(model.decoder, behind[:, 0, drafter.places(3)]), trained[:, 0], atol=1e-4, rtol=1e-4
+    )
     # Behind each of two tokens that are read together.
     start = torch.tensor([answer[:2]] * 2)
     _, behind = text.read(start, torch.ones_like(start), 2, drafter.slots(3))
-    torch.testing.assert_close(drafter.logits(behind[:, 1], 3), trained[:, 1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits_of(model.decoder, behind[:, 1, drafter.places(3)]), trained[:, 1], atol=1e-4, rtol=1e-4
+    )
     assert text.ids.shape[1] == prompt[0].shape[1] + 2
 
 
@@ -326,5 +330,7 @@ def test_slots_for_the_first_tokens_are_those_of_training_but_where_the_decoder_
         drafter, text = Drafter(model, prediction), DecoderState(model.decoder, 2)
         states, behind = text.read(*prompt, 1, drafter.slots(3))
     torch.testing.assert_close(logits_of(model.decoder, states[:, 0]), own, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(drafter.logits(behind[:, 0], 3), trained[:, 1:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits_of(model.decoder, behind[:, 0, drafter.places(3)]), trained[:, 1:], atol=1e-4, rtol=1e-4
+    )
     assert not torch.allclose(own, trained[:, 0], atol=0.1)

@@ -159,6 +159,7 @@ class ModelArguments:
         },
     )
     slot_adapter_rank: int = config_field("slot_adapter_rank")
+    coherence_rank: int = config_field("coherence_rank")
     decoder_sees_prompt: bool = config_field("decoder_sees_prompt")
     encoder_lora_rank: int = field(
         default=0, metadata={"help": "Trains low-rank adapters in the encoder instead of its weights; 0 = none."}

@@ -87,15 +87,14 @@ def sources_of(arguments) -> dict[str, list[Example]]:
 
 def drafting_wrongly(write: Writer) -> Writer:
     """Verified answers whose drafts are all of the unknown token, which the decoder does not write."""
-    right = Drafter.logits
+    draft = Drafter.draft
 
     def wrong(*args):
-        logits = right(*args)
-        logits[..., 0] = torch.finfo(logits.dtype).max
-        return logits
+        tokens, logits = draft(*args)
+        return torch.zeros_like(tokens), logits
 
     def write_from_wrong(*args):
-        with mock.patch.object(Drafter, "logits", wrong):
+        with mock.patch.object(Drafter, "draft", wrong):
             return write(*args)
 
     return write_from_wrong
