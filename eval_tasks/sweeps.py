@@ -271,6 +271,25 @@ def gather_token_head(sweep: Sweep, command: str) -> dict:
     )
 
 
+def gather_drafts(sweep: Sweep, command: str) -> dict:
+    """How many drafted tokens are right at each place, behind places at even distances in held-out answers."""
+    runs, recipe, metrics = finished(sweep, "metrics.json"), read_recipe(sweep.recipe), {}
+    for run, folder in runs.items():
+        training = read_json(folder / "metrics.json")
+        measured = {key.removeprefix("eval_"): value for key, value in training["after"].items()}
+        kept = {key: value for key, value in measured.items() if key.startswith("top1_") or key == "kept_tokens"}
+        seen = training["log"][-1]["step"] * training["run"]["examples_a_step"]
+        metrics |= {f"{run}_{key}": value for key, value in (kept | {"answers_seen": seen}).items()}
+    return report.result(
+        command=command,
+        model=f"{recipe['decoder']}, frozen",
+        revision=decoder_revision(recipe["decoder"]),
+        data=f"the decoder's answers to held-out instructions of {recipe['data']}",
+        seed=recipe.get("seed", 0),
+        metrics=metrics,
+    )
+
+
 def gather_fits(sweep: Sweep, command: str) -> dict:
     """Accuracy, steps and time of fits of the same texts."""
     runs = {run: read_json(path / "fit.json") for run, path in finished(sweep, "fit.json").items()}
@@ -363,6 +382,7 @@ def compare_with_bank(model, processor, bank, known, held_out, metric) -> dict[s
 GATHER = {
     "answers": gather_answers,
     "token_head": gather_token_head,
+    "drafts": gather_drafts,
     "fits": gather_fits,
     "losses": gather_losses,
 }
