@@ -240,7 +240,7 @@ def test_trained_models_are_compared(call, recipe, tmp_path, monkeypatch):
     assert {"coverage_80", "mae_tokens_linear"} <= set(read_result(result)["metrics"])
     assert "run `protogen sweep tiny` first" in sweep("losses", runs={"other": {}})
     assert "names other, which is no run" in sweep("losses", compared_with={"siglip": "other"})
-    assert "is not one of answers, token_head, fits, losses" in sweep("nothing")
+    assert "is not one of answers, token_head, drafts, fits, losses" in sweep("nothing")
     assert "unexpected keyword argument 'run'" in sweep("losses", run={})
     out = call(
         "generate", runs / "siglip" / "model", "who sat", "--json", "--retrieve", runs / "bank", "--dtype", "float32"

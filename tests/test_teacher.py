@@ -225,3 +225,27 @@ def test_teacher_targets_from_the_command_line(call, recipe, tmp_path, monkeypat
     metrics = read_result(tmp_path / "runs" / "alone.json")["metrics"]
     assert metrics["base_agreement"][0] == pytest.approx(answers["agreement"].mean())
     assert "set targets to teacher or both" in call("train", *synthetic, "--targets", "human")
+
+
+def test_drafts_from_the_command_line(call, recipe, tmp_path):  # noqa: F811
+    options = {"latent_source": "none", "arrangement": "e_m", "chunk_size": 4, "slot_adapter_rank": 2}
+    options |= {"coherence_rank": 2, "decoder_sees_prompt": "true", "num_anchors": 3, "losses": '{"draft": 1}'}
+    arguments = ["--config", recipe, "--targets", "teacher", "--teacher_max_length", 9]
+    arguments += [part for name, value in options.items() for part in (f"--{name}", value)]
+    assert "answers in" in call("teacher", *arguments)
+    assert "model in" in call("train", *arguments)
+    trained = json.loads((tmp_path / "run" / "metrics.json").read_text())["after"]
+    assert {"eval_top1_1", "eval_top1_3", "eval_kept_tokens"} < set(trained)
+    (tmp_path / "drafting.yaml").write_text(f"{{recipe: {recipe}, runs: {{run: {{}}}}, gather: drafts}}")
+    result = tmp_path / "drafts.json"
+    wanted = ["--models", f"trained={tmp_path / 'run' / 'model'}", "--dolly", tmp_path / "data.jsonl", "--prompts", 3]
+    wanted += ["--tokens", 9, "--anchors", 4, "--batch-size", 2, "--thresholds", 0, 1, "--result", result]
+    call("bench", "drafts", *wanted)
+    metrics = read_result(result)["metrics"]
+    assert {"trained_top1_1_dolly", "trained_top10_3_dolly", "mean_of_prompt_kept_dolly"} < set(metrics)
+    assert metrics["trained_top1_1_dolly"][0] <= metrics["trained_top10_1_dolly"][0] <= 1
+    # Drafts that are never sure enough are not kept, and the answer is the decoder's own.
+    assert metrics["adaptive@1.0_tokens_a_pass_dolly"] == [1.0] * 3
+    assert metrics["adaptive@1.0_agreement_dolly"] == [1.0] * 3
+    assert metrics["adaptive@0.0_tokens_a_pass_dolly"][0] > 1
+    assert result.with_suffix(".png").is_file()

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from eval_tasks import report
 from eval_tasks.benchmarks.verified import sources_of
+from eval_tasks.plots import curves
 from eval_tasks.statistics import mean_with_interval
+from eval_tasks.text_metrics import share_of_equal
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.anchors import labels_behind, random_anchors, states_behind, text_so_far
 from modeling_protogen.frozen_decoder import logits_of, read_prefix
@@ -35,6 +37,9 @@ def add_commands(commands) -> None:
     command.add_argument("--tokens", type=int, default=128, help="of the decoder's own answers at most")
     command.add_argument("--anchors", type=int, default=32, help="places of each answer")
     command.add_argument("--batch-size", type=int, default=10)
+    command.add_argument(
+        "--thresholds", type=float, nargs="*", default=[0.5, 0.7, 0.8, 0.9, 0.95], help="of adaptive decoding"
+    )
     command.add_argument("--result", default="runs/drafts.json")
     command.set_defaults(run_command=drafts)
 
@@ -48,18 +53,30 @@ def drafts(arguments) -> None:
     reader.max_answer_length = arguments.tokens
     # Without a model's adapters.
     _, decoder = load_frozen_decoder(first.config.decoder_name_or_path, str(first.dtype).removeprefix("torch."))
-    metrics = {}
+    metrics, adaptive = {}, {}
     for source, examples in sources_of(arguments).items():
         unknown = held_out_of(examples, first.config.validation_share)
         chosen = [e for e in unknown if reader.fits(e.instruction)][: arguments.prompts]
         torch.manual_seed(0)
-        rows = []
+        ranks, written = [], []
         for at in tqdm(range(0, len(chosen), arguments.batch_size), desc=source):
             part = chosen[at : at + arguments.batch_size]
-            rows += ranks_of(models, decoder, reader, part, arguments.anchors)
-        for name in rows[0]:
-            metrics |= {f"{name}_{key}_{source}": value for key, value in summary([row[name] for row in rows]).items()}
+            answers = greedy_answers(decoder, reader, part, arguments.tokens)
+            ranks += ranks_of(models, decoder, reader, part, answers, arguments.anchors)
+            written += adaptive_answers(first, reader, part, answers, arguments.thresholds)
+        for name in ranks[0]:
+            measured = summary([row[name] for row in ranks])
+            metrics |= {f"{name}_{key}_{source}": value for key, value in measured.items()}
+        adaptive[source] = []
+        for column, threshold in enumerate(arguments.thresholds):
+            speed, agreement = map(mean_with_interval, zip(*(row[column] for row in written), strict=True))
+            metrics[f"adaptive@{threshold}_tokens_a_pass_{source}"] = speed
+            metrics[f"adaptive@{threshold}_agreement_{source}"] = agreement
+            adaptive[source].append((speed, agreement))
         metrics[f"prompts_{source}"] = len(chosen)
+    picture = Path(arguments.result).with_suffix(".png")
+    if arguments.thresholds:
+        curves(adaptive, ("tokens a pass", "share of the greedy tokens"), "Adaptive decoding", picture)
     content = report.result(
         command=arguments.command_line,
         model=f"{Path(first.config.decoder_name_or_path).name}, {str(first.dtype).removeprefix('torch.')}; "
@@ -82,13 +99,13 @@ def ranks_of(
     decoder: PreTrainedModel,
     reader: ProtoGenProcessor,
     examples: list[Example],
+    answers: list[list[int]],
     num_anchors: int,
 ) -> list[dict[str, np.ndarray]]:
     """
     For each example, by method: how many tokens are likelier than the right one at each place of a draft, `(anchors,
     places)`; -1 beyond the end of the answer.
     """
-    answers = greedy_answers(decoder, reader, examples, reader.max_answer_length)
     batch = reader([e.instruction for e in examples], [e.context for e in examples], answers).to(decoder.device)
     anchors = random_anchors(batch["labels"], num_anchors)
     logits = {name: each(**batch, anchors=anchors).answer_logits for name, each in models.items()}
@@ -103,6 +120,32 @@ def ranks_of(
         ranks[is_token] = (table > table.gather(1, labels[is_token][:, None])).sum(1)
         found[name] = ranks.view(len(examples), num_anchors, size).cpu().numpy()
     return [{name: ranks[row] for name, ranks in found.items()} for row in range(len(examples))]
+
+
+def adaptive_answers(
+    model: ProtoGenForConditionalGeneration,
+    processor: ProtoGenProcessor,
+    examples: list[Example],
+    answers: list[list[int]],
+    thresholds: list[float],
+) -> list[list[tuple[float, float]]]:
+    """For each example and threshold, how many tokens adaptive decoding writes a pass, and its share of greedy ones."""
+    inputs = processor([e.instruction for e in examples], [e.context for e in examples]).to(model.device)
+    columns = []
+    for threshold in thresholds:
+        output = model.generate(
+            **inputs,
+            mode="adaptive",
+            confidence_threshold=threshold,
+            max_new_tokens=processor.max_answer_length,
+            return_dict_in_generate=True,
+        )
+        kept = output.accepted_lengths * output.num_drafts
+        speeds = output.lengths / (output.lengths - kept)
+        rows = zip(output.sequences.tolist(), output.lengths.tolist(), answers, strict=True)
+        agreements = [share_of_equal(row[:length], answer) for row, length, answer in rows]
+        columns.append(list(zip(speeds.tolist(), agreements, strict=True)))
+    return list(map(list, zip(*columns, strict=True)))
 
 
 def untrained_logits(
