@@ -39,12 +39,17 @@ def build_model(model_args: ModelArguments, categories: list[str] | None) -> Pro
 
 def start_from(model: ProtoGenForConditionalGeneration, folder: str) -> None:
     """
-    Takes over the trained weights of another run's model. What it lacks stays as it is: slot adapters, and word
-    embeddings of a packed model's encoder.
+    Takes over the trained weights of another run's model. What it lacks stays as it is: slot adapters, the map between
+    drafted tokens, and word embeddings of a packed model's encoder.
     """
     weights = load_weights(load_file, Path(folder) / SAFE_WEIGHTS_NAME)
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    kept = ("decoder.", "slot_adapters.", *([model.word_embeddings_name] if model.encoder is not None else []))
+    kept = (
+        "decoder.",
+        "slot_adapters.",
+        "coherence.",
+        *([model.word_embeddings_name] if model.encoder is not None else []),
+    )
     lacking = [name for name in missing if not name.startswith(kept)]
     if lacking or unexpected:
         raise ValueError(
