@@ -10,7 +10,7 @@ import torch
 from conftest import INSTRUCTIONS
 
 from eval_tasks import command_line
-from eval_tasks.demo.racing import Answer, Prompt, Written, answer_at_once, answer_token_by_token, token_texts
+from eval_tasks.demo.racing import Answer, Question, Written, answer_at_once, answer_token_by_token, token_texts
 from eval_tasks.demo.showing import answer_html, facts_of, length_interval, refused_html, written_html
 
 HOSTILE = "<img src=x onerror=alert(1)>${alert(1)}{{ 7 * 7 }} & \"'"
@@ -34,7 +34,7 @@ def written_by(parts, instruction, **options):
 
 @pytest.mark.parametrize("mode", ["one_step", "refine", "adaptive", "verified"])
 def test_an_answer_is_what_generate_writes(parts, mode):
-    answer = answer_at_once(*parts, Prompt(INSTRUCTIONS[0]), mode=mode)
+    answer = answer_at_once(*parts, Question(INSTRUCTIONS[0]), mode=mode)
     assert answer.text == "".join(text for text, _ in answer.tokens) == written_by(parts, INSTRUCTIONS[0], mode=mode)
     assert len(answer.tokens) == answer.measures["tokens"]
     assert all(seconds > 0 for seconds in answer.seconds.values())
@@ -43,7 +43,7 @@ def test_an_answer_is_what_generate_writes(parts, mode):
 
 def test_token_by_token_is_greedy_decoding_of_the_decoder_itself(parts):
     model, processor = parts
-    *_, last = answer_token_by_token(*parts, Prompt(INSTRUCTIONS[1]))
+    *_, last = answer_token_by_token(*parts, Question(INSTRUCTIONS[1]))
     inputs = processor(INSTRUCTIONS[1])
     prompt = {"input_ids": inputs["decoder_prompt_ids"], "attention_mask": inputs["decoder_prompt_mask"]}
     longest = model.config.max_answer_length
@@ -99,11 +99,11 @@ def test_examples_are_of_the_file_or_the_card_or_what_was_held_out(tmp_path):
     model.mkdir()
     assert examples_of(str(model), None) == []
     (tmp_path / "validation.json").write_text(json.dumps([{"instruction": str(n), "context": "c"} for n in range(60)]))
-    assert examples_of(str(model), None) == [Prompt(str(n), "c") for n in range(0, 60, 10)]
+    assert examples_of(str(model), None) == [Question(str(n), "c") for n in range(0, 60, 10)]
     (model / "README.md").write_text("---\nwidget:\n- text: Play some jazz\n---\n")
-    assert examples_of(str(model), None) == [Prompt("Play some jazz")]
+    assert examples_of(str(model), None) == [Question("Play some jazz")]
     (tmp_path / "mine.jsonl").write_text('{"instruction": "mine"}\n')
-    assert examples_of(str(model), str(tmp_path / "mine.jsonl")) == [Prompt("mine")]
+    assert examples_of(str(model), str(tmp_path / "mine.jsonl")) == [Question("mine")]
     (tmp_path / "mine.jsonl").write_text('{"question": "mine"}\n')
     with pytest.raises(ValueError, match="mine.jsonl, line 1: instruction is missing or empty."):
         examples_of(str(model), str(tmp_path / "mine.jsonl"))
@@ -170,7 +170,7 @@ def site(parts):
     """The page's address; its examples are two instructions."""
     from eval_tasks.demo import page
 
-    blocks = page.demo(*parts, "tiny", [Prompt(instruction) for instruction in INSTRUCTIONS[:2]])
+    blocks = page.demo(*parts, "tiny", [Question(instruction) for instruction in INSTRUCTIONS[:2]])
     yield page.launch(blocks)
     blocks.close()
 
@@ -218,7 +218,7 @@ class TestInTheBrowser:
         page = people[0]
         ask(page, INSTRUCTIONS[0])
         assert answer_on(page) == written_by(parts, INSTRUCTIONS[0])
-        *_, last = answer_token_by_token(*parts, Prompt(INSTRUCTIONS[0]))
+        *_, last = answer_token_by_token(*parts, Question(INSTRUCTIONS[0]))
         assert page.text_content("#token-by-token .pg-written") == last.text.lstrip()
         assert page.locator("#one-pass .pg-token").count() > 0
         assert page.locator("#one-pass .pg-parts li").count() == len(SECONDS)

@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 
 from eval_tasks.commands.generate import prompt_of
 from eval_tasks.demo.page import demo, launch
-from eval_tasks.demo.racing import Prompt, answer_at_once
+from eval_tasks.demo.racing import Question, answer_at_once
 from trainers.decoders import FUSE_HELP, load_trained
 from trainers.text_files import read_json_rows
 
@@ -45,13 +45,13 @@ def main(argv: list[str]) -> None:
     model, processor = load_trained(arguments.model, arguments.dtype, arguments.decoder, arguments.fuse_adapters)
     examples = examples_of(arguments.model, arguments.examples)
     # The first answer pays for what is made once.
-    answer_at_once(model, processor, Prompt("Hello", category=(model.config.categories or [None])[0]))
+    answer_at_once(model, processor, Question("Hello", category=(model.config.categories or [None])[0]))
     page = demo(model, processor, arguments.model, examples)
     print(launch(page, server_name=arguments.host, server_port=arguments.port), flush=True)
     page.block_thread()
 
 
-def examples_of(model: str, file: str | None) -> list[Prompt]:
+def examples_of(model: str, file: str | None) -> list[Question]:
     """
     Instructions to try: of a file, or else of the model's card, or else of what its training held out.
 
@@ -68,7 +68,7 @@ def examples_of(model: str, file: str | None) -> list[Prompt]:
     prompts = [prompt_of(row, where) for where, row in rows]
     # From all of a file, which may be sorted.
     chosen = prompts[:: max(1, len(prompts) // NUM_EXAMPLES)][:NUM_EXAMPLES]
-    return [Prompt(prompt.instruction, prompt.context) for prompt in chosen]
+    return [Question(prompt.instruction, prompt.context) for prompt in chosen]
 
 
 def card_examples(model: str) -> list[tuple[str, dict[str, str]]]:

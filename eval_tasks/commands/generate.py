@@ -29,7 +29,7 @@ from trainers.text_files import json_object, numbered_lines, parse_json, read_te
 
 
 @dataclass
-class Prompt:
+class PromptLine:
     """One of a file or of standard input; `where` is its file and line."""
 
     where: str
@@ -37,7 +37,7 @@ class Prompt:
     context: str
 
 
-def read_prompts(arguments) -> tuple[list[Prompt], list[str]]:
+def read_prompts(arguments) -> tuple[list[PromptLine], list[str]]:
     """
     Prompts of a file or of standard input, and what is wrong with the other lines.
 
@@ -66,14 +66,14 @@ def read_prompts(arguments) -> tuple[list[Prompt], list[str]]:
     return prompts, problems
 
 
-def prompt_of(row: dict, where: str) -> Prompt:
+def prompt_of(row: dict, where: str) -> PromptLine:
     instruction, context = (text_of(row.get(name), f"{where}: {name}") for name in ("instruction", "context"))
     if not instruction.strip():
         raise ValueError(f"{where}: instruction is missing or empty.")
-    return Prompt(where, instruction, context)
+    return PromptLine(where, instruction, context)
 
 
-def fitting_prompts(prompts: list[Prompt], processor: ProtoGenProcessor) -> tuple[list[Prompt], list[str]]:
+def fitting_prompts(prompts: list[PromptLine], processor: ProtoGenProcessor) -> tuple[list[PromptLine], list[str]]:
     """The prompts that the processor takes, and what it says of the others."""
     taken, problems = [], []
     for prompt in prompts:
@@ -153,7 +153,7 @@ def answer(
     arguments: argparse.Namespace,
     model: ProtoGenForConditionalGeneration,
     processor: ProtoGenProcessor,
-    prompts: list[Prompt],
+    prompts: list[PromptLine],
 ) -> None:
     """Prints the answers, batch after batch."""
     device = model.device

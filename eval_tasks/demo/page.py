@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.generation_protogen import MODES, ProtoGenGenerationConfig
 
-from .racing import Prompt, answer_at_once, answer_token_by_token
+from .racing import Question, answer_at_once, answer_token_by_token
 from .showing import DECODER_TITLE, TITLES, answer_html, refused_html, waiting_html, written_html
 
 # Fonts of the machine: those of themes come from a server elsewhere.
@@ -45,7 +45,7 @@ def race(
     category: str | None = None,
 ) -> Iterator[tuple]:
     """What both sides show, each time that it changes; of errors what a person reads."""
-    prompt = Prompt(instruction, context, category)
+    prompt = Question(instruction, context, category)
     threshold = None if threshold == NEVER else threshold
     options = {"mode": mode} | ({} if threshold is None else {"abstain_above": threshold})
     yield waiting_html(TITLES[mode], "writing …"), waiting_html(DECODER_TITLE, "begins afterwards")
@@ -66,7 +66,7 @@ def race(
 
 
 def demo(
-    model: ProtoGenForConditionalGeneration, processor: ProtoGenProcessor, name: str, examples: list[Prompt]
+    model: ProtoGenForConditionalGeneration, processor: ProtoGenProcessor, name: str, examples: list[Question]
 ) -> gr.Blocks:
     """The page; [`launch`] serves it."""
     # A loaded model has a plain one.

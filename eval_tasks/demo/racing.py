@@ -18,7 +18,7 @@ from trainers.devices import synchronize
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Question:
     """What a person asks; `category` for a model with one `m` for each."""
 
     instruction: str
@@ -53,7 +53,7 @@ class Written:
 
 
 def answer_at_once(
-    model: ProtoGenForConditionalGeneration, processor: ProtoGenProcessor, prompt: Prompt, **options
+    model: ProtoGenForConditionalGeneration, processor: ProtoGenProcessor, prompt: Question, **options
 ) -> Answer:
     """
     The model's answer; `options` are those of `generate`.
@@ -125,7 +125,7 @@ def token_texts(decode: Callable[[list[int]], str], ids: list[int]) -> list[str]
 
 
 def answer_token_by_token(
-    model: ProtoGenForConditionalGeneration, processor: ProtoGenProcessor, prompt: Prompt
+    model: ProtoGenForConditionalGeneration, processor: ProtoGenProcessor, prompt: Question
 ) -> Iterator[Written]:
     """
     The frozen decoder's own answer to the same prompt as it grows, greedy, with keys and values cached, and at most as
