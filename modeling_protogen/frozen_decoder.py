@@ -42,7 +42,8 @@ def logits_of(decoder: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     The logits `(..., vocab)` that the decoder makes of its last states `(..., dim)`: its output layer, then the scaling
     of Granite or Cohere, or the soft-capping of Gemma.
     """
-    logits = decoder.get_output_embeddings()(states)
+    # On a slice of three dimensions a CPU would copy the whole output layer for each call.
+    logits = decoder.get_output_embeddings()(states.flatten(end_dim=-2)).unflatten(0, states.shape[:-1])
     config = decoder.config.get_text_config()
     if (divisor := getattr(config, "logits_scaling", None)) is not None:
         logits = logits / divisor

@@ -56,7 +56,8 @@ class LowRank(nn.Module):
         added = self(x[:, -num_slots:].to(self.down.weight.dtype)).to(output)
         if num_slots == x.shape[1]:
             return output + added
-        return torch.cat([output[:, :-num_slots], output[:, -num_slots:] + added], dim=1)
+        output[:, -num_slots:] += added
+        return output
 
 
 class SlotAdapters(nn.Module):
