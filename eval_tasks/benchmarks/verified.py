@@ -35,7 +35,8 @@ def add_commands(commands) -> None:
     command.add_argument("--prompts", type=int, default=500, help="compared token by token")
     command.add_argument("--tokens", type=int, default=32, help="of the answers that are compared")
     command.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
-    command.add_argument("--timed-prompts", type=int, default=20, help="of each data set, in bfloat16")
+    command.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    command.add_argument("--timed-prompts", type=int, default=20, help="of each data set, in bfloat16; 0 times nothing")
     command.add_argument("--timed-tokens", type=int, default=64)
     command.add_argument("--block-size", type=int, help="tokens of a draft at most; each model's own by default")
     command.add_argument("--run", default="runs/verified", help="folder; an interrupted run goes on from it")
@@ -54,20 +55,25 @@ def verified(arguments) -> None:
     )
     models = {"random": random.to(device).eval(), "trained": trained}
     processor = ProtoGenProcessor.from_pretrained(arguments.model)
-    metrics = compare_with_greedy(arguments, "float32", models, processor, sources)
+    metrics = {}
+    if "float32" in arguments.dtypes:
+        metrics |= compare_with_greedy(arguments, "float32", models, processor, sources)
     for model in models.values():
         model.to(torch.bfloat16)
-    metrics |= compare_with_greedy(arguments, "bfloat16", {"trained": trained}, processor, sources)
+    if "bfloat16" in arguments.dtypes:
+        metrics |= compare_with_greedy(arguments, "bfloat16", {"trained": trained}, processor, sources)
     drafters = {"trained": (trained, processor)}
     for folder in arguments.beside:
         other = ProtoGenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device)
         drafters[Path(folder).parent.name] = other, ProtoGenProcessor.from_pretrained(folder)
-    metrics |= time_verified(arguments, models, drafters, sources)
+    if arguments.timed_prompts:
+        metrics |= time_verified(arguments, models, drafters, sources)
+    # Its folder would say where it lies on this machine.
+    decoder = Path(trained.config.decoder_name_or_path).name
     content = report.result(
         command=arguments.command_line,
-        # Its folder would say where it lies on this machine.
-        model=f"{Path(trained.config.decoder_name_or_path).name}, compared in float32 and bfloat16, timed in bfloat16; "
-        f"drafts of {', '.join([arguments.model, *arguments.beside])}; {arguments.assistant} assists",
+        model=f"{decoder}, compared in {' and '.join(arguments.dtypes)}, timed in bfloat16; drafts of "
+        f"{', '.join([arguments.model, *arguments.beside])}; {arguments.assistant} assists",
         revision=trained.config.decoder_revision,
         data=", ".join(filter(None, (arguments.dolly, arguments.gsm8k))),
         seed=0,
