@@ -244,6 +244,23 @@ def gains(table: pd.DataFrame, reference: pd.DataFrame | None, ids: list[str]) -
     return measured
 
 
+def examples_seen(training: dict) -> int:
+    """By the `metrics.json` of a run."""
+    return training["log"][-1]["step"] * training["run"]["examples_a_step"]
+
+
+def of_recipe(recipe: dict, command: str, what: str, texts: str, metrics: dict) -> dict:
+    """A result about these texts of a recipe's data, by its decoder, of which `what` says more."""
+    return report.result(
+        command=command,
+        model=f"{recipe['decoder']}, {what}",
+        revision=decoder_revision(recipe["decoder"]),
+        data=f"{texts} of {recipe['data']}",
+        seed=recipe.get("seed", 0),
+        metrics=metrics,
+    )
+
+
 def gather_token_head(sweep: Sweep, command: str) -> dict:
     """Exact match on held-out instructions of what the predictors alone say, and gains, instruction by instruction."""
     runs, recipe = finished(sweep, "metrics.json"), read_recipe(sweep.recipe)
@@ -259,16 +276,9 @@ def gather_token_head(sweep: Sweep, command: str) -> dict:
         reference = right.get(sweep.reference(run))
         if reference is not None:
             metrics[f"{run}_exact_match_gain"] = mean_with_interval(values - reference)
-        training = read_json(runs[run] / "metrics.json")
-        metrics[f"{run}_commands_seen"] = training["log"][-1]["step"] * training["run"]["examples_a_step"]
-    return report.result(
-        command=command,
-        model=f"{recipe['decoder']}, without a pass of it; encoder {recipe.get('encoder', 'none')}",
-        revision=decoder_revision(recipe["decoder"]),
-        data=f"{len(held_out)} held-out instructions of {recipe['data']}",
-        seed=recipe.get("seed", 0),
-        metrics=metrics,
-    )
+        metrics[f"{run}_commands_seen"] = examples_seen(read_json(runs[run] / "metrics.json"))
+    what = f"without a pass of it; encoder {recipe.get('encoder', 'none')}"
+    return of_recipe(recipe, command, what, f"{len(held_out)} held-out instructions", metrics)
 
 
 def gather_drafts(sweep: Sweep, command: str) -> dict:
@@ -278,16 +288,9 @@ def gather_drafts(sweep: Sweep, command: str) -> dict:
         training = read_json(folder / "metrics.json")
         measured = {key.removeprefix("eval_"): value for key, value in training["after"].items()}
         kept = {key: value for key, value in measured.items() if key.startswith("top1_") or key == "kept_tokens"}
-        seen = training["log"][-1]["step"] * training["run"]["examples_a_step"]
-        metrics |= {f"{run}_{key}": value for key, value in (kept | {"answers_seen": seen}).items()}
-    return report.result(
-        command=command,
-        model=f"{recipe['decoder']}, frozen",
-        revision=decoder_revision(recipe["decoder"]),
-        data=f"the decoder's answers to held-out instructions of {recipe['data']}",
-        seed=recipe.get("seed", 0),
-        metrics=metrics,
-    )
+        kept["answers_seen"] = examples_seen(training)
+        metrics |= {f"{run}_{key}": value for key, value in kept.items()}
+    return of_recipe(recipe, command, "frozen", "the decoder's answers to held-out instructions", metrics)
 
 
 def gather_fits(sweep: Sweep, command: str) -> dict:

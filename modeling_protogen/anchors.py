@@ -9,9 +9,9 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .frozen_decoder import crop_cache, num_positions
+from .frozen_decoder import num_positions, read_prefix
 from .objectives import IGNORE_INDEX
 from .slot_adapters import slots_at_the_end
 
@@ -44,14 +44,16 @@ def labels_behind(labels: torch.LongTensor, anchors: torch.LongTensor, size: int
 
 def random_anchors(labels: torch.LongTensor, number: int) -> torch.LongTensor:
     """Places `(batch, number)` in answers `(batch, length)` that at least two tokens follow, where there are any."""
-    places = (labels != IGNORE_INDEX).sum(1, keepdim=True).sub(1).clamp_min(1)
-    return (torch.rand(len(labels), number, device=labels.device) * places).long()
+    return (torch.rand(len(labels), number, device=labels.device) * _num_places(labels)).long()
 
 
 def even_anchors(labels: torch.LongTensor, number: int) -> torch.LongTensor:
     """As [`random_anchors`], at even distances from the first."""
-    places = (labels != IGNORE_INDEX).sum(1, keepdim=True).sub(1).clamp_min(1)
-    return torch.arange(number, device=labels.device) * places // number
+    return torch.arange(number, device=labels.device) * _num_places(labels) // number
+
+
+def _num_places(labels: torch.LongTensor) -> torch.LongTensor:
+    return (labels != IGNORE_INDEX).sum(1, keepdim=True).sub(1).clamp_min(1)
 
 
 def pair_mask(
@@ -98,19 +100,26 @@ def slot_positions(decoder: PreTrainedModel, mask: torch.Tensor, ends: torch.Lon
 
 
 def states_behind(
-    decoder: PreTrainedModel, cache: Cache, mask: torch.Tensor, ends: torch.LongTensor, slots: torch.Tensor
+    decoder: PreTrainedModel,
+    prompt_ids: torch.LongTensor,
+    prompt_mask: torch.Tensor,
+    labels: torch.LongTensor,
+    anchors: torch.LongTensor,
+    slots: torch.Tensor,
 ) -> torch.Tensor:
     """
     The decoder's last states `(batch, anchors, size, dim)` at proto-tokens behind each anchor, the same as in a pass of
-    its own over the text before it and its slots. The cache stays as it was.
+    its own over the text before it and its slots.
 
     Args:
-        cache (`Cache`): keys and values of the texts.
-        mask (`torch.Tensor` of shape `(batch, text)`), ends (`torch.LongTensor` of shape `(batch, anchors)`): as in
-            [`pair_mask`].
+        prompt_ids, prompt_mask, labels: as in [`text_so_far`].
+        anchors (`torch.LongTensor` of shape `(batch, anchors)`): as in [`labels_behind`].
         slots (`torch.Tensor` of shape `(batch, size, dim)`): the same behind all anchors of a text.
     """
-    number, size, text = ends.shape[1], slots.shape[1], mask.shape[1]
+    ids, mask, num_read = text_so_far(prompt_ids, prompt_mask, labels)
+    cache, _ = read_prefix(decoder, ids, mask, [])
+    ends = ids.shape[1] - num_read[:, None] + anchors.minimum(num_read[:, None])
+    number, size = ends.shape[1], slots.shape[1]
     with slots_at_the_end(number * size):
         output = decoder.base_model(
             inputs_embeds=slots.to(decoder.dtype).repeat(1, number, 1),
@@ -119,5 +128,4 @@ def states_behind(
             past_key_values=cache,
             use_cache=True,
         )
-    crop_cache(cache, text)
     return output.last_hidden_state.unflatten(1, (number, size))

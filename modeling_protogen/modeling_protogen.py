@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .anchors import labels_behind, states_behind, text_so_far
+from .anchors import labels_behind, states_behind
 from .block_decoding import Drafter
 from .configuration_protogen import FITTED_SIZE, ProtoGenConfig
 from .frozen_decoder import (
@@ -627,10 +627,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         """
         self._check_prompt(decoder_prompt_ids, True)
         size, drafter = self.config.draft_length, Drafter(self, prediction)
-        ids, mask, num_read = text_so_far(decoder_prompt_ids, decoder_prompt_mask, labels)
-        cache, _ = read_prefix(self.decoder, ids, mask, [])
-        ends = ids.shape[1] - num_read[:, None] + anchors.minimum(num_read[:, None])
-        states = states_behind(self.decoder, cache, mask, ends, drafter.slots(size))
+        prompt = decoder_prompt_ids, decoder_prompt_mask
+        states = states_behind(self.decoder, *prompt, labels, anchors, drafter.slots(size))
         is_drafted = labels_behind(labels, anchors, size) != IGNORE_INDEX
         before = labels_behind(labels, anchors - 1, size)[is_drafted]
         states = states[:, :, drafter.places(size)].flatten(0, 1)[is_drafted]

@@ -131,7 +131,8 @@ def verified_decoding(
             looked_up = lookup_that_pays(texts, longest, by_lookup, least).to(rows.device)
             if looked_up.shape[1]:
                 source, drafts = by_lookup, looked_up
-                drafted_from = CERTAIN * F.one_hot(drafts, own.shape[-1]).to(own.dtype)
+                if not sampling.is_greedy:
+                    drafted_from = CERTAIN * F.one_hot(drafts, own.shape[-1]).to(own.dtype)
         tokens = torch.cat([certain, drafts], dim=1)
         mask = torch.ones_like(tokens)
     return text.num_passes

@@ -16,8 +16,8 @@ from eval_tasks.plots import curves
 from eval_tasks.statistics import mean_with_interval
 from eval_tasks.text_metrics import share_of_equal
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from modeling_protogen.anchors import labels_behind, random_anchors, states_behind, text_so_far
-from modeling_protogen.frozen_decoder import logits_of, read_prefix
+from modeling_protogen.anchors import labels_behind, random_anchors, states_behind
+from modeling_protogen.frozen_decoder import logits_of
 from modeling_protogen.objectives import IGNORE_INDEX
 from trainers.data import Example, held_out_of
 from trainers.decoders import load_frozen_decoder, load_protogen
@@ -51,8 +51,9 @@ def drafts(arguments) -> None:
     first = next(iter(models.values()))
     reader = ProtoGenProcessor.from_pretrained(next(iter(folders.values())))
     reader.max_answer_length = arguments.tokens
+    dtype = str(first.dtype).removeprefix("torch.")
     # Without a model's adapters.
-    _, decoder = load_frozen_decoder(first.config.decoder_name_or_path, str(first.dtype).removeprefix("torch."))
+    _, decoder = load_frozen_decoder(first.config.decoder_name_or_path, dtype)
     metrics, adaptive = {}, {}
     for source, examples in sources_of(arguments).items():
         unknown = held_out_of(examples, first.config.validation_share)
@@ -79,7 +80,7 @@ def drafts(arguments) -> None:
         curves(adaptive, ("tokens a pass", "share of the greedy tokens"), "Adaptive decoding", picture)
     content = report.result(
         command=arguments.command_line,
-        model=f"{Path(first.config.decoder_name_or_path).name}, {str(first.dtype).removeprefix('torch.')}; "
+        model=f"{Path(first.config.decoder_name_or_path).name}, {dtype}; "
         + "; ".join(f"{name}: {described(model)}" for name, model in models.items()),
         revision=first.config.decoder_revision,
         data=", ".join(filter(None, (arguments.dolly, arguments.gsm8k))),
@@ -157,12 +158,9 @@ def untrained_logits(
     size: int,
 ) -> torch.Tensor:
     """As those of a model with anchors, of `size` slots that are the mean of the prompt's embeddings."""
-    ids, mask, num_read = text_so_far(prompt_ids, prompt_mask, labels)
-    cache, _ = read_prefix(decoder, ids, mask, [])
     embeddings = decoder.get_input_embeddings()(prompt_ids) * prompt_mask[..., None]
     mean = embeddings.sum(1, keepdim=True) / prompt_mask.sum(1)[:, None, None]
-    ends = ids.shape[1] - num_read[:, None] + anchors.minimum(num_read[:, None])
-    states = states_behind(decoder, cache, mask, ends, mean.to(decoder.dtype).expand(-1, size, -1))
+    states = states_behind(decoder, prompt_ids, prompt_mask, labels, anchors, mean.expand(-1, size, -1))
     return logits_of(decoder, states.flatten(0, 1)[labels_behind(labels, anchors, size) != IGNORE_INDEX])
 
 

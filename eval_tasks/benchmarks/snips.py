@@ -23,7 +23,7 @@ from eval_tasks.slot_filling import exact_match, slot_filling_metrics
 from eval_tasks.statistics import mean_with_interval
 from modeling_protogen import ProtoGenProcessor
 from trainers.data import DataArguments, Example, load_examples
-from trainers.decoders import FUSE_HELP, load_processor_of, load_protogen
+from trainers.decoders import FUSE_HELP, load_processor_of, load_protogen, load_trained
 from trainers.devices import best_device
 from trainers.files import read_lines
 from trainers.text_files import read_json
@@ -54,10 +54,7 @@ def add_commands(commands) -> None:
 def snips(arguments) -> None:
     run, device = Path(arguments.run), best_device()
     Path(arguments.result).parent.mkdir(parents=True, exist_ok=True)
-    model = load_protogen(run / "model").to(device)
-    if arguments.fuse_adapters:
-        model.fuse_slot_adapters()
-    processor = load_processor_of(run / "model")
+    model, processor = load_trained(str(run / "model"), "auto", None, arguments.fuse_adapters)
     examples = load_examples(DataArguments(data=arguments.data))[: arguments.limit]
     references, longest = [example.answer for example in examples], model.config.max_answer_length
     writers: dict[str, Writer] = {"one_step": protogen(model, processor)}

@@ -72,8 +72,9 @@ def verified(arguments) -> None:
     decoder = Path(trained.config.decoder_name_or_path).name
     content = report.result(
         command=arguments.command_line,
-        model=f"{decoder}, compared in {' and '.join(arguments.dtypes)}, timed in bfloat16; drafts of "
-        f"{', '.join([arguments.model, *arguments.beside])}; {arguments.assistant} assists",
+        model=f"{decoder}, compared in {' and '.join(arguments.dtypes)}; drafts of "
+        f"{', '.join([arguments.model, *arguments.beside])}"
+        + (f"; timed in bfloat16, {arguments.assistant} assists" if arguments.timed_prompts else ""),
         revision=trained.config.decoder_revision,
         data=", ".join(filter(None, (arguments.dolly, arguments.gsm8k))),
         seed=0,
