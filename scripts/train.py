@@ -6,6 +6,7 @@
 """
 
 import argparse
+import os
 import sys
 
 import torch.distributed
@@ -17,6 +18,12 @@ if __name__ == "__main__":
     parser.add_argument("--stage", default="train", choices=["fit", "teacher", "train", "finetune", "study", "world"])
     chosen, arguments = parser.parse_known_args(sys.argv[1:])
     main([chosen.stage, *arguments])
-    # A process that ends before the first one would now and then abort in a thread of the group.
     if torch.distributed.is_initialized():
+        is_first = torch.distributed.get_rank() == 0
         torch.distributed.destroy_process_group()
+        # Now and then a library's thread aborts a process at its exit. While the first one still writes, that would end
+        # the run; the others have written nothing, and leave without exit handlers.
+        if not is_first:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
