@@ -7,7 +7,7 @@ import torch
 
 from .autoregressive import DecoderState
 from .block_decoding import Drafter, GenerationBuffer
-from .draft_length import DraftLength, pass_cost
+from .draft_length import DraftLength
 from .frozen_decoder import logits_of
 from .sampling import log_probability
 
@@ -41,7 +41,7 @@ def adaptive_decoding(
     """
     decoder, sampling = model.decoder, options.sampling
     text = DecoderState(decoder, len(prompt[0]))
-    costs = [pass_cost(1 + drafter.num_slots(size)) for size in range(1, block_size)]
+    costs = [options.pass_costs(1 + drafter.num_slots(size), True) for size in range(1, block_size)]
     draft_lengths = [DraftLength(len(costs), EXPECTED) for _ in prompt[0]]
     tokens, mask = prompt
     while answers.unfinished:
@@ -53,11 +53,14 @@ def adaptive_decoding(
         ]
         drafted = min(max(wanted), answers.room - 1)
         states, behind = text.read(tokens, mask, 1, drafter.slots(drafted))
-        logits = logits_of(decoder, states)
-        tokens = sampling.pick(logits)
         if drafted:
-            parts = zip((tokens, logits), drafter.draft(behind[:, 0], tokens, drafted, sampling), strict=True)
-            tokens, logits = (torch.cat(pair, dim=1) for pair in parts)
+            behind = behind[:, 0, drafter.places(drafted)]
+            states = torch.cat([states, behind], dim=1)
+        logits = logits_of(decoder, states)
+        tokens = sampling.pick(logits[:, :1])
+        if drafted:
+            drafts, drafted_from = drafter.draft(behind, logits[:, 1:], tokens, sampling)
+            tokens, logits = torch.cat([tokens, drafts], dim=1), torch.cat([logits[:, :1], drafted_from], dim=1)
         log_p = log_probability(logits, tokens)
         places = torch.arange(1 + drafted, device=tokens.device)
         is_drafted = places <= torch.tensor(wanted, device=tokens.device)[:, None]

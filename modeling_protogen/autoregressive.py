@@ -95,6 +95,7 @@ class DecoderState:
             The decoder's last states at these tokens `(batch, num_ends, dim)`, and at the slots behind each `(batch,
             num_ends, size, dim)`.
         """
+        crop_cache(self.cache, self.ids.shape[1])  # Slots of the last pass.
         missing = (mask == 0).sum(1)
         if len(self.cache.layers) and missing.any():
             # Padding between a text and what is new would count as distance: its last tokens are read again there.
@@ -119,7 +120,6 @@ class DecoderState:
         with slots_at_the_end(num_slots):
             output = self.decoder.base_model(**inputs, past_key_values=self.cache, use_cache=True)
         self.num_passes += 1
-        crop_cache(self.cache, self.ids.shape[1])
         states, of_slots = output.last_hidden_state[:, new - num_ends : new], None
         if slots is not None:
             of_slots = output.last_hidden_state[:, new:].unflatten(1, (num_ends, -1))

@@ -9,8 +9,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from .frozen_decoder import logits_of
 from .proto_predictor import Prediction
-from .proto_tokens import fill_slots, predicting_positions
+from .proto_tokens import fill_slots
 from .sampling import Sampling
+
+# Tokens at each place of a draft whose logits the token before it moves.
+NUM_MOVED = 64
 
 
 def stops_at(
@@ -112,49 +115,50 @@ class Drafter:
     def __init__(self, model, prediction: Prediction):
         self.decoder, self.coherence, self.prediction = model.decoder, model.coherence, prediction
         self.layout = partial(model.layout, num_chunks=prediction.e.shape[1])
+        # Slots that learned whole answers predict their own position's token: the first is the text's to predict.
+        self.num_idle = int(model.config.first_tokens != "drafts")
+        self.known_slots = {}
 
     def slots(self, size: int) -> torch.Tensor | None:
         """Slots `(batch, slots, dim)` for drafts of `size` tokens; None for none."""
-        if not size:
-            return None
-        layout = self.layout(self._lengths(size))
-        return fill_slots(layout, self.prediction.e, self.prediction.m)
+        if size and size not in self.known_slots:
+            layout = self.layout(self._lengths(size))
+            self.known_slots[size] = fill_slots(layout, self.prediction.e, self.prediction.m)
+        return self.known_slots.get(size)
 
     def num_slots(self, size: int) -> int:
         """Slots that drafts of `size` tokens take, from one token on."""
         return self.layout(self._lengths(size)[:1]).mask.shape[1]
 
     def draft(
-        self, states: torch.Tensor, certain: torch.LongTensor, size: int, sampling: Sampling
+        self, states: torch.Tensor, logits: torch.Tensor, certain: torch.LongTensor, sampling: Sampling
     ) -> tuple[torch.LongTensor, torch.Tensor]:
         """
         Drafts `(batch, size)` and the logits that they are picked from `(batch, size, vocab)`.
 
         Args:
-            states (`torch.Tensor` of shape `(batch, slots, dim)`): the decoder's at their slots.
+            states (`torch.Tensor` of shape `(batch, size, dim)`), logits (`torch.Tensor` of shape `(batch, size,
+                vocab)`): the decoder's, at the slots that predict them.
             certain (`torch.LongTensor` of shape `(batch, 1)`): the token before each draft.
         """
-        states = states[:, self.places(size)]
         if self.coherence is None:
-            logits = logits_of(self.decoder, states)
             return sampling.pick(logits), logits
-        tokens, logits = [certain], []
-        for state in states.split(1, dim=1):
-            logits.append(logits_of(self.decoder, self.after(tokens[-1], state)))
-            tokens.append(sampling.pick(logits[-1]))
-        return torch.cat(tokens[1:], dim=1), torch.cat(logits, dim=1)
+        # The token before moves the likeliest ones alone, which takes no more passes through the output layer.
+        likeliest, tokens, moved = logits.topk(min(NUM_MOVED, logits.shape[-1])).indices, [certain[:, 0]], []
+        for state, before_it, candidates in zip(states.unbind(1), logits.unbind(1), likeliest.unbind(1), strict=True):
+            theirs = logits_of(self.decoder, self.after(tokens[-1], state), candidates)
+            moved.append(before_it.scatter(-1, candidates, theirs))
+            tokens.append(sampling.pick(moved[-1]))
+        return torch.stack(tokens[1:], dim=1), torch.stack(moved, dim=1)
 
     def after(self, tokens: torch.LongTensor, states: torch.Tensor) -> torch.Tensor:
-        """Last states `(..., dim)` at slots, given the tokens `(...)` before what they predict."""
-        if self.coherence is None:
-            return states
-        embeddings = self.decoder.get_input_embeddings()(tokens)
-        return states + self.coherence(embeddings.to(self.coherence.down.weight.dtype)).to(states.dtype)
+        """Last states `(rows, dim)` at slots, given the tokens `(rows,)` before what they predict."""
+        return states if self.coherence is None else self.coherence(states, self.decoder.get_input_embeddings()(tokens))
 
     def places(self, size: int) -> torch.BoolTensor:
         """Which of the slots predict the `size` tokens of a draft."""
-        return predicting_positions(self.layout(self._lengths(size)[:1]), 1)[0, 1:]
+        predicts = self.layout(self._lengths(size)[:1]).predicts[0]
+        return predicts & (predicts.cumsum(0) > self.num_idle)
 
     def _lengths(self, size: int) -> torch.LongTensor:
-        # The slot of the token that the text itself predicts is there, and predicts nothing.
-        return torch.full((len(self.prediction.e),), 1 + size, device=self.prediction.e.device)
+        return torch.full((len(self.prediction.e),), self.num_idle + size, device=self.prediction.e.device)

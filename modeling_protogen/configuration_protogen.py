@@ -13,7 +13,7 @@ from .proto_tokens import ARRANGEMENTS
 M_SCOPES = ("per_example", "per_category", "shared", "fixed")
 SINKS = ("bos", "none")
 LATENT_SOURCES = ("encoder", "decoder", "both", "none")
-FIRST_TOKENS = ("slots", "decoder")
+FIRST_TOKENS = ("slots", "decoder", "drafts")
 # Width of an attention head of the predictor.
 HEAD_DIM = 64
 # How much larger proto-tokens fitted to texts are than the decoder's token embeddings, about.
@@ -89,13 +89,18 @@ class ProtoGenConfig(PreTrainedConfig):
             in the decoder.
         first_tokens (`str`, defaults to `"slots"`): who writes an answer's first tokens after a prompt: the
             `slots`, like all others, or the `decoder`, by ordinary next-token prediction (`num_autoregressive_tokens`),
-            which is right for its own answers and cannot be trained for others.
+            which is right for its own answers and cannot be trained for others. With `drafts` the slots only draft
+            behind what the decoder has written: its last token predicts the next one, and each slot the one after it,
+            from the next one's position on, as real tokens there would; such a model is trained with `num_anchors`,
+            and writes in the modes `adaptive` and `verified`.
         slot_adapter_rank (`int`, defaults to 0): rank of the low-rank weights that act in the decoder's linear layers
             at the slots only; 0 means none. The decoder's weights stay as they are, and so does all that it computes
             for real tokens.
-        coherence_rank (`int`, defaults to 0): rank of a map from each drafted token's embedding to the decoder's last
-            state at the next one, so that drafts of `adaptive` and `verified` hang together (the Markov head of DSpark,
-            https://arxiv.org/abs/2607.05147); 0 means none.
+        slot_adapter_modules (`list[str]`, *optional*): the linear layers that have them, by the last parts of their
+            names, as `down_proj`; all of each layer's by default. Fewer cost less time.
+        coherence_dim (`int`, defaults to 0): width between two layers that read the decoder's last state at a slot and
+            the token before the one that it predicts, so that drafts of `adaptive` and `verified` hang together
+            ([`Coherence`]); 0 means none.
         latent_source (`str`, defaults to `"encoder"`): what `e`, `m` and the length are predicted from: states of the
             `encoder`, those of the frozen `decoder` over the prompt, `both`, or `none`: trained vectors, the same for
             every instruction, which speaks through the prompt alone then. `decoder` and `none` have no encoder.
@@ -153,7 +158,8 @@ class ProtoGenConfig(PreTrainedConfig):
     decoder_sees_prompt: bool = False
     first_tokens: str = "slots"
     slot_adapter_rank: int = 0
-    coherence_rank: int = 0
+    slot_adapter_modules: list[str] | None = None
+    coherence_dim: int = 0
     latent_source: str = "encoder"
     decoder_layers_read: list[int] | None = None
     upsamples_prompt: bool = False
@@ -226,7 +232,7 @@ class ProtoGenConfig(PreTrainedConfig):
             require(value in known, f"{name}={value!r} is not one of {', '.join(known)}.")
         for name in ("num_e_tokens", "chunk_size", "max_chunks", "max_answer_length"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("slot_adapter_rank", "coherence_rank", "num_source_layers", "num_query_layers"):
+        for name in ("slot_adapter_rank", "coherence_dim", "num_source_layers", "num_query_layers"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative.")
         require(0 <= self.predictor_dropout < 1, f"predictor_dropout={self.predictor_dropout} must lie in 0..1.")
         require(self.log_length_scale > 0, f"log_length_scale={self.log_length_scale} must be positive.")
@@ -261,6 +267,11 @@ class ProtoGenConfig(PreTrainedConfig):
             self.decoder_sees_prompt or self.sink == "none" or self.decoder_text_config.bos_token_id is not None,
             "sink=bos needs a decoder with a bos_token_id; this one has none: set sink=none, "
             "or give decoder_config.bos_token_id.",
+        )
+        require(
+            self.first_tokens != "drafts" or (self.decoder_sees_prompt and not self.upsamples_prompt),
+            "first_tokens=drafts go on from a text that the decoder reads: set decoder_sees_prompt, and no "
+            "upsamples_prompt.",
         )
         require(
             self.latent_source != "none" or self.decoder_sees_prompt,
@@ -345,7 +356,7 @@ class ProtoGenConfig(PreTrainedConfig):
         the prompt has been read before they are known; then the first token stands in front of them, and the second is
         the decoder's own too.
         """
-        if self.first_tokens == "slots":
+        if self.first_tokens != "decoder":
             return 0
         return 1 + int(self.reads_decoder_states) if self.decoder_sees_prompt else 0
 

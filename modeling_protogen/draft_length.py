@@ -1,19 +1,66 @@
 """How long drafts are: as long as they pay."""
 
+import time
 from itertools import accumulate
 from operator import mul
+from statistics import median
+from typing import NamedTuple
 
-# Time that one more position takes, in passes over one: measured for 135M parameters in bfloat16 on two cores.
-POSITION_COST = 0.015
-# Drafts that the share of right tokens at a place is remembered over, about.
-MEMORY = 8
+import torch
+from transformers import PreTrainedModel
+
+from .autoregressive import DecoderState
+from .frozen_decoder import logits_of
+
+# Drafts that the share of right tokens at a place is remembered over, about, and as how many what is expected counts.
+MEMORY, PRIOR = 32, 4
 # Tokens written without a draft once drafts do not pay; doubled each time they still do not, up to the second number.
 FIRST_PAUSE, LONGEST_PAUSE = 4, 64
 
 
-def pass_cost(positions: int) -> float:
-    """Time of a pass over so many positions, in passes over one."""
-    return 1 + POSITION_COST * (positions - 1)
+class PassCosts(NamedTuple):
+    """
+    Time of passes of the decoder, in passes over one position.
+
+    Args:
+        position (`float`): of each position more.
+        slots (`float`): what proto-tokens take beyond their positions, as slot adapters do.
+    """
+
+    position: float
+    slots: float
+
+    def __call__(self, positions: int, has_slots: bool) -> float:
+        return 1 + self.position * (positions - 1) + self.slots * has_slots
+
+    def relative(self, batch: int, num_drafted: int, num_slots: int, later: int) -> float:
+        """
+        Time of a pass that verifies drafts with so many slots behind each token, and of `later` positions of another
+        pass, in passes without these slots and positions.
+        """
+        read = batch * (1 + num_drafted)
+        return self(read * (1 + num_slots) + batch * later, num_slots > 0) / self(read, False)
+
+
+@torch.no_grad()
+def measured_costs(decoder: PreTrainedModel, num_tokens: int = 64, num_slots: int = 16, rounds: int = 7) -> PassCosts:
+    """What passes cost on the machine that the decoder is on, behind `num_tokens` tokens; medians of some rounds."""
+    embeddings = decoder.get_input_embeddings()
+    text = torch.arange(num_tokens + num_slots, device=decoder.device)[None] % embeddings.num_embeddings
+    first, slots = text[:, :num_tokens], embeddings(text[:, num_tokens:])
+    passes = {"one": (text[:, :1], None), "more": (text[:, : 1 + num_slots], None), "slots": (text[:, :1], slots)}
+    seconds = {name: [] for name in passes}
+    for _ in range(rounds):
+        for name, (tokens, behind) in passes.items():
+            state = DecoderState(decoder, 1)
+            state.read(first, torch.ones_like(first))
+            begin = time.perf_counter()
+            states, of_slots = state.read(tokens, torch.ones_like(tokens), tokens.shape[1], behind)
+            states = states if behind is None else torch.cat([states, of_slots[:, 0]], dim=1)
+            logits_of(decoder, states).sum().item()
+            seconds[name].append(time.perf_counter() - begin)
+    one, more, with_slots = (median(seconds[name]) for name in passes)
+    return PassCosts(max(0.0, (more - one) / num_slots / one), max(0.0, (with_slots - more) / one))
 
 
 class DraftLength:
@@ -61,7 +108,6 @@ class DraftLength:
         if kept:
             self.pause = FIRST_PAUSE
         for place in range(min(size, int(kept) + 1)):
-            # The first ones weigh as much as what was expected.
             self.num_noted[place] += 1
-            share = 1 / min(MEMORY, 1 + self.num_noted[place])
+            share = 1 / min(MEMORY, PRIOR + self.num_noted[place])
             self.rates[place] += share * (min(1.0, kept - place) - self.rates[place])

@@ -37,13 +37,19 @@ def embedding_std(decoder: PreTrainedModel) -> float:
     return (scale * embed.weight.float().std()).item()
 
 
-def logits_of(decoder: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+def logits_of(decoder: PreTrainedModel, states: torch.Tensor, tokens: torch.LongTensor | None = None) -> torch.Tensor:
     """
     The logits `(..., vocab)` that the decoder makes of its last states `(..., dim)`: its output layer, then the scaling
-    of Granite or Cohere, or the soft-capping of Gemma.
+    of Granite or Cohere, or the soft-capping of Gemma. With `tokens` `(..., number)` those of these alone.
     """
-    # On a slice of three dimensions a CPU would copy the whole output layer for each call.
-    logits = decoder.get_output_embeddings()(states.flatten(end_dim=-2)).unflatten(0, states.shape[:-1])
+    head = decoder.get_output_embeddings()
+    if tokens is None:
+        # On a slice of three dimensions a CPU would copy the whole output layer for each call.
+        logits = head(states.flatten(end_dim=-2)).unflatten(0, states.shape[:-1])
+    else:
+        logits = (head.weight[tokens] @ states[..., None])[..., 0]
+        if head.bias is not None:
+            logits = logits + head.bias[tokens]
     config = decoder.config.get_text_config()
     if (divisor := getattr(config, "logits_scaling", None)) is not None:
         logits = logits / divisor

@@ -14,6 +14,7 @@ from .adaptive_decoding import adaptive_decoding
 from .block_decoding import Drafter, GenerationBuffer, stops_at
 from .configuration_protogen import UNCERTAINTY_SCORES
 from .cuda_graphs import OneStepGraphs
+from .draft_length import PassCosts, measured_costs
 from .one_step_decoding import (
     Draft,
     as_rows,
@@ -35,8 +36,8 @@ AT_ONCE_OPTIONS = {"length", "num_length_sigmas", "abstain_above", "output_uncer
 MODES = {
     "one_step": AT_ONCE_OPTIONS | {"num_candidates", "candidate_noise"},
     "refine": AT_ONCE_OPTIONS | {"num_refinements", "confidence_threshold"},
-    "adaptive": {"block_size", "confidence_threshold"},
-    "verified": {"block_size"},
+    "adaptive": {"block_size", "confidence_threshold", "position_cost", "slots_cost"},
+    "verified": {"block_size", "position_cost", "slots_cost"},
 }
 # The modes that write block after block.
 BLOCK_MODES = {"adaptive": adaptive_decoding, "verified": verified_decoding}
@@ -46,8 +47,10 @@ IGNORED_OPTIONS |= {"use_cache", "_from_model_config"}
 # Options that are whole numbers from 1 on, and numbers, where they are given.
 COUNTS = ("max_new_tokens", "max_length", "num_return_sequences", "num_candidates", "num_refinements", "block_size")
 NUMBERS = ("num_length_sigmas", "abstain_above", "candidate_noise", "confidence_threshold", "temperature", "top_p")
+NUMBERS += ("position_cost", "slots_cost")
 # Least and most, beside those of `Sampling`.
 RANGES = {"candidate_noise": (0, math.inf), "confidence_threshold": (0, 1)}
+RANGES |= {"position_cost": (0, math.inf), "slots_cost": (0, math.inf)}
 
 
 class ProtoGenGenerationConfig(GenerationConfig):
@@ -74,6 +77,9 @@ class ProtoGenGenerationConfig(GenerationConfig):
             [0, 1], to count as confident.
         block_size (`int`, *optional*, adaptive and verified): tokens of a draft at most; by default as many as there
             are proto-tokens for. Drafts are shorter where long ones do not pay, or positions end.
+        position_cost, slots_cost (`float`, default to 0.027 and 0.1, adaptive and verified): time of each more position
+            in a pass, and what slots take beyond theirs, in passes over one position; what pays follows from them. The
+            defaults are those of 135M parameters in bfloat16 on two cores; `model.measure_pass_costs()` sets yours.
         max_new_tokens, max_length (`int`, *optional*): tokens of an answer at most, whichever is smaller;
             `config.max_answer_length` by default.
         do_sample (`bool`, *optional*): draws tokens, with `temperature` and `top_p`; in one step independently of one
@@ -97,6 +103,8 @@ class ProtoGenGenerationConfig(GenerationConfig):
         num_refinements: int = 1,
         confidence_threshold: float = 0.9,
         block_size: int | None = None,
+        position_cost: float = 0.027,
+        slots_cost: float = 0.1,
         **kwargs,
     ):
         self.mode = mode
@@ -109,12 +117,15 @@ class ProtoGenGenerationConfig(GenerationConfig):
         self.num_refinements = num_refinements
         self.confidence_threshold = confidence_threshold
         self.block_size = block_size
+        self.position_cost = position_cost
+        self.slots_cost = slots_cost
         super().__init__(**kwargs)
 
     @classmethod
     def from_model_config(cls, model_config: PreTrainedConfig | dict) -> "ProtoGenGenerationConfig":
-        """The defaults: a model's configuration says nothing of how to generate."""
-        return cls()
+        """The defaults; the mode is `verified` for a model that drafts."""
+        first_tokens = model_config.get("first_tokens") if isinstance(model_config, dict) else model_config.first_tokens
+        return cls(mode="verified") if first_tokens == "drafts" else cls()
 
     def merged(self, **kwargs) -> "ProtoGenGenerationConfig":
         """
@@ -154,6 +165,10 @@ class ProtoGenGenerationConfig(GenerationConfig):
             return Sampling()
         # What transformers draws with where nothing is said.
         return Sampling(*(1.0 if value is None else float(value) for value in (self.temperature, self.top_p)))
+
+    @property
+    def pass_costs(self) -> PassCosts:
+        return PassCosts(self.position_cost, self.slots_cost)
 
     def longest(self, default: int) -> int:
         """Tokens of an answer at most."""
@@ -260,6 +275,14 @@ class ProtoGenGenerationMixin(GenerationMixin):
         powers = [2**n for n in range(4, longest.bit_length()) if 2**n < longest]
         self.graphs = OneStepGraphs(self, sorted({*(answer_lengths or powers), longest}), input_multiple)
 
+    def measure_pass_costs(self) -> None:
+        """
+        Times some passes of the decoder where it is, which takes seconds, and sets `position_cost` and `slots_cost` of
+        the generation configuration: how long drafts of `adaptive` and `verified` are depends on them.
+        """
+        costs = measured_costs(self.decoder)
+        self.generation_config.position_cost, self.generation_config.slots_cost = costs
+
     @torch.no_grad()
     def generate(
         self,
@@ -298,9 +321,9 @@ class ProtoGenGenerationMixin(GenerationMixin):
                 instruction at a time.
             **kwargs: fields of [`ProtoGenGenerationConfig`], where all options are described: `mode`, `length`,
                 `num_length_sigmas`, `abstain_above`, `output_uncertainty_scores`, `num_candidates`, `candidate_noise`,
-                `num_refinements`, `confidence_threshold`, `block_size`, `max_new_tokens`, `max_length`, `do_sample`,
-                `temperature`, `top_p`, `num_return_sequences`, `stop_strings`, `return_dict_in_generate`. They win over
-                the configuration.
+                `num_refinements`, `confidence_threshold`, `block_size`, `position_cost`, `slots_cost`,
+                `max_new_tokens`, `max_length`, `do_sample`, `temperature`, `top_p`, `num_return_sequences`,
+                `stop_strings`, `return_dict_in_generate`. They win over the configuration.
 
         Returns:
             `torch.LongTensor` of shape `(batch, length)`, or [`ProtoGenGenerateOutput`].
@@ -465,9 +488,11 @@ class ProtoGenGenerationMixin(GenerationMixin):
         tokenizer = processor and processor.decoder_tokenizer
         is_stopped = stops_at(config.eos_token_ids, options.stop_strings or (), tokenizer)
         answers = GenerationBuffer(len(prompt[0]), options.longest(config.max_answer_length), is_stopped, streamer)
-        prediction = self.predict(*instruction, *prompt, category_ids)
-        drafter = Drafter(self, prediction)
-        num_passes = BLOCK_MODES[options.mode](self, answers, drafter, prompt, block_size, options)
+        # Short passes are a twentieth faster in it than without gradients alone. What is returned is made outside.
+        with torch.inference_mode():
+            prediction = self.predict(*instruction, *prompt, category_ids)
+            drafter = Drafter(self, prediction)
+            num_passes = BLOCK_MODES[options.mode](self, answers, drafter, prompt, block_size, options)
         num_passes += prediction.prompt_cache is not None
         if streamer is not None:
             streamer.end()

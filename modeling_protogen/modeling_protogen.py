@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .anchors import labels_behind, states_behind
 from .block_decoding import Drafter
+from .coherence import Coherence
 from .configuration_protogen import FITTED_SIZE, ProtoGenConfig
 from .frozen_decoder import (
     answer_logits,
@@ -34,7 +35,7 @@ from .objectives import IGNORE_INDEX, LOSS_WEIGHTS, duration_nll, error_nll, len
 from .proto_predictor import Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
 from .proto_tokens import Layout, build_layout, fill_slots, longest_answer
 from .publishing import MODEL_FILES, model_card, pin_decoder, publish
-from .slot_adapters import FusedDecoder, LowRank, SlotAdapters
+from .slot_adapters import FusedDecoder, SlotAdapters
 
 # What a thin checkpoint's decoder is loaded with as well.
 LOADING_OPTIONS = (
@@ -131,10 +132,10 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             if shape is None:
                 with torch.device("meta"):
                     shape = AutoModelForCausalLM.from_config(config.decoder_config)
-            self.slot_adapters = SlotAdapters(config.slot_adapter_rank, shape)
+            self.slot_adapters = SlotAdapters(config.slot_adapter_rank, shape, config.slot_adapter_modules)
         self.coherence = None
-        if config.coherence_rank:
-            self.coherence = LowRank(config.decoder_dim, config.decoder_dim, config.coherence_rank)
+        if config.coherence_dim:
+            self.coherence = Coherence(config.decoder_dim, config.coherence_dim)
         self.decoder = decoder
         self.post_init()
         if config.encoder_name_or_path:
@@ -562,6 +563,11 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             RuntimeError: if no decoder is attached.
         """
         self._check_prompt(decoder_prompt_ids, self.config.decoder_sees_prompt)
+        if self.config.first_tokens == "drafts":
+            raise ValueError(
+                "this model drafts (first_tokens=drafts) and has learned no whole answers: write with mode=verified or "
+                "adaptive, and give anchors where its logits are wanted."
+            )
         if prediction.next_logits is None:
             first_tokens = None
         elif first_tokens is None:

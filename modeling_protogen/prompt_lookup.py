@@ -14,7 +14,7 @@ def continuation(ids: list[int], longest: int) -> list[int]:
     for size in NGRAMS:
         last = ids[-size:]
         for start in range(len(ids) - size - 1, -1, -1):
-            if ids[start : start + size] == last:
+            if ids[start] == last[0] and ids[start : start + size] == last:
                 return ids[start + size : start + size + longest]
     return []
 

@@ -280,7 +280,7 @@ def parts_of(model: PreTrainedModel, thin: bool, decoder: str, encoder: str) -> 
         f"encoder {encoder}": model.encoder,
         "predictor of proto-tokens, length and uncertainty": model.proto_predictor,
         adapters: model.slot_adapters,
-        "map from each drafted token to the next": model.coherence,
+        "layers that make drafts hang together": model.coherence,
     }
     parts = []
     for name, module in names.items():

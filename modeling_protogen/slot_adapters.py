@@ -53,36 +53,55 @@ class LowRank(nn.Module):
                 f"slot adapters need layers that read (batch, length, dim); one of this decoder's reads {x.dim()} "
                 "dimensions, as mixtures of experts do: set slot_adapter_rank=0."
             )
-        added = self(x[:, -num_slots:].to(self.down.weight.dtype)).to(output)
+        # Rows, as a linear layer on a slice of three dimensions takes a CPU twice the time.
+        at_slots = x[:, -num_slots:].reshape(-1, x.shape[-1])
+        added = self(at_slots.to(self.down.weight.dtype)).to(output.dtype).view(len(x), num_slots, -1)
         if num_slots == x.shape[1]:
             return output + added
-        output[:, -num_slots:] += added
+        output[:, -num_slots:].add_(added)
         return output
 
 
 class SlotAdapters(nn.Module):
     """
-    A low-rank map beside each linear layer inside the decoder, whose output is added at the slots. The language-model
+    A low-rank map beside linear layers inside the decoder, whose output is added at the slots. The language-model
     head has none.
 
     Args:
         rank (`int`): of each map.
         decoder (`PreTrainedModel`): gives the layers' names and shapes; `attach` makes it take the maps in.
+        modules (`list[str]`, *optional*): last parts of the names of the layers that have one, as `down_proj` or
+            `29.mlp.down_proj`; all by default.
+
+    Raises:
+        ValueError: if the decoder has no layer of such a name.
     """
 
-    def __init__(self, rank: int, decoder: PreTrainedModel):
+    def __init__(self, rank: int, decoder: PreTrainedModel, modules: list[str] | None = None):
         super().__init__()
-        self.maps = nn.ModuleDict(
-            {name.replace(".", "-"): LowRank(*shape, rank) for name, (_, shape) in _linear_layers(decoder).items()}
-        )
+        shapes = {name: shape for name, (_, shape) in _linear_layers(decoder).items()}
+        for module in modules or ():
+            if not any(f".{name}".endswith(f".{module}") for name in shapes):
+                known = dict.fromkeys(name.rpartition(".")[2] for name in shapes)
+                raise ValueError(
+                    f"slot_adapter_modules: none of this decoder's linear layers is called {module}; "
+                    f"they are called {', '.join(known)}."
+                )
+        chosen = shapes if modules is None else [n for n in shapes if f".{n}".endswith(tuple(f".{m}" for m in modules))]
+        self.maps = nn.ModuleDict({name.replace(".", "-"): LowRank(*shapes[name], rank) for name in chosen})
         self.handles = []
+
+    def _layers(self, decoder: PreTrainedModel) -> Iterator[tuple[nn.Module, LowRank]]:
+        for name, (layer, _) in _linear_layers(decoder).items():
+            if (key := name.replace(".", "-")) in self.maps:
+                yield layer, self.maps[key]
 
     def attach(self, decoder: PreTrainedModel) -> None:
         """From now on this decoder's passes inside [`slots_at_the_end`], and no other's, go through these maps."""
         while self.handles:
             self.handles.pop().remove()
-        for name, (layer, _) in _linear_layers(decoder).items():
-            self.handles.append(layer.register_forward_hook(self.maps[name.replace(".", "-")].add_at_slots))
+        for layer, low_rank in self._layers(decoder):
+            self.handles.append(layer.register_forward_hook(low_rank.add_at_slots))
 
     @torch.no_grad()
     def fused(self, decoder: PreTrainedModel) -> PreTrainedModel:
@@ -93,12 +112,11 @@ class SlotAdapters(nn.Module):
         Raises:
             ValueError: if the weights are quantised.
         """
-        if not all(layer.weight.is_floating_point() for layer, _ in _linear_layers(decoder).values()):
+        if not all(layer.weight.is_floating_point() for layer, _ in self._layers(decoder)):
             raise ValueError("slot adapters cannot be fused into quantised weights; leave them beside the decoder.")
         shared = [*decoder.parameters(), *decoder.buffers(), *self.maps.values()]
         fused = copy.deepcopy(decoder, {id(part): part for part in shared})
-        for name, (layer, _) in _linear_layers(fused).items():
-            low_rank = self.maps[name.replace(".", "-")]
+        for layer, low_rank in self._layers(fused):
             added = low_rank.up.weight.float() @ low_rank.down.weight.float()
             if isinstance(layer, Conv1D):
                 added = added.T

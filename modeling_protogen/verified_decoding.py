@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from .anchors import longest_pair_masked
 from .autoregressive import DecoderState
 from .block_decoding import Drafter, GenerationBuffer
-from .draft_length import DraftLength, pass_cost
+from .draft_length import DraftLength, PassCosts
 from .frozen_decoder import logits_of
 from .prompt_lookup import continuations
 from .sampling import Sampling, log_probability
@@ -50,24 +50,15 @@ def accept(
     return kept, torch.multinomial(left, 1)[:, 0]
 
 
-def relative_cost(batch: int, num_drafted: int, slots: int, later: int) -> float:
-    """
-    Time of a pass that verifies drafts with so many slots behind each token, and of `later` positions of another pass,
-    in passes without these slots and positions.
-    """
-    read = batch * (1 + num_drafted)
-    return pass_cost(read * (1 + slots) + batch * later) / pass_cost(read)
-
-
 def lookup_that_pays(
-    texts: list[list[int]], longest: int, by_lookup: DraftLength, least_gain: float
+    texts: list[list[int]], longest: int, by_lookup: DraftLength, pass_costs: PassCosts, least_gain: float
 ) -> torch.LongTensor:
     """
     Drafts `(batch, tokens)` from the texts themselves; without tokens where more than `least_gain` tokens in the time
     of a pass are not expected of them.
     """
     found = continuations(texts, min(longest, LONGEST_LOOKUP))
-    costs = [relative_cost(len(texts), 0, 0, later) for later in range(1, found.shape[1] + 1)]
+    costs = [pass_costs.relative(len(texts), 0, 0, later) for later in range(1, found.shape[1] + 1)]
     size = by_lookup.best(costs)
     pays = size and (1 + by_lookup.kept(size)) / costs[size - 1] > least_gain
     return found[:, : size if pays else 0]
@@ -98,7 +89,8 @@ def verified_decoding(
     Returns:
         The passes of the decoder that it took.
     """
-    decoder, sampling, rows = model.decoder, options.sampling, torch.arange(len(prompt[0]), device=model.device)
+    decoder, sampling, costs = model.decoder, options.sampling, options.pass_costs
+    rows = torch.arange(len(prompt[0]), device=model.device)
     text, longest_masked = DecoderState(decoder, len(rows)), longest_pair_masked(decoder)
     num_slots = [drafter.num_slots(size) for size in range(1, block_size)]
     by_slots, by_lookup = DraftLength(block_size - 1, EXPECTED), DraftLength(LONGEST_LOOKUP, EXPECTED)
@@ -109,9 +101,13 @@ def verified_decoding(
         if not num_drafted or text.ids.shape[1] + num_drafted + block_size < longest_masked:
             # This pass and the next write a token each without drafts.
             wanted = enumerate(num_slots[: max(answers.room - 2, 0)], start=1)
-            size = by_slots.next([relative_cost(len(rows), num_drafted, slots, later) for later, slots in wanted])
+            size = by_slots.next([costs.relative(len(rows), num_drafted, slots, later) for later, slots in wanted])
         states, behind = text.read(tokens, mask, 1 + num_drafted, drafter.slots(size))
-        own = logits_of(decoder, states)
+        if size:
+            behind = behind[:, :, drafter.places(size)]
+            states = torch.cat([states, behind.flatten(1, 2)], dim=1)
+        logits = logits_of(decoder, states)
+        own, of_slots = logits[:, : 1 + num_drafted], logits[:, 1 + num_drafted :]
         kept, certain = accept(drafts, drafted_from, own, sampling)
         if num_drafted:
             source.note(num_drafted, kept[answers.unfinished].float().mean().item())
@@ -123,12 +119,13 @@ def verified_decoding(
         longest = min(answers.room, text.num_free) - 1 if answers.unfinished else 0
         source, drafts = by_slots, certain[:, :0]
         if size and longest:
-            drafts, drafted_from = drafter.draft(behind[rows, kept], certain, size, sampling)
+            of_slots = of_slots.unflatten(1, behind.shape[1:3])
+            drafts, drafted_from = drafter.draft(behind[rows, kept], of_slots[rows, kept], certain, sampling)
             drafts, drafted_from = drafts[:, :longest], drafted_from[:, :longest]
         if longest:
-            least = (1 + by_slots.kept(drafts.shape[1])) / relative_cost(len(rows), 0, 0, drafts.shape[1])
+            least = (1 + by_slots.kept(drafts.shape[1])) / costs.relative(len(rows), 0, 0, drafts.shape[1])
             texts = [a + b for a, b in zip(beginnings, answers.tokens, strict=True)]
-            looked_up = lookup_that_pays(texts, longest, by_lookup, least).to(rows.device)
+            looked_up = lookup_that_pays(texts, longest, by_lookup, costs, least).to(rows.device)
             if looked_up.shape[1]:
                 source, drafts = by_lookup, looked_up
                 if not sampling.is_greedy:

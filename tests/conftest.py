@@ -179,13 +179,20 @@ def set_dropout(model, p):
             module.dropout = p
 
 
+def coherent(coherence, state, before):
+    """A state `(..., dim)` moved by the token before, whose embedding is `before`, in one formula."""
+    x, y = ((v / (v.pow(2).mean(-1, keepdim=True) + torch.finfo(v.dtype).eps).sqrt()) for v in (state, before))
+    h = x @ coherence.of_state.weight.T + coherence.of_state.bias + y @ coherence.of_token.weight.T
+    return state + (h * torch.sigmoid(h)) @ coherence.out.weight.T
+
+
 def stir_slot_adapters(model):
     """Fresh ones add nothing; nor does a fresh coherence."""
     if model.slot_adapters is not None:
         for low_rank in model.slot_adapters.maps.values():
             torch.nn.init.normal_(low_rank.up.weight, std=0.2)
     if model.coherence is not None:
-        torch.nn.init.normal_(model.coherence.up.weight, std=0.5)
+        torch.nn.init.normal_(model.coherence.out.weight, std=0.5)
 
 
 class AdaptedFrom(torch.nn.Module):

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CONTEXTS, INSTRUCTIONS, set_dropout, stir_slot_adapters, weights_hash
+from conftest import CONTEXTS, INSTRUCTIONS, coherent, set_dropout, stir_slot_adapters, weights_hash
 
 from eval_tasks.text_metrics import draft_metrics
+from modeling_protogen import ProtoGenForConditionalGeneration
 from modeling_protogen.anchors import even_anchors, labels_behind, random_anchors, text_so_far
 from modeling_protogen.frozen_decoder import answer_logits
 from modeling_protogen.objectives import IGNORE_INDEX, reconstruction_loss
@@ -22,7 +23,7 @@ from trainers.training_args import ProtoGenTrainingArguments
 LONG = ["a cat sat on the mat under the tree", "paris", "the dog ran and the bird flew", "red blue"]
 FIELDS = [
     {"latent_source": "none", "arrangement": "e_m"},
-    {"latent_source": "none", "arrangement": "e_mN", "coherence_rank": 3},
+    {"latent_source": "none", "arrangement": "e_mN", "coherence_dim": 3},
     {"latent_source": "decoder", "arrangement": "e_only", "chunk_size": 1, "max_chunks": 4},
     {"latent_source": "encoder", "arrangement": "e_m"},
 ]
@@ -32,6 +33,7 @@ FIELDS = [
 def drafter(request, build, decoder_dir):
     """A model with adapters, whose drafts have three tokens after the decoder's own, and a batch."""
     fields = {"chunk_size": 4, "slot_adapter_rank": 2, "decoder_sees_prompt": True} | request.param
+    fields["first_tokens"] = "drafts"
     model, processor = build(decoder_dir, **fields)
     stir_slot_adapters(model)
     processor.max_answer_length = 32
@@ -43,12 +45,12 @@ def alone(model, batch, row: int, anchor: int) -> torch.Tensor:
     """Logits of a draft behind one anchor, from one pass over the text before it and the slots."""
     inputs = {k: v[row : row + 1] for k, v in batch.items() if k not in ("labels", "length_labels")}
     prediction = model.predict(**inputs)
-    layout = model.layout(torch.tensor([4]), prediction.e.shape[1])
+    layout = model.layout(torch.tensor([3]), prediction.e.shape[1])
     slots = fill_slots(layout, prediction.e, prediction.m)
     ids = inputs["decoder_prompt_ids"][inputs["decoder_prompt_mask"].bool()]
     text = torch.cat([ids, batch["labels"][row, :anchor]])[None]
     if model.coherence is None:
-        return answer_logits(model.decoder, slots, layout, text, num_autoregressive_tokens=1)[1:]
+        return answer_logits(model.decoder, slots, layout, text)
     # What the decoder's last state lacks is in the token before.
     embed, head = model.decoder.get_input_embeddings(), model.decoder.get_output_embeddings()
     embeds = torch.cat([embed(text), slots], dim=1)
@@ -57,7 +59,7 @@ def alone(model, batch, row: int, anchor: int) -> torch.Tensor:
             layout.predicts[0]
         ]
     before = embed(torch.nn.functional.pad(batch["labels"][row], (0, 3))[anchor : anchor + 3].clamp_min(0))
-    return head(states[1:] + before @ model.coherence.down.weight.T @ model.coherence.up.weight.T)
+    return head(coherent(model.coherence, states, before))
 
 
 @pytest.mark.parametrize("in_training", [False, True])
@@ -124,6 +126,7 @@ def train(build, llama_dir, tmp_path):
             chunk_size=4,
             slot_adapter_rank=4,
             decoder_sees_prompt=True,
+            first_tokens="drafts",
         )
         processor.max_answer_length = 32
         examples = [Example(text, text, "", text, answer_ids=processor.encode_answers([text])["labels"][0].tolist())
@@ -177,3 +180,19 @@ def test_what_drafts_need_is_said(build, llama_dir, tmp_path):
     args = ProtoGenTrainingArguments(output_dir=str(tmp_path), use_cpu=True, num_anchors=2)
     with pytest.raises(ValueError, match="set decoder_sees_prompt: true"):
         ProtoGenTrainer(model, args, train_dataset=[], processing_class=processor)
+    model, processor = build(llama_dir, decoder_sees_prompt=True)
+    with pytest.raises(ValueError, match="num_anchors and first_tokens: drafts need each other"):
+        ProtoGenTrainer(model, args, train_dataset=[], processing_class=processor)
+    with pytest.raises(ValueError, match="first_tokens=drafts go on from a text that the decoder reads"):
+        build(llama_dir, first_tokens="drafts")
+
+
+def test_a_drafter_writes_in_the_block_modes_alone(build, llama_dir, tmp_path):
+    model, processor = build(llama_dir, decoder_sees_prompt=True, first_tokens="drafts")
+    model.save_pretrained(tmp_path)
+    inputs = processor(INSTRUCTIONS, CONTEXTS)
+    written = ProtoGenForConditionalGeneration.from_pretrained(tmp_path).generate(**inputs, max_new_tokens=6)
+    assert torch.equal(written, model.generate(**inputs, mode="verified", max_new_tokens=6))
+    for mode in ("one_step", "refine"):
+        with pytest.raises(ValueError, match="has learned no whole answers: write with mode=verified"):
+            model.generate(**inputs, mode=mode)

@@ -65,7 +65,7 @@ def test_eos_and_pad_come_from_the_decoder():
         ({"predictor_dim": 0}, "predictor_dim=0 must be a multiple of 64"),
         ({"num_query_layers": -1}, "num_query_layers=-1 must not be negative"),
         ({"slot_adapter_rank": -1}, "slot_adapter_rank=-1 must not be negative"),
-        ({"first_tokens": "prompt"}, "first_tokens='prompt' is not one of slots, decoder"),
+        ({"first_tokens": "prompt"}, "first_tokens='prompt' is not one of slots, decoder, drafts"),
         (DECODER_SOURCE | {"decoder_layers_read": [0, 5]}, r"decoder_layers_read=\[0, 5\] must lie in 0..4"),
         (DECODER_SOURCE | {"decoder_layers_read": [-1]}, r"decoder_layers_read=\[-1\] must lie in 0..4"),
         (DECODER_SOURCE | {"decoder_layers_read": [1], "upsamples_prompt": True}, "upsamples_prompt needs"),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import CONTEXTS, INSTRUCTIONS, adapted_decoder, stir_slot_adapters
+from conftest import CONTEXTS, INSTRUCTIONS, adapted_decoder, coherent, stir_slot_adapters
 from scipy.stats import chisquare
 from test_verified_decoding import FIELDS, MORE, MORE_CONTEXTS, TOKENS, greedy, without_eos
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +13,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenGenerationConfig
 from modeling_protogen.adaptive_decoding import EXPECTED
-from modeling_protogen.draft_length import POSITION_COST, DraftLength
+from modeling_protogen.draft_length import DraftLength
 from modeling_protogen.generation_protogen import MODES
 from modeling_protogen.one_step_decoding import candidates
 from modeling_protogen.proto_tokens import build_layout, fill_slots
@@ -34,25 +34,28 @@ def slow_adaptive(model, processor, instruction, context, block_size, threshold)
 
     def slots_of(size):
         shape = config.arrangement, config.chunk_size, config.max_chunks, config.num_e_tokens
-        layout = build_layout(torch.tensor([1 + size]), *shape)
-        return fill_slots(layout, prediction.e, prediction.m), layout.predicts[0]
+        idle = 0 if config.first_tokens == "drafts" else 1
+        layout = build_layout(torch.tensor([idle + size]), *shape)
+        predicts = layout.predicts[0]
+        predicts[predicts.nonzero()[:idle]] = False
+        return fill_slots(layout, prediction.e, prediction.m), predicts
 
-    costs = [1 + POSITION_COST * slots_of(size)[0].shape[1] for size in range(1, block_size)]
+    costs = [1.1 + 0.027 * slots_of(size)[0].shape[1] for size in range(1, block_size)]
     draft_length = DraftLength(len(costs), EXPECTED)
     while len(answer) < TOKENS:
         text = torch.cat([prompt, torch.tensor([answer], dtype=torch.long)], dim=1)
         wanted = draft_length.next(costs)
         size = min(wanted, TOKENS - len(answer) - 1)
-        slots, predicts = slots_of(size)
+        slots, predicts = slots_of(size) if size else (embed(text[:, :0]), [])
         for layer in adapted_layers:
             layer.start = text.shape[1]
         states = adapted.base_model(inputs_embeds=torch.cat([embed(text), slots], dim=1)).last_hidden_state[0]
-        own, drafted = states[text.shape[1] - 1], states[text.shape[1] :][predicts][1:]
+        own, drafted = states[text.shape[1] - 1], states[text.shape[1] :][predicts]
         logits = [adapted.get_output_embeddings()(own)]
         for state in drafted:
             if model.coherence is not None:
                 before = embed(logits[-1].argmax())
-                state = state + model.coherence.up.weight @ model.coherence.down.weight @ before
+                state = coherent(model.coherence, state, before)
             logits.append(adapted.get_output_embeddings()(state))
         p = torch.stack(logits).softmax(-1)
         new = 1
@@ -88,9 +91,8 @@ def test_adaptive_decoding_that_is_never_sure_is_greedy(build, decoder_dir):
     model, processor = build(decoder_dir, decoder_sees_prompt=True)
     without_eos(model)
     inputs = processor(MORE, MORE_CONTEXTS)
-    output = model.generate(
-        **inputs, mode="adaptive", max_new_tokens=TOKENS, confidence_threshold=1, return_dict_in_generate=True
-    )
+    options = {"confidence_threshold": 1, "slots_cost": 2.0, "return_dict_in_generate": True}
+    output = model.generate(**inputs, mode="adaptive", max_new_tokens=TOKENS, **options)
     assert answers_of(output) == [greedy(model, processor, *pair) for pair in zip(MORE, MORE_CONTEXTS, strict=True)]
     assert (output.accepted_lengths == 0).all()
     # Where drafts do not pay they get rare.
@@ -205,9 +207,7 @@ def test_kept_drafts_have_the_decoders_distribution(sampling):
 
 
 @torch.no_grad()
-def test_verified_samples_have_the_decoders_distribution(build, decoder_dir, monkeypatch):
-    # A batch of thousands is not worth a draft.
-    monkeypatch.setattr("modeling_protogen.draft_length.POSITION_COST", 0.0)
+def test_verified_samples_have_the_decoders_distribution(build, decoder_dir):
     model, processor = build(decoder_dir, decoder_sees_prompt=True, latent_source="decoder")
     without_eos(model)
     torch.manual_seed(0)
@@ -216,6 +216,9 @@ def test_verified_samples_have_the_decoders_distribution(build, decoder_dir, mon
     output = model.generate(
         **inputs,
         mode="verified",
+        # A batch of thousands is not worth a draft where they cost something.
+        position_cost=0.0,
+        slots_cost=0.0,
         max_new_tokens=4,
         do_sample=True,
         temperature=0.5,

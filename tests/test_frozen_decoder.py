@@ -119,10 +119,10 @@ def plan_drafts(monkeypatch, rows, draft, ahead):
         start(self, *args)
         buffers.append(self)
 
-    def planned(self, states, certain, size, sampling):
-        _, table = own(self, states, certain, size, sampling)
+    def planned(self, states, logits, certain, sampling):
+        _, table = own(self, states, logits, certain, sampling)
         for drafts, row, written in zip(table, rows, buffers[-1].tokens, strict=True):
-            for place in range(size):
+            for place in range(len(drafts)):
                 token, is_sure = draft(row, len(written) + ahead + place)
                 drafts[place] = 0.0
                 drafts[place, token] = 20.0 if is_sure else 0.1

@@ -85,6 +85,22 @@ def test_there_is_one_beside_each_linear_layer_but_the_head(build, decoder_dir):
     assert not model.decoder.get_output_embeddings()._forward_hooks
 
 
+def test_layers_that_have_one_are_chosen_by_their_names(build, decoder_dir):
+    whole, _ = build(decoder_dir, **ADAPTED)
+    names = [key.replace("-", ".") for key in whole.slot_adapters.maps]
+    last = names[-1].rpartition(".")[2]
+    for modules, expected in (([last], [n for n in names if n.endswith(last)]), ([names[-1]], names[-1:])):
+        model, processor = build(decoder_dir, **ADAPTED, slot_adapter_modules=modules)
+        assert [key.replace("-", ".") for key in model.slot_adapters.maps] == expected
+        stir_slot_adapters(model)
+        batch = processor(INSTRUCTIONS, CONTEXTS, ANSWERS)
+        beside = model(**batch).answer_logits
+        model.eval().fuse_slot_adapters()
+        torch.testing.assert_close(model(**batch).answer_logits, beside, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"none of this decoder's linear layers is called proj; they are called .*"):
+        build(decoder_dir, **ADAPTED, slot_adapter_modules=["proj"])
+
+
 @torch.no_grad()
 def test_outside_of_its_passes_the_decoder_is_itself(build, decoder_dir):
     model, processor = build(decoder_dir, **ADAPTED)

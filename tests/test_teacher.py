@@ -229,7 +229,7 @@ def test_teacher_targets_from_the_command_line(call, recipe, tmp_path, monkeypat
 
 def test_drafts_from_the_command_line(call, recipe, tmp_path):  # noqa: F811
     options = {"latent_source": "none", "arrangement": "e_m", "chunk_size": 4, "slot_adapter_rank": 2}
-    options |= {"coherence_rank": 2, "decoder_sees_prompt": "true", "num_anchors": 3, "losses": '{"draft": 1}'}
+    options |= {"coherence_dim": 2, "decoder_sees_prompt": "true", "num_anchors": 3, "losses": '{"draft": 1}'}
     arguments = ["--config", recipe, "--targets", "teacher", "--teacher_max_length", 9]
     arguments += [part for name, value in options.items() for part in (f"--{name}", value)]
     assert "answers in" in call("teacher", *arguments)
@@ -249,3 +249,8 @@ def test_drafts_from_the_command_line(call, recipe, tmp_path):  # noqa: F811
     assert metrics["adaptive@1.0_agreement_dolly"] == [1.0] * 3
     assert metrics["adaptive@0.0_tokens_a_pass_dolly"][0] > 1
     assert result.with_suffix(".png").is_file()
+    speed = ["--run", tmp_path / "run", "--data", tmp_path / "data.jsonl", "--batch-size", 1, "--steps", 2]
+    call("bench", "training-speed", *speed, "--result", tmp_path / "speed.json")
+    metrics = read_result(tmp_path / "speed.json")["metrics"]
+    rates = [metrics[f"drafted_tokens_per_second_{name}"] for name in ("32_anchors", "1_anchor")]
+    assert metrics["times_one_anchor"] == pytest.approx(rates[0] / rates[1])

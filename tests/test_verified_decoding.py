@@ -13,7 +13,7 @@ from eval_tasks.baselines.autoregressive import autoregressive
 from modeling_protogen import ProtoGenForConditionalGeneration
 from modeling_protogen.autoregressive import DecoderState
 from modeling_protogen.block_decoding import Drafter, GenerationBuffer
-from modeling_protogen.draft_length import FIRST_PAUSE, LONGEST_PAUSE, DraftLength
+from modeling_protogen.draft_length import FIRST_PAUSE, LONGEST_PAUSE, DraftLength, PassCosts
 from modeling_protogen.frozen_decoder import logits_of
 from modeling_protogen.prompt_lookup import continuation, continuations
 from modeling_protogen.proto_tokens import position_ids
@@ -33,7 +33,7 @@ FIELDS = [
     SEEN | {"latent_source": "decoder", "first_tokens": "decoder"},
     SEEN | {"latent_source": "both", "first_tokens": "decoder"} | CHUNKS,
     SEEN | {"latent_source": "both", "slot_adapter_rank": 2} | CHUNKS,
-    SEEN | {"latent_source": "none", "slot_adapter_rank": 2, "coherence_rank": 3},
+    SEEN | {"latent_source": "none", "slot_adapter_rank": 2, "coherence_dim": 3, "first_tokens": "drafts"},
     SEEN | {"latent_source": "decoder"} | UPSAMPLED,
     {"latent_source": "decoder"},
 ]
@@ -147,8 +147,9 @@ def plan_drafts(monkeypatch, expected, num_right):
         start(self, *args)
         buffers.append(self)
 
-    def planned(self, states, certain, size, sampling):
-        _, table = draft(self, states, certain, size, sampling)
+    def planned(self, states, logits, certain, sampling):
+        _, table = draft(self, states, logits, certain, sampling)
+        size = table.shape[1]
         for row, answer in enumerate(expected):
             right, written = num_right(size), len(buffers[-1].tokens[row])
             for place in range(size):
@@ -168,9 +169,8 @@ def test_texts_of_a_batch_grow_at_different_paces(build, decoder_dir, monkeypatc
     inputs = processor(MORE, MORE_CONTEXTS)
     random = torch.Generator().manual_seed(0)
     plan_drafts(monkeypatch, expected, lambda size: torch.randint(0, size + 1, (1,), generator=random).item())
-    output = model.generate(
-        **inputs, mode="verified", max_new_tokens=TOKENS, block_size=6, return_dict_in_generate=True
-    )
+    options = {"block_size": 6, "position_cost": 0.0, "slots_cost": 0.0, "return_dict_in_generate": True}
+    output = model.generate(**inputs, mode="verified", max_new_tokens=TOKENS, **options)
     assert output.sequences.tolist() == expected
     assert output.num_passes < TOKENS
     assert 0.2 < output.accepted_lengths.mean() < 5
@@ -206,15 +206,36 @@ def test_drafts_are_as_long_as_they_pay():
     assert length.next(costs) == 2
     assert length.next([1.9, 2.5, 3.9, 5.0]) == 0
     length = DraftLength(4, 0.5)
-    for _ in range(40):
+    for _ in range(20):
         length.note(2, 2.0)
-    assert length.rates[:2] == pytest.approx([1, 1], abs=0.01)
+    # What is expected counts as four drafts.
+    assert length.rates[:2] == pytest.approx([(4 * 0.5 + 20) / 24] * 2)
     assert length.rates[2:] == [0.5, 0.5]
-    for _ in range(40):
+    for _ in range(150):
         length.note(2, 1.0)
     assert length.rates[0] > 0.99 > 0.01 > length.rates[1]
     assert length.next(costs) == 1
     assert DraftLength(0, 0.5).next([]) == 0
+
+
+def test_what_a_pass_costs():
+    costs = PassCosts(position=0.1, slots=0.5)
+    # Two tokens of two texts with three slots behind each, and two positions later; without slots four positions.
+    assert costs.relative(2, 1, 3, 1) == pytest.approx((1 + 0.1 * (16 + 2 - 1) + 0.5) / (1 + 0.1 * 3))
+    assert costs.relative(1, 0, 0, 4) == pytest.approx(1.4)
+
+
+def test_costs_are_measured_and_kept(build, llama_dir, tmp_path):
+    model, processor = build(llama_dir, decoder_sees_prompt=True)
+    model.measure_pass_costs()
+    config = model.generation_config
+    assert 0 <= config.position_cost < 10
+    assert 0 <= config.slots_cost < 10
+    config.position_cost = 0.125
+    model.save_pretrained(tmp_path)
+    loaded = ProtoGenForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.generation_config.position_cost == 0.125
+    assert verified(loaded, processor, 5)[0] == verified(model, processor, 1)[0]
 
 
 def test_drafts_that_never_pay_are_tried_ever_less_often():
@@ -295,7 +316,8 @@ def test_bad_requests_are_named(build, llama_dir):
 @pytest.mark.parametrize("source", ["none", "decoder", "encoder"])
 @torch.no_grad()
 def test_drafts_are_what_training_behind_anchors_sees(build, decoder_dir, source):
-    model, processor = build(decoder_dir, latent_source=source, **SEEN, slot_adapter_rank=2, chunk_size=4)
+    fields = SEEN | {"latent_source": source, "first_tokens": "drafts", "slot_adapter_rank": 2, "chunk_size": 4}
+    model, processor = build(decoder_dir, **fields)
     stir_slot_adapters(model)
     processor.max_answer_length = 32
     answer = [5, 9, 7, 8, 6, 11, 4]

@@ -153,13 +153,15 @@ class ModelArguments:
     first_tokens: str | None = field(
         default=None,
         metadata={
-            "help": "Who writes an answer's first tokens after a prompt: slots or decoder. By default the decoder for "
-            "the teacher's answers, which are its own, and slots for others.",
+            "help": "Who writes an answer's first tokens after a prompt: slots or decoder; drafts go on anywhere. "
+            "By default drafts with num_anchors, the decoder for the teacher's answers, which are its own, and slots "
+            "for others.",
             "choices": list(FIRST_TOKENS),
         },
     )
     slot_adapter_rank: int = config_field("slot_adapter_rank")
-    coherence_rank: int = config_field("coherence_rank")
+    slot_adapter_modules: list[str] | None = config_field("slot_adapter_modules")  # noqa: RUF009
+    coherence_dim: int = config_field("coherence_dim")
     decoder_sees_prompt: bool = config_field("decoder_sees_prompt")
     encoder_lora_rank: int = field(
         default=0, metadata={"help": "Trains low-rank adapters in the encoder instead of its weights; 0 = none."}

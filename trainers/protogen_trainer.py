@@ -538,6 +538,8 @@ def settle_losses(config: ProtoGenConfig, args: ProtoGenTrainingArguments) -> No
         args.losses = {name: w for name, w in LOSS_WEIGHTS.items() if name != "duration" or config.upsamples_prompt}
     if args.num_anchors and not config.decoder_sees_prompt:
         raise ValueError("num_anchors: the decoder reads the text before a draft: set decoder_sees_prompt: true.")
+    if bool(args.num_anchors) != (config.first_tokens == "drafts"):
+        raise ValueError("num_anchors and first_tokens: drafts need each other.")
     if "token_head" in args.losses and (config.arrangement, config.chunk_size) != ("e_only", 1):
         raise ValueError("the loss token_head reads a token off each proto-token: arrangement: e_only, chunk_size: 1.")
     if config.upsamples_prompt != ("duration" in args.losses):

@@ -78,6 +78,9 @@ def train(
     if metrics_path.is_file():
         print(f"already trained: {output_dir / 'model'}; remove {output_dir} to train again")
         return
+    if model_args.first_tokens is None:
+        of_answers = "decoder" if target_args.targets == "teacher" else "slots"
+        model_args.first_tokens = "drafts" if args.num_anchors else of_answers
     settle_losses(model_args, args)
     bank_folder, bank = bank_args.folder(output_dir), None
     check(model_args, args, bank_folder)
@@ -174,8 +177,6 @@ def prepared_model(
     inputs: TrainInputArguments, model_args: ModelArguments, target_args: TargetArguments, data_args: DataArguments
 ) -> ProtoGenForConditionalGeneration:
     """A new model, with the weights of an earlier one, a store of prompts and adapters where they are asked for."""
-    if model_args.first_tokens is None:
-        model_args.first_tokens = "decoder" if target_args.targets == "teacher" else "slots"
     categories = None
     if model_args.m_scope == "per_category":
         categories = categories_of(load_examples(data_args))
