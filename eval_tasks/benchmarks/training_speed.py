@@ -14,6 +14,8 @@ from transformers import TrainerCallback
 from eval_tasks import report
 from eval_tasks.latency import interleaved_seconds
 from modeling_protogen import ProtoGenConfig, ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen.anchors import even_anchors, labels_behind
+from modeling_protogen.objectives import IGNORE_INDEX
 from trainers.data import DataArguments, Example, ProtoGenCollator, load_examples
 from trainers.devices import best_device, synchronize
 from trainers.embedded import decoder_revision
@@ -24,6 +26,8 @@ from trainers.training_args import ProtoGenTrainingArguments
 
 # Dense bfloat16 operations a second, from the makers' data sheets.
 DATA_SHEET_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+# Tokens of answers behind whose places drafts are learned, at most, and how many drafts of each.
+DRAFTED_ANSWER, ANCHORS = 128, 32
 
 
 def add_commands(commands) -> None:
@@ -101,7 +105,7 @@ def training_flops(model: ProtoGenForConditionalGeneration, batch: dict[str, tor
 
     head = model.decoder.get_output_embeddings().weight.numel()
     body = weights(model.decoder.base_model)
-    answer = (batch["labels"] != -100).sum().item()
+    answer = (batch["labels"] != IGNORE_INDEX).sum().item()
     flops = 4 * (body + head) * answer
     if model.config.decoder_sees_prompt:
         flops += 2 * body * batch["decoder_prompt_mask"].sum().item()
@@ -128,14 +132,25 @@ class StepClock(TrainerCallback):
             self.decoder_seconds.update(forward=0.0, backward=0.0)
 
 
-def timed_steps(run: Path, examples: list[Example], batch_size: int, warm_up: int, stores_prompts: bool) -> dict:
+def timed_steps(
+    run: Path,
+    examples: list[Example],
+    batch_size: int,
+    warm_up: int,
+    stores_prompts: bool = False,
+    num_anchors: int = 0,
+) -> dict:
     """
     What a step of the trainer costs, batch after batch of the examples, after the first `warm_up`; making its batch is
-    a part of it. With `stores_prompts` a [`PromptStore`] has read all prompts before.
+    a part of it. With `stores_prompts` a [`PromptStore`] has read all prompts before. With `num_anchors` the steps
+    learn drafts, and the tokens are those drafted.
     """
     model = ProtoGenForConditionalGeneration.from_pretrained(run / "model").to(best_device())
     model.decoder.to(torch.bfloat16)
-    collate = ProtoGenCollator(ProtoGenProcessor.from_pretrained(run / "model"))
+    processor = ProtoGenProcessor.from_pretrained(run / "model")
+    if num_anchors:
+        processor.max_answer_length = DRAFTED_ANSWER
+    collate = ProtoGenCollator(processor)
     batches = [collate(examples[at : at + batch_size]) for at in range(0, len(examples), batch_size)]
     with tempfile.TemporaryDirectory() as folder, decoder_clock(model.decoder) as decoder_seconds:
         if stores_prompts:
@@ -149,6 +164,7 @@ def timed_steps(run: Path, examples: list[Example], batch_size: int, warm_up: in
             max_steps=len(batches),
             per_device_train_batch_size=batch_size,
             train_sampling_strategy="sequential",
+            num_anchors=num_anchors,
             bf16=True,
             save_strategy="no",
             logging_strategy="no",
@@ -158,7 +174,12 @@ def timed_steps(run: Path, examples: list[Example], batch_size: int, warm_up: in
         )
         trainer.train()
     seconds, timed = np.diff(clock.ends[warm_up - 1 :]), batches[warm_up:]
-    tokens = sum((batch["labels"] != -100).sum().item() for batch in timed)
+    if num_anchors:
+        labels = [batch["labels"] for batch in timed]
+        drafted = [labels_behind(each, even_anchors(each, num_anchors), model.config.draft_length) for each in labels]
+        tokens = sum((each != IGNORE_INDEX).sum().item() for each in drafted)
+        return {"drafted_tokens_per_second": tokens / seconds.sum()}
+    tokens = sum((batch["labels"] != IGNORE_INDEX).sum().item() for batch in timed)
     prompt_tokens = sum(
         batch["decoder_prompt_mask"].sum().item() for batch in timed if model.config.decoder_sees_prompt
     )
@@ -172,20 +193,31 @@ def timed_steps(run: Path, examples: list[Example], batch_size: int, warm_up: in
 
 
 def training_speed(arguments) -> None:
-    """Where the decoder sees the prompt, also with prompts that a [`PromptStore`] has read before."""
+    """
+    Where the decoder sees the prompt, also with prompts that a [`PromptStore`] has read before; of a model that drafts,
+    with many anchors in an answer beside one in each of four times as many answers.
+    """
     run = Path(arguments.run)
     if not (run / "metrics.json").is_file():
         raise FileNotFoundError(f"there is no trained model in {run}; train one first.")
     made_with = read_json(run / "metrics.json")["run"]
-    processor, warm_up = ProtoGenProcessor.from_pretrained(run / "model"), 2
+    config = ProtoGenConfig.from_pretrained(run / "model")
+    processor, warm_up, size = ProtoGenProcessor.from_pretrained(run / "model"), 2, arguments.batch_size
     examples = [e for e in load_examples(DataArguments(data=arguments.data)) if processor.fits(e.instruction)]
-    examples = list(islice(cycle(examples), (warm_up + arguments.steps) * arguments.batch_size))
-    metrics = timed_steps(run, examples, arguments.batch_size, warm_up, stores_prompts=False)
-    metrics["peak_teraflops_per_second"] = peak_flops(best_device()) / 1e12
-    metrics["model_flops_utilisation"] = metrics["teraflops_per_second"] / metrics["peak_teraflops_per_second"]
-    if ProtoGenConfig.from_pretrained(run / "model").decoder_sees_prompt:
-        stored = timed_steps(run, examples, arguments.batch_size, warm_up, stores_prompts=True)
-        metrics["milliseconds_a_step_with_stored_prompts"] = stored["milliseconds_a_step"]
+    examples = list(islice(cycle(examples), 4 * (warm_up + arguments.steps) * size))
+    some = examples[: len(examples) // 4]
+    if config.first_tokens == "drafts":
+        packed = timed_steps(run, some, size, warm_up, num_anchors=ANCHORS)["drafted_tokens_per_second"]
+        alone = timed_steps(run, examples, 4 * size, warm_up, num_anchors=1)["drafted_tokens_per_second"]
+        metrics = {f"drafted_tokens_per_second_{ANCHORS}_anchors": packed, "drafted_tokens_per_second_1_anchor": alone}
+        metrics["times_one_anchor"] = packed / alone
+    else:
+        metrics = timed_steps(run, some, size, warm_up)
+        metrics["peak_teraflops_per_second"] = peak_flops(best_device()) / 1e12
+        metrics["model_flops_utilisation"] = metrics["teraflops_per_second"] / metrics["peak_teraflops_per_second"]
+        if config.decoder_sees_prompt:
+            stored = timed_steps(run, some, size, warm_up, stores_prompts=True)
+            metrics["milliseconds_a_step_with_stored_prompts"] = stored["milliseconds_a_step"]
     content = report.result(
         command=arguments.command_line,
         model=f"{made_with['decoder']}, bfloat16; encoder {made_with['encoder']}",

@@ -29,7 +29,7 @@ def add_commands(commands) -> None:
     command = commands.add_parser("verified")
     command.add_argument("--model", required=True, help="folder or Hub id of a trained model")
     command.add_argument("--beside", nargs="*", default=[], help="other trained models, their drafts timed too")
-    command.add_argument("--assistant", default="embedded:smollm2-135m@first:10", help="of assisted decoding")
+    command.add_argument("--assistant", help="decoder of assisted decoding, as embedded:smollm2-135m@first:10")
     command.add_argument("--dolly", default="scripts/data/dolly_sample.jsonl")
     command.add_argument("--gsm8k", help=".jsonl file of its test split")
     command.add_argument("--prompts", type=int, default=500, help="compared token by token")
@@ -37,7 +37,7 @@ def add_commands(commands) -> None:
     command.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     command.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     command.add_argument("--timed-prompts", type=int, default=20, help="of each data set, in bfloat16; 0 times nothing")
-    command.add_argument("--timed-tokens", type=int, default=64)
+    command.add_argument("--timed-tokens", type=int, nargs="+", default=[64, 256])
     command.add_argument("--block-size", type=int, help="tokens of a draft at most; each model's own by default")
     command.add_argument("--run", default="runs/verified", help="folder; an interrupted run goes on from it")
     command.set_defaults(run_command=verified)
@@ -67,14 +67,18 @@ def verified(arguments) -> None:
         other = ProtoGenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device)
         drafters[Path(folder).parent.name] = other, ProtoGenProcessor.from_pretrained(folder)
     if arguments.timed_prompts:
-        metrics |= time_verified(arguments, models, drafters, sources)
+        for number, tokens in enumerate(arguments.timed_tokens):
+            timed = time_verified(arguments, models, drafters, sources, tokens)
+            # Names of those for other lengths than the first have the length.
+            metrics |= {f"{name}_{tokens}" if number else name: value for name, value in timed.items()}
     # Its folder would say where it lies on this machine.
     decoder = Path(trained.config.decoder_name_or_path).name
     content = report.result(
         command=arguments.command_line,
         model=f"{decoder}, compared in {' and '.join(arguments.dtypes)}; drafts of "
         f"{', '.join([arguments.model, *arguments.beside])}"
-        + (f"; timed in bfloat16, {arguments.assistant} assists" if arguments.timed_prompts else ""),
+        + ("; timed in bfloat16" if arguments.timed_prompts else "")
+        + (f", {arguments.assistant} assists" if arguments.timed_prompts and arguments.assistant else ""),
         revision=trained.config.decoder_revision,
         data=", ".join(filter(None, (arguments.dolly, arguments.gsm8k))),
         seed=0,
@@ -149,26 +153,32 @@ def compare_with_greedy(
     return {"prompts": len(chosen), prefix: sum(mismatches.values()), **mismatches}
 
 
-def time_verified(arguments, models: dict, drafters: dict, sources: dict) -> dict[str, float | list[float]]:
+def time_verified(
+    arguments, models: dict, drafters: dict, sources: dict, tokens: int
+) -> dict[str, float | list[float]]:
     """Time of greedy answers over that of verified ones, in bfloat16, one prompt at a time, all methods in turn."""
     for model in [*models.values(), *(model for model, _ in drafters.values())]:
         model.to(torch.bfloat16)
-    (trained, processor), metrics = drafters["trained"], {}
-    _, assistant = load_decoder(arguments.assistant, None, "bfloat16", trained.device)
+        model.measure_pass_costs()
+    trained, processor = drafters["trained"]
+    config = trained.generation_config
+    metrics = {"position_cost": config.position_cost, "slots_cost": config.slots_cost}
     writers = {
         "greedy": autoregressive(trained.decoder, processor),
         **verified_writers(models, processor, arguments.block_size),
         **{name: protogen(*pair, "verified", block_size=arguments.block_size) for name, pair in drafters.items()},
         "prompt_lookup": prompt_lookup(trained.decoder, processor),
-        "assisted": assisted(trained.decoder, processor, assistant),
     }
+    if arguments.assistant:
+        _, assistant = load_decoder(arguments.assistant, None, "bfloat16", trained.device)
+        writers["assisted"] = assisted(trained.decoder, processor, assistant)
     for source, examples in sources.items():
         unknown = held_out_of(examples, trained.config.validation_share)
         chosen = [e for e in unknown if processor.fits(e.instruction)][: arguments.timed_prompts]
 
         def call(write, number, chosen=chosen):
             example = chosen[number % len(chosen)]
-            return write([example.instruction], [example.context], arguments.timed_tokens)
+            return write([example.instruction], [example.context], tokens)
 
         calls = {name: partial(call, write) for name, write in writers.items()}
         seconds = interleaved_seconds(calls, rounds=len(chosen))
@@ -176,17 +186,21 @@ def time_verified(arguments, models: dict, drafters: dict, sources: dict) -> dic
             metrics[f"speedup_{name}_{source}"] = ratio_with_interval(seconds["greedy"], seconds[name], np.sum)
         metrics[f"speedup_{source}"] = metrics.pop(f"speedup_trained_{source}")
         for name, (model, own_processor) in drafters.items():
-            accepted = [
+            written = [
                 model.generate(
                     **own_processor(e.instruction, e.context).to(model.device),
                     mode="verified",
-                    max_new_tokens=arguments.timed_tokens,
+                    max_new_tokens=tokens,
                     block_size=arguments.block_size,
                     return_dict_in_generate=True,
-                ).accepted_lengths.item()
+                )
                 for e in chosen
             ]
+            accepted = [output.accepted_lengths.item() for output in written]
             metrics[f"accepted_length_{name}_{source}"] = mean_with_interval(accepted)
-        metrics[f"accepted_length_{source}"] = metrics.pop(f"accepted_length_trained_{source}")
+            speeds = [output.lengths.item() / output.num_passes for output in written]
+            metrics[f"tokens_a_pass_{name}_{source}"] = mean_with_interval(speeds)
+        for name in ("accepted_length", "tokens_a_pass"):
+            metrics[f"{name}_{source}"] = metrics.pop(f"{name}_trained_{source}")
     metrics["speedup_all_wrong"] = metrics[f"speedup_{WRONG}_dolly"]
     return metrics
