@@ -64,6 +64,27 @@ def lookup_that_pays(
     return found[:, : size if pays else 0]
 
 
+def worth_verifying(confidences: torch.Tensor, batch: int, num_slots: int, pass_costs: PassCosts) -> int:
+    """
+    How many of the drafted tokens add more to what the next pass writes than to its time. Whether one is among them
+    does not depend on which token it is, so that samples keep the decoder's distribution.
+
+    Args:
+        confidences (`torch.Tensor` of shape `(size,)`): probability that each token is right, and those before it.
+        batch, num_slots (`int`): texts, and slots behind each token.
+    """
+
+    def time(size):
+        return pass_costs(batch * (1 + size) * (1 + num_slots), True)
+
+    written = 1.0
+    for size, confidence in enumerate(confidences.tolist()):
+        if (written + confidence) / time(size + 1) <= written / time(size):
+            return size
+        written += confidence
+    return len(confidences)
+
+
 def verified_decoding(
     model,
     answers: GenerationBuffer,
@@ -74,9 +95,9 @@ def verified_decoding(
 ) -> int:
     """
     Each pass reads the token that is certain and a draft after it, with slots behind each of them: it says how much of
-    the draft is kept and what follows that for certain, and the slots behind the last kept token draft on. Where more
-    is expected of how the text has gone on from its last tokens before, that is the draft. Where a decoder takes no
-    masks of pairs, passes that verify and passes that draft take turns.
+    the draft is kept and what follows that for certain, and the slots behind the last kept token draft on, as far as
+    they are sure. Where more is expected of how the text has gone on from its last tokens before, that is the draft.
+    Where a decoder takes no masks of pairs, passes that verify and passes that draft take turns.
 
     Args:
         model (`ProtoGenForConditionalGeneration`)
@@ -95,7 +116,7 @@ def verified_decoding(
     num_slots = [drafter.num_slots(size) for size in range(1, block_size)]
     by_slots, by_lookup = DraftLength(block_size - 1, EXPECTED), DraftLength(LONGEST_LOOKUP, EXPECTED)
     beginnings = [ids[is_text.bool()].tolist() for ids, is_text in zip(*prompt, strict=True)]
-    (tokens, mask), source, drafts, drafted_from = prompt, by_slots, prompt[0][:, :0], None
+    (tokens, mask), source, drafts, drafted_from, noted = prompt, by_slots, prompt[0][:, :0], None, 0
     while answers.unfinished:
         num_drafted, size = drafts.shape[1], 0
         if not num_drafted or text.ids.shape[1] + num_drafted + block_size < longest_masked:
@@ -109,25 +130,32 @@ def verified_decoding(
         logits = logits_of(decoder, states)
         own, of_slots = logits[:, : 1 + num_drafted], logits[:, 1 + num_drafted :]
         kept, certain = accept(drafts, drafted_from, own, sampling)
+        if noted:
+            source.note(noted, kept[answers.unfinished].float().mean().item())
         if num_drafted:
-            source.note(num_drafted, kept[answers.unfinished].float().mean().item())
             answers.note_draft(kept, answers.unfinished)
         certain = certain[:, None]
         written = torch.cat([drafts, certain], dim=1).scatter(1, kept[:, None], certain)
         answers.extend(written, log_probability(own, written), kept + 1)
         text.forget(num_drafted - kept, answers.is_done)
         longest = min(answers.room, text.num_free) - 1 if answers.unfinished else 0
-        source, drafts = by_slots, certain[:, :0]
-        if size and longest:
-            of_slots = of_slots.unflatten(1, behind.shape[1:3])
-            drafts, drafted_from = drafter.draft(behind[rows, kept], of_slots[rows, kept], certain, sampling)
+        source, drafts, noted, expected = by_slots, certain[:, :0], min(size, longest), 0.0
+        if noted:
+            of_slots = of_slots.unflatten(1, behind.shape[1:3])[rows, kept]
+            drafts, drafted_from = drafter.draft(behind[rows, kept], of_slots, certain, sampling)
             drafts, drafted_from = drafts[:, :longest], drafted_from[:, :longest]
+            likeliest = log_probability(drafted_from, drafted_from.max(-1).indices)
+            confidences = likeliest.cumsum(1).exp()[answers.unfinished].mean(0)
+            number = worth_verifying(confidences, len(rows), num_slots[size - 1], costs)
+            # What is not verified counts as wrong.
+            drafts, drafted_from = drafts[:, :number], drafted_from[:, :number]
+            expected = confidences[:number].sum().item()
         if longest:
-            least = (1 + by_slots.kept(drafts.shape[1])) / costs.relative(len(rows), 0, 0, drafts.shape[1])
+            least = (1 + expected) / costs.relative(len(rows), 0, 0, drafts.shape[1])
             texts = [a + b for a, b in zip(beginnings, answers.tokens, strict=True)]
             looked_up = lookup_that_pays(texts, longest, by_lookup, costs, least).to(rows.device)
             if looked_up.shape[1]:
-                source, drafts = by_lookup, looked_up
+                source, drafts, noted = by_lookup, looked_up, looked_up.shape[1]
                 if not sampling.is_greedy:
                     drafted_from = CERTAIN * F.one_hot(drafts, own.shape[-1]).to(own.dtype)
         tokens = torch.cat([certain, drafts], dim=1)

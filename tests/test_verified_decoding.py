@@ -17,6 +17,7 @@ from modeling_protogen.draft_length import FIRST_PAUSE, LONGEST_PAUSE, DraftLeng
 from modeling_protogen.frozen_decoder import logits_of
 from modeling_protogen.prompt_lookup import continuation, continuations
 from modeling_protogen.proto_tokens import position_ids
+from modeling_protogen.verified_decoding import worth_verifying
 from trainers.data import Example
 from trainers.decoders import load_decoder
 from trainers.teacher import greedy_answers
@@ -223,6 +224,17 @@ def test_what_a_pass_costs():
     # Two tokens of two texts with three slots behind each, and two positions later; without slots four positions.
     assert costs.relative(2, 1, 3, 1) == pytest.approx((1 + 0.1 * (16 + 2 - 1) + 0.5) / (1 + 0.1 * 3))
     assert costs.relative(1, 0, 0, 4) == pytest.approx(1.4)
+
+
+def test_unsure_drafts_are_not_verified():
+    free, dear = PassCosts(0.0, 0.1), PassCosts(0.25, 0.0)
+    sure = torch.tensor([0.9, 0.8, 0.1, 0.05])
+    assert worth_verifying(sure, 1, 1, free) == 4
+    # Each token adds 2 positions of 0.25: 1.9 / 1.75 > 1 / 1.25, 2.7 / 2.25 > 1.9 / 1.75, 2.8 / 2.75 < 2.7 / 2.25.
+    assert worth_verifying(sure, 1, 1, dear) == 2
+    assert worth_verifying(sure, 8, 3, PassCosts(10.0, 0.0)) == 0
+    assert worth_verifying(torch.tensor([0.01, 0.9]), 1, 1, dear) == 0
+    assert worth_verifying(sure[:0], 1, 1, dear) == 0
 
 
 def test_costs_are_measured_and_kept(build, llama_dir, tmp_path):
