@@ -98,6 +98,21 @@ def test_two_processes_learn_what_one_learns(exact_recipe, tmp_path, way):
     assert all(torch.equal(again[name], weight) for name, weight in weights[1].items())
 
 
+@pytest.mark.parametrize("way", [WAYS[0], WAYS[2]])
+def test_two_processes_learn_drafts(exact_recipe, tmp_path, way):
+    """Behind anchors that each draws for itself; from a checkpoint on they draw the same."""
+    options = {"latent_source": "none", "arrangement": "e_m", "chunk_size": 4, "coherence_dim": 3, "num_anchors": 3}
+    options |= {"decoder_sees_prompt": "true", "losses": '{"draft": 1}'}
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    whole = losses(way, exact_recipe, tmp_path / "whole", *arguments)
+    assert len(set(whole)) == 4
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    assert losses(way, exact_recipe, tmp_path / "again", *arguments) == whole
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "again")]
+    assert all(torch.equal(weights[1][name], weight) for name, weight in weights[0].items())
+    assert weights[0]["coherence.out.weight"].any()
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_processes_stop_together_at_a_loss_that_is_not_finite(exact_recipe, tmp_path, way):
     done = launch(way, exact_recipe, tmp_path / "run", "--learning_rate", 1e20, "--max_grad_norm", 0)
