@@ -117,18 +117,27 @@ class Drafter:
         self.layout = partial(model.layout, num_chunks=prediction.e.shape[1])
         # Slots that learned whole answers predict their own position's token: the first is the text's to predict.
         self.num_idle = int(model.config.first_tokens != "drafts")
-        self.known_slots = {}
+        self.laid_out = {}
 
     def slots(self, size: int) -> torch.Tensor | None:
         """Slots `(batch, slots, dim)` for drafts of `size` tokens; None for none."""
-        if size and size not in self.known_slots:
-            layout = self.layout(self._lengths(size))
-            self.known_slots[size] = fill_slots(layout, self.prediction.e, self.prediction.m)
-        return self.known_slots.get(size)
+        return self._laid_out(size)[0] if size else None
 
     def num_slots(self, size: int) -> int:
         """Slots that drafts of `size` tokens take, from one token on."""
-        return self.layout(self._lengths(size)[:1]).mask.shape[1]
+        return len(self.places(size))
+
+    def places(self, size: int) -> torch.BoolTensor:
+        """Which of the slots `(slots,)` predict the `size` tokens of a draft."""
+        return self._laid_out(size)[1]
+
+    def _laid_out(self, size: int) -> tuple[torch.Tensor, torch.BoolTensor]:
+        if size not in self.laid_out:
+            e, m = self.prediction.e, self.prediction.m
+            layout = self.layout(torch.full((len(e),), self.num_idle + size, device=e.device))
+            places = layout.predicts[0] & (layout.predicts[0].cumsum(0) > self.num_idle)
+            self.laid_out[size] = fill_slots(layout, e, m), places
+        return self.laid_out[size]
 
     def draft(
         self, states: torch.Tensor, logits: torch.Tensor, certain: torch.LongTensor, sampling: Sampling
@@ -154,11 +163,3 @@ class Drafter:
     def after(self, tokens: torch.LongTensor, states: torch.Tensor) -> torch.Tensor:
         """Last states `(rows, dim)` at slots, given the tokens `(rows,)` before what they predict."""
         return states if self.coherence is None else self.coherence(states, self.decoder.get_input_embeddings()(tokens))
-
-    def places(self, size: int) -> torch.BoolTensor:
-        """Which of the slots predict the `size` tokens of a draft."""
-        predicts = self.layout(self._lengths(size)[:1]).predicts[0]
-        return predicts & (predicts.cumsum(0) > self.num_idle)
-
-    def _lengths(self, size: int) -> torch.LongTensor:
-        return torch.full((len(self.prediction.e),), self.num_idle + size, device=self.prediction.e.device)
