@@ -44,6 +44,8 @@ BLOCK_MODES = {"adaptive": adaptive_decoding, "verified": verified_decoding}
 # What a generation config holds that does not change an answer here: the decoder's configuration has the tokens.
 IGNORED_OPTIONS = {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"}
 IGNORED_OPTIONS |= {"use_cache", "_from_model_config"}
+# Tokens at most of answers by a model that drafts, where nothing else is said.
+LONGEST_VERIFIED = 256
 # Options that are whole numbers from 1 on, and numbers, where they are given.
 COUNTS = ("max_new_tokens", "max_length", "num_return_sequences", "num_candidates", "num_refinements", "block_size")
 NUMBERS = ("num_length_sigmas", "abstain_above", "candidate_noise", "confidence_threshold", "temperature", "top_p")
@@ -123,9 +125,9 @@ class ProtoGenGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_model_config(cls, model_config: PreTrainedConfig | dict) -> "ProtoGenGenerationConfig":
-        """The defaults; the mode is `verified` for a model that drafts."""
+        """The defaults; a model that drafts writes with `verified`, and not as many tokens as a draft has."""
         first_tokens = model_config.get("first_tokens") if isinstance(model_config, dict) else model_config.first_tokens
-        return cls(mode="verified") if first_tokens == "drafts" else cls()
+        return cls(mode="verified", max_new_tokens=LONGEST_VERIFIED) if first_tokens == "drafts" else cls()
 
     def merged(self, **kwargs) -> "ProtoGenGenerationConfig":
         """

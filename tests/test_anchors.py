@@ -191,8 +191,10 @@ def test_a_drafter_writes_in_the_block_modes_alone(build, llama_dir, tmp_path):
     model, processor = build(llama_dir, decoder_sees_prompt=True, first_tokens="drafts")
     model.save_pretrained(tmp_path)
     inputs = processor(INSTRUCTIONS, CONTEXTS)
-    written = ProtoGenForConditionalGeneration.from_pretrained(tmp_path).generate(**inputs, max_new_tokens=6)
-    assert torch.equal(written, model.generate(**inputs, mode="verified", max_new_tokens=6))
+    loaded = ProtoGenForConditionalGeneration.from_pretrained(tmp_path)
+    expected = model.generate(**inputs, mode="verified", max_new_tokens=256)
+    assert torch.equal(loaded.generate(**inputs), expected)
+    assert expected.shape[1] > model.config.max_answer_length
     for mode in ("one_step", "refine"):
         with pytest.raises(ValueError, match="has learned no whole answers: write with mode=verified"):
             model.generate(**inputs, mode=mode)
