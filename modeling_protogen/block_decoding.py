@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
@@ -12,7 +13,7 @@ from .proto_predictor import Prediction
 from .proto_tokens import fill_slots
 from .sampling import Sampling
 
-# Tokens at each place of a draft whose logits the token before it moves.
+# Tokens at each place of a draft whose logits the tokens before it move.
 NUM_MOVED = 64
 
 
@@ -152,14 +153,12 @@ class Drafter:
         """
         if self.coherence is None:
             return sampling.pick(logits), logits
-        # The token before moves the likeliest ones alone, which takes no more passes through the output layer.
-        likeliest, tokens, moved = logits.topk(min(NUM_MOVED, logits.shape[-1])).indices, [certain[:, 0]], []
+        # Only the likeliest tokens are moved, which takes no more passes through the output layer.
+        likeliest, tokens, moved = logits.topk(min(NUM_MOVED, logits.shape[-1])).indices, certain, []
         for state, before_it, candidates in zip(states.unbind(1), logits.unbind(1), likeliest.unbind(1), strict=True):
-            theirs = logits_of(self.decoder, self.after(tokens[-1], state), candidates)
-            moved.append(before_it.scatter(-1, candidates, theirs))
-            tokens.append(sampling.pick(moved[-1]))
-        return torch.stack(tokens[1:], dim=1), torch.stack(moved, dim=1)
-
-    def after(self, tokens: torch.LongTensor, states: torch.Tensor) -> torch.Tensor:
-        """Last states `(rows, dim)` at slots, given the tokens `(rows,)` before what they predict."""
-        return states if self.coherence is None else self.coherence(states, self.decoder.get_input_embeddings()(tokens))
+            nearest_first = self.decoder.get_input_embeddings()(tokens.flip(1))
+            missing = self.coherence.num_tokens - tokens.shape[1]
+            state = self.coherence(state, F.pad(nearest_first, (0, 0, 0, missing)))
+            moved.append(before_it.scatter(-1, candidates, logits_of(self.decoder, state, candidates)))
+            tokens = torch.cat([tokens, sampling.pick(moved[-1])[:, None]], dim=1)
+        return tokens[:, 1:], torch.stack(moved, dim=1)

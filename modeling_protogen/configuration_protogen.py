@@ -99,7 +99,7 @@ class ProtoGenConfig(PreTrainedConfig):
         slot_adapter_modules (`list[str]`, *optional*): the linear layers that have them, by the last parts of their
             names, as `down_proj`; all of each layer's by default. Fewer cost less time.
         coherence_dim (`int`, defaults to 0): width between two layers that read the decoder's last state at a slot and
-            the token before the one that it predicts, so that drafts of `adaptive` and `verified` hang together
+            the tokens before that the slot does not see, so that drafts of `adaptive` and `verified` hang together
             ([`Coherence`]); 0 means none.
         latent_source (`str`, defaults to `"encoder"`): what `e`, `m` and the length are predicted from: states of the
             `encoder`, those of the frozen `decoder` over the prompt, `both`, or `none`: trained vectors, the same for

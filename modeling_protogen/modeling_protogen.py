@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .anchors import labels_behind, states_behind
 from .block_decoding import Drafter
-from .coherence import Coherence
+from .coherence import Coherence, unseen
 from .configuration_protogen import FITTED_SIZE, ProtoGenConfig
 from .frozen_decoder import (
     answer_logits,
@@ -135,7 +135,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             self.slot_adapters = SlotAdapters(config.slot_adapter_rank, shape, config.slot_adapter_modules)
         self.coherence = None
         if config.coherence_dim:
-            self.coherence = Coherence(config.decoder_dim, config.coherence_dim)
+            self.coherence = Coherence(config.decoder_dim, config.coherence_dim, config.draft_length)
         self.decoder = decoder
         self.post_init()
         if config.encoder_name_or_path:
@@ -636,9 +636,11 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         prompt = decoder_prompt_ids, decoder_prompt_mask
         states = states_behind(self.decoder, *prompt, labels, anchors, drafter.slots(size))
         is_drafted = labels_behind(labels, anchors, size) != IGNORE_INDEX
-        before = labels_behind(labels, anchors - 1, size)[is_drafted]
         states = states[:, :, drafter.places(size)].flatten(0, 1)[is_drafted]
-        return logits_of(self.decoder, drafter.after(before, states))
+        if self.coherence is not None:
+            before = labels_behind(labels, anchors - 1, size).clamp_min(0)
+            states = self.coherence(states, unseen(self.decoder.get_input_embeddings()(before))[is_drafted])
+        return logits_of(self.decoder, states)
 
     def clamp_lengths(self, lengths: torch.Tensor) -> torch.LongTensor:
         """

@@ -179,11 +179,13 @@ def set_dropout(model, p):
             module.dropout = p
 
 
-def coherent(coherence, state, before):
-    """A state `(..., dim)` moved by the token before, whose embedding is `before`, in one formula."""
-    x, y = ((v / (v.pow(2).mean(-1, keepdim=True) + torch.finfo(v.dtype).eps).sqrt()) for v in (state, before))
-    h = x @ coherence.of_state.weight.T + coherence.of_state.bias + y @ coherence.of_token.weight.T
-    return state + (h * torch.sigmoid(h)) @ coherence.out.weight.T
+def coherent(coherence, state, tokens):
+    """A state `(dim,)` moved by the embeddings of the tokens since the text, the last of them first."""
+    x, *known = ((v / (v.pow(2).mean() + torch.finfo(v.dtype).eps).sqrt()) for v in (state, *tokens))
+    h = coherence.of_state.weight @ x + coherence.of_state.bias
+    for part, y in zip(coherence.of_tokens.weight.split(len(state), dim=1), known, strict=False):
+        h = h + part @ y
+    return state + coherence.out.weight @ (h * torch.sigmoid(h))
 
 
 def stir_slot_adapters(model):

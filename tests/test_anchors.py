@@ -51,15 +51,16 @@ def alone(model, batch, row: int, anchor: int) -> torch.Tensor:
     text = torch.cat([ids, batch["labels"][row, :anchor]])[None]
     if model.coherence is None:
         return answer_logits(model.decoder, slots, layout, text)
-    # What the decoder's last state lacks is in the token before.
+    # What the decoder's last state lacks is in the tokens before.
     embed, head = model.decoder.get_input_embeddings(), model.decoder.get_output_embeddings()
     embeds = torch.cat([embed(text), slots], dim=1)
     with slots_at_the_end(slots.shape[1]):
         states = model.decoder.base_model(inputs_embeds=embeds).last_hidden_state[0, text.shape[1] :][
             layout.predicts[0]
         ]
-    before = embed(torch.nn.functional.pad(batch["labels"][row], (0, 3))[anchor : anchor + 3].clamp_min(0))
-    return head(coherent(model.coherence, states, before))
+    tokens = embed(torch.nn.functional.pad(batch["labels"][row], (0, 3))[anchor : anchor + 3].clamp_min(0))
+    moved = [coherent(model.coherence, state, tokens[: place + 1].flip(0)) for place, state in enumerate(states)]
+    return head(torch.stack(moved))
 
 
 @pytest.mark.parametrize("in_training", [False, True])

@@ -54,8 +54,8 @@ def slow_adaptive(model, processor, instruction, context, block_size, threshold)
         logits = [adapted.get_output_embeddings()(own)]
         for state in drafted:
             if model.coherence is not None:
-                before = embed(logits[-1].argmax())
-                state = coherent(model.coherence, state, before)
+                written = torch.stack([each.argmax() for each in logits])
+                state = coherent(model.coherence, state, embed(written).flip(0))
             logits.append(adapted.get_output_embeddings()(state))
         p = torch.stack(logits).softmax(-1)
         new = 1
