@@ -6,6 +6,7 @@ Decoders by name: a Hub id, a folder or an `embedded:` name, or a variant of one
     NAME@untrained-gpt_neox:256x6    a GPTNeoX of 6 layers of width 256 with random weights, and NAME's tokenizer
 """
 
+import argparse
 import re
 from pathlib import Path
 
@@ -114,6 +115,13 @@ def load_processor_of(folder: str | Path, decoder: str | None = None) -> ProtoGe
     return ProtoGenProcessor.from_encoder_decoder_pretrained(
         encoder and resolve(encoder), resolve(decoder or config.decoder_name_or_path), **options
     )
+
+
+def add_loading_options(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
+    """Options of a command line whose values [`load_trained`] takes."""
+    parser.add_argument("--dtype", default=dtype, choices=["auto", "bfloat16", "float16", "float32"])
+    parser.add_argument("--fuse-adapters", action="store_true", help=FUSE_HELP)
+    parser.add_argument("--decoder", help="load a thin checkpoint's decoder from here")
 
 
 def load_trained(

@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 from eval_tasks.commands.generate import prompt_of
 from eval_tasks.demo.page import demo, launch
 from eval_tasks.demo.racing import Question, answer_at_once
-from trainers.decoders import FUSE_HELP, load_trained
+from trainers.decoders import add_loading_options, load_trained
 from trainers.text_files import read_json_rows
 
 NUM_EXAMPLES = 6
@@ -34,9 +34,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--host", help="0.0.0.0 for others than this machine (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
-    parser.add_argument("--fuse-adapters", action="store_true", help=FUSE_HELP)
-    parser.add_argument("--decoder", help="load a thin checkpoint's decoder from here")
+    add_loading_options(parser)
     return parser.parse_args(argv)
 
 

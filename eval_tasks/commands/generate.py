@@ -24,7 +24,7 @@ from transformers import TextStreamer
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.configuration_protogen import category_id
 from modeling_protogen.generation_protogen import MODES, ProtoGenGenerateOutput
-from trainers.decoders import FUSE_HELP, load_trained
+from trainers.decoders import add_loading_options, load_trained
 from trainers.text_files import json_object, numbered_lines, parse_json, read_text, text_of
 
 
@@ -118,9 +118,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     option("--block-size", type=int, help="adaptive, verified: tokens of a draft at most")
     parser.add_argument("--seed", type=int, help="draw the same tokens again")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
-    parser.add_argument("--fuse-adapters", action="store_true", help=FUSE_HELP)
-    parser.add_argument("--decoder", help="load a thin checkpoint's decoder from here")
+    add_loading_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.batch_size < 1:

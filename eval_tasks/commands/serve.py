@@ -15,7 +15,7 @@ from dataclasses import fields
 import uvicorn
 
 from eval_tasks.serving.api import Limits, create_app
-from trainers.decoders import FUSE_HELP, load_trained
+from trainers.decoders import add_loading_options, load_trained
 
 KEY = "PROTOGEN_API_KEY"
 
@@ -29,9 +29,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help=f"beyond this machine set {KEY} (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
     # In bfloat16 passes of different shapes round differently, so answers would depend on who shares them.
-    parser.add_argument("--dtype", default="float32", choices=["auto", "bfloat16", "float16", "float32"])
-    parser.add_argument("--fuse-adapters", action="store_true", help=FUSE_HELP)
-    parser.add_argument("--decoder", help="load a thin checkpoint's decoder from here")
+    add_loading_options(parser, "float32")
     for field in fields(Limits):
         option, text = f"--{field.name.replace('_', '-')}", f"{field.metadata['help']} (default: {field.default:g})"
         parser.add_argument(option, type=field.type, default=field.default, help=text)
