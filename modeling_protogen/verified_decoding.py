@@ -139,7 +139,7 @@ def verified_decoding(
         answers.extend(written, log_probability(own, written), kept + 1)
         text.forget(num_drafted - kept, answers.is_done)
         longest = min(answers.room, text.num_free) - 1 if answers.unfinished else 0
-        source, drafts, noted, expected = by_slots, certain[:, :0], min(size, longest), 0.0
+        source, drafts, noted = by_slots, certain[:, :0], min(size, longest)
         if noted:
             of_slots = of_slots.unflatten(1, behind.shape[1:3])[rows, kept]
             drafts, drafted_from = drafter.draft(behind[rows, kept], of_slots, certain, sampling)
@@ -149,9 +149,9 @@ def verified_decoding(
             number = worth_verifying(confidences, len(rows), num_slots[size - 1], costs)
             # What is not verified counts as wrong.
             drafts, drafted_from = drafts[:, :number], drafted_from[:, :number]
-            expected = confidences[:number].sum().item()
         if longest:
-            least = (1 + expected) / costs.relative(len(rows), 0, 0, drafts.shape[1])
+            # By earlier drafts alone: were it by these tokens, the samples that are verified would be chosen ones.
+            least = (1 + by_slots.kept(noted)) / costs.relative(len(rows), 0, 0, noted)
             texts = [a + b for a, b in zip(beginnings, answers.tokens, strict=True)]
             looked_up = lookup_that_pays(texts, longest, by_lookup, costs, least).to(rows.device)
             if looked_up.shape[1]:

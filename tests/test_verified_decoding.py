@@ -237,6 +237,35 @@ def test_unsure_drafts_are_not_verified():
     assert worth_verifying(sure[:0], 1, 1, dear) == 0
 
 
+def test_which_draft_is_verified_does_not_depend_on_the_tokens_drawn(build, decoder_dir, monkeypatch):
+    """Else those that are verified would be chosen ones, and samples no longer the decoder's."""
+    fields = SEEN | {"latent_source": "none", "first_tokens": "drafts", "coherence_dim": 3, "chunk_size": 4}
+    model, processor = build(decoder_dir, **fields)
+    stir_slot_adapters(model)
+    without_eos(model)
+    drafts, gains, draft = [], [], Drafter.draft
+
+    def drawn(self, *args):
+        drafts.append(draft(self, *args))
+        return drafts[-1]
+
+    def nothing(texts, longest, by_lookup, pass_costs, least_gain):
+        gains.append(least_gain)
+        return torch.empty(len(texts), 0, dtype=torch.long)
+
+    monkeypatch.setattr(Drafter, "draft", drawn)
+    monkeypatch.setattr("modeling_protogen.verified_decoding.lookup_that_pays", nothing)
+    first = []
+    for seed in range(6):
+        drafts.clear(), gains.clear()
+        torch.manual_seed(seed)
+        model.generate(**processor(MORE[0]), mode="verified", max_new_tokens=8, do_sample=True, position_cost=0.01)
+        first.append((tuple(drafts[0][0][0].tolist()), gains[0]))
+    tokens, least = map(set, zip(*first, strict=True))
+    assert len(tokens) > 1
+    assert len(least) == 1
+
+
 def test_costs_are_measured_and_kept(build, llama_dir, tmp_path):
     model, processor = build(llama_dir, decoder_sees_prompt=True)
     model.measure_pass_costs()
