@@ -67,6 +67,11 @@ def verified(arguments) -> None:
         other = ProtoGenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device)
         drafters[Path(folder).parent.name] = other, ProtoGenProcessor.from_pretrained(folder)
     if arguments.timed_prompts:
+        for model in [*models.values(), *(model for model, _ in drafters.values())]:
+            model.to(torch.bfloat16)
+            model.measure_pass_costs()
+        costs = trained.generation_config
+        metrics |= {"position_cost": costs.position_cost, "slots_cost": costs.slots_cost}
         for number, tokens in enumerate(arguments.timed_tokens):
             timed = time_verified(arguments, models, drafters, sources, tokens)
             # Names of those for other lengths than the first have the length.
@@ -157,12 +162,7 @@ def time_verified(
     arguments, models: dict, drafters: dict, sources: dict, tokens: int
 ) -> dict[str, float | list[float]]:
     """Time of greedy answers over that of verified ones, in bfloat16, one prompt at a time, all methods in turn."""
-    for model in [*models.values(), *(model for model, _ in drafters.values())]:
-        model.to(torch.bfloat16)
-        model.measure_pass_costs()
-    trained, processor = drafters["trained"]
-    config = trained.generation_config
-    metrics = {"position_cost": config.position_cost, "slots_cost": config.slots_cost}
+    (trained, processor), metrics = drafters["trained"], {}
     writers = {
         "greedy": autoregressive(trained.decoder, processor),
         **verified_writers(models, processor, arguments.block_size),
