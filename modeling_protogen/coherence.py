@@ -26,9 +26,9 @@ class Coherence(nn.Module):
         self.of_tokens = ScaledLinear(num_tokens * dim, hidden_dim, init_std=dim**-0.5, bias=False)
         self.out = ScaledLinear(hidden_dim, dim, init_std=0.0, bias=False)
 
-    def forward(self, states: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """States `(rows, dim)` at slots and embeddings `(rows, num_tokens, dim)` from [`unseen`] to moved states."""
-        state, tokens = (F.rms_norm(x.to(self.out.weight.dtype), x.shape[-1:]) for x in (states, unseen))
+        state, tokens = (F.rms_norm(x.to(self.out.weight.dtype), x.shape[-1:]) for x in (states, tokens))
         return states + self.out(F.silu(self.of_state(state) + self.of_tokens(tokens.flatten(1)))).to(states.dtype)
 
 
