@@ -8,7 +8,6 @@ import torch
 from .autoregressive import DecoderState
 from .block_decoding import Drafter, GenerationBuffer
 from .draft_length import DraftLength
-from .frozen_decoder import logits_of
 from .sampling import log_probability
 
 # Share of sure tokens at each place of a draft that is expected before any: the first draft is a whole block.
@@ -39,28 +38,23 @@ def adaptive_decoding(
     Returns:
         The passes of the decoder that it took.
     """
-    decoder, sampling = model.decoder, options.sampling
-    text = DecoderState(decoder, len(prompt[0]))
-    costs = [options.pass_costs(1 + drafter.num_slots(size), True) for size in range(1, block_size)]
-    draft_lengths = [DraftLength(len(costs), EXPECTED) for _ in prompt[0]]
+    sampling, text = options.sampling, DecoderState(model.decoder, len(prompt[0]))
+    prices = [options.pass_costs.price(1, drafter.num_slots(size), True) for size in range(1, block_size)]
+    draft_lengths = [DraftLength(len(prices), EXPECTED) for _ in prompt[0]]
     tokens, mask = prompt
     while answers.unfinished:
         # Slots beyond the decoder's last position would write anything.
         free = model.longest_answers(text.mask.sum(1) + mask.sum(1)).sub(1).clamp_min(0)
         wanted = [
-            0 if done else min(length.next(costs), most)
+            0 if done else min(length.next([length.kept(size) - price for size, price in enumerate(prices, 1)]), most)
             for done, length, most in zip(answers.is_done, draft_lengths, free.tolist(), strict=True)
         ]
         drafted = min(max(wanted), answers.room - 1)
-        states, behind = text.read(tokens, mask, 1, drafter.slots(drafted))
+        logits, behind, of_slots = drafter.read(text, tokens, mask, drafted)
+        tokens = sampling.pick(logits)
         if drafted:
-            behind = behind[:, 0, drafter.places(drafted)]
-            states = torch.cat([states, behind], dim=1)
-        logits = logits_of(decoder, states)
-        tokens = sampling.pick(logits[:, :1])
-        if drafted:
-            drafts, drafted_from = drafter.draft(behind, logits[:, 1:], tokens, sampling)
-            tokens, logits = torch.cat([tokens, drafts], dim=1), torch.cat([logits[:, :1], drafted_from], dim=1)
+            drafts, drafted_from = drafter.draft(behind[:, 0], of_slots[:, 0], tokens, sampling)
+            tokens, logits = torch.cat([tokens, drafts], dim=1), torch.cat([logits, drafted_from], dim=1)
         log_p = log_probability(logits, tokens)
         places = torch.arange(1 + drafted, device=tokens.device)
         is_drafted = places <= torch.tensor(wanted, device=tokens.device)[:, None]
@@ -68,10 +62,10 @@ def adaptive_decoding(
         is_kept = (places == 0) | is_drafted & (log_p.exp() >= options.confidence_threshold)
         num_kept = is_kept.long().cumprod(1).sum(1)
         drafting = [row for row, length in enumerate(wanted) if length and drafted]
-        answers.note_draft(num_kept - 1, drafting)
         for row in drafting:
             draft_lengths[row].note(min(wanted[row], drafted), num_kept[row].item() - 1)
-        answers.extend(tokens, log_p, num_kept)
+        added = answers.extend(tokens, log_p, num_kept)
+        answers.note_draft(added - 1, drafting)
         text.forget(torch.zeros_like(num_kept), answers.is_done)
         # What follows the end of an answer is of no use and need not be read in step.
         num_kept[answers.is_done] = num_kept.max()

@@ -1,5 +1,7 @@
 """Ordinary autoregressive use of the frozen decoder: teacher-forced scoring, and decoding with a KV cache."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -80,20 +82,26 @@ class DecoderState:
         return num_positions(self.decoder) - self.mask.sum(1).max().item()
 
     def read(
-        self, ids: torch.LongTensor, mask: torch.LongTensor, num_ends: int = 1, slots: torch.Tensor | None = None
+        self,
+        ids: torch.LongTensor,
+        mask: torch.LongTensor,
+        num_last: int = 1,
+        slots: torch.Tensor | None = None,
+        ends: Sequence[int] = (-1,),
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Reads on, with slots behind each of the last tokens, which are forgotten again.
+        Reads on, with slots behind some of the last tokens, which are forgotten again.
 
         Args:
             ids, mask (`torch.LongTensor` of shape `(batch, new)`): padded on the left.
-            num_ends (`int`): how many of the last tokens, which are no padding then if it is more than one.
-            slots (`torch.Tensor` of shape `(batch, size, dim)`, *optional*): the same behind each. Where there are
-                several ends the decoder must take masks of pairs ([`longest_pair_masked`]).
+            num_last (`int`): tokens whose states are wanted, which are no padding then if it is more than one.
+            slots (`torch.Tensor` of shape `(batch, size, dim)`, *optional*): the same behind each end.
+            ends (`Sequence[int]`): places among the last tokens that slots lie behind; the last one by default, and
+                with others the decoder must take masks of pairs ([`longest_pair_masked`]).
 
         Returns:
-            The decoder's last states at these tokens `(batch, num_ends, dim)`, and at the slots behind each `(batch,
-            num_ends, size, dim)`.
+            The decoder's last states at these tokens `(batch, num_last, dim)`, and at the slots behind each end
+            `(batch, ends, size, dim)`.
         """
         crop_cache(self.cache, self.ids.shape[1])  # Slots of the last pass.
         missing = (mask == 0).sum(1)
@@ -115,29 +123,30 @@ class DecoderState:
             "position_ids": position_ids(text)[:, start:],
         }
         if slots is not None:
-            inputs = self._with_slots(inputs, num_ends, slots)
-        num_slots = 0 if slots is None else num_ends * slots.shape[1]
+            inputs = self._with_slots(inputs, slots, torch.arange(1 - num_last, 1)[list(ends)])
+        num_slots = 0 if slots is None else len(ends) * slots.shape[1]
         with slots_at_the_end(num_slots):
             output = self.decoder.base_model(**inputs, past_key_values=self.cache, use_cache=True)
         self.num_passes += 1
-        states, of_slots = output.last_hidden_state[:, new - num_ends : new], None
+        states, of_slots = output.last_hidden_state[:, new - num_last : new], None
         if slots is not None:
-            of_slots = output.last_hidden_state[:, new:].unflatten(1, (num_ends, -1))
+            of_slots = output.last_hidden_state[:, new:].unflatten(1, (len(ends), -1))
         return states, of_slots
 
     def _with_slots(
-        self, inputs: dict[str, torch.Tensor], num_ends: int, slots: torch.Tensor
+        self, inputs: dict[str, torch.Tensor], slots: torch.Tensor, places: torch.LongTensor
     ) -> dict[str, torch.Tensor]:
+        """With slots behind tokens at these places: 0 is the last, -1 the one before it."""
         text, size = inputs["attention_mask"], slots.shape[1]
-        ends = torch.arange(text.shape[1] - num_ends + 1, text.shape[1] + 1, device=text.device).expand(len(text), -1)
+        ends = (text.shape[1] + places.to(text.device)).expand(len(text), -1)
         embeds, new = inputs["inputs_embeds"], inputs["inputs_embeds"].shape[1]
-        # What a decoder makes of a mask of texts is right for one end too, and all families do.
+        # What a decoder makes of a mask of texts is right for slots at its end too, and all families do.
         mask = F.pad(text, (0, size), value=1)
-        if num_ends > 1:
+        if places.tolist() != [0]:
             mask = pair_mask(text, ends, size, embeds.dtype, new)
         positions = slot_positions(self.decoder, text, ends, size)
         return {
-            "inputs_embeds": torch.cat([embeds, slots.to(embeds.dtype).repeat(1, num_ends, 1)], dim=1),
+            "inputs_embeds": torch.cat([embeds, slots.to(embeds.dtype).repeat(1, len(places), 1)], dim=1),
             "attention_mask": mask,
             "position_ids": torch.cat([inputs["position_ids"], positions], dim=1),
         }

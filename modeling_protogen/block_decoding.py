@@ -1,6 +1,6 @@
 """Blockwise decoding: proto-tokens draft the next block, and each mode decides how much of the draft to accept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from .autoregressive import DecoderState
 from .frozen_decoder import logits_of
 from .proto_predictor import Prediction
 from .proto_tokens import fill_slots
@@ -76,8 +77,16 @@ class GenerationBuffer:
             self.num_kept[row] += kept[row].item()
             self.num_drafts[row] += 1
 
-    def extend(self, tokens: torch.LongTensor, log_confidences: torch.Tensor, counts: torch.LongTensor) -> None:
-        """Adds the first `counts` `(batch,)` of `tokens` `(batch, new)`, with the logs of their probabilities."""
+    def extend(
+        self, tokens: torch.LongTensor, log_confidences: torch.Tensor, counts: torch.LongTensor
+    ) -> torch.LongTensor:
+        """
+        Adds the first `counts` `(batch,)` of `tokens` `(batch, new)`, with the logs of their probabilities.
+
+        Returns:
+            How many were added `(batch,)`: none after an answer's end.
+        """
+        lengths = torch.tensor([len(answer) for answer in self.tokens])
         rows = zip(tokens.tolist(), log_confidences.tolist(), counts.tolist(), strict=True)
         for row, (new, confidences, count) in enumerate(rows):
             before = len(self.tokens[row])
@@ -89,6 +98,7 @@ class GenerationBuffer:
                 self.is_done[row] = len(self.tokens[row]) == self.max_new_tokens or self.is_stopped(self.tokens[row])
             if self.streamer is not None:
                 self.streamer.put(torch.tensor(self.tokens[row][before:]))
+        return torch.tensor([len(answer) for answer in self.tokens]) - lengths
 
     def tables(
         self, pad_token_id: int, device: torch.device
@@ -139,6 +149,30 @@ class Drafter:
             places = layout.predicts[0] & (layout.predicts[0].cumsum(0) > self.num_idle)
             self.laid_out[size] = fill_slots(layout, e, m), places
         return self.laid_out[size]
+
+    def read(
+        self,
+        text: DecoderState,
+        tokens: torch.LongTensor,
+        mask: torch.LongTensor,
+        size: int,
+        num_last: int = 1,
+        ends: Sequence[int] = (-1,),
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Reads on with slots for drafts of `size` tokens behind each end; other arguments as in [`DecoderState.read`].
+
+        Returns:
+            The decoder's logits at the last tokens `(batch, num_last, vocab)`, and for [`Drafter.draft`] states
+            `(batch, ends, size, dim)` and logits `(batch, ends, size, vocab)`; None where `size` is 0.
+        """
+        states, behind = text.read(tokens, mask, num_last, self.slots(size), ends)
+        if not size:
+            return logits_of(self.decoder, states), None, None
+        behind = behind[:, :, self.places(size)]
+        # One pass through the output layer costs less than two.
+        logits = logits_of(self.decoder, torch.cat([states, behind.flatten(1, 2)], dim=1))
+        return logits[:, :num_last], behind, logits[:, num_last:].unflatten(1, behind.shape[1:3])
 
     def draft(
         self, states: torch.Tensor, logits: torch.Tensor, certain: torch.LongTensor, sampling: Sampling

@@ -14,8 +14,11 @@ from .frozen_decoder import logits_of
 
 # Drafts that the share of right tokens at a place is remembered over, about, and as how many what is expected counts.
 MEMORY, PRIOR = 32, 4
-# Tokens written without a draft once drafts do not pay; doubled each time they still do not, up to the second number.
+# Tokens written without a draft before one is tried that is not expected to pay; doubled each time none of it is kept,
+# up to the second number.
 FIRST_PAUSE, LONGEST_PAUSE = 4, 64
+# Tokens that a text gets in the time of a pass over one position, about: what longer passes have to bring.
+SPEED = 1.5
 
 
 class PassCosts(NamedTuple):
@@ -30,16 +33,10 @@ class PassCosts(NamedTuple):
     position: float
     slots: float
 
-    def __call__(self, positions: int, has_slots: bool) -> float:
-        return 1 + self.position * (positions - 1) + self.slots * has_slots
-
-    def relative(self, batch: int, num_drafted: int, num_slots: int, later: int) -> float:
-        """
-        Time of a pass that verifies drafts with so many slots behind each token, and of `later` positions of another
-        pass, in passes without these slots and positions.
-        """
-        read = batch * (1 + num_drafted)
-        return self(read * (1 + num_slots) + batch * later, num_slots > 0) / self(read, False)
+    def price(self, batch: int, positions: int, has_slots: bool = False) -> float:
+        """Tokens that each text of a batch gets in the time of so many positions more of each, and of slots."""
+        seconds = self.position * batch * positions + self.slots * has_slots
+        return SPEED * seconds / (1 + self.position * (batch - 1))
 
 
 @torch.no_grad()
@@ -65,8 +62,8 @@ def measured_costs(decoder: PreTrainedModel, num_tokens: int = 64, num_slots: in
 
 class DraftLength:
     """
-    Chooses the length of drafts that writes the most tokens in a time, by how often the token at each place was kept
-    where those before it were; none while drafts do not pay.
+    Chooses the length of drafts by how often the token at each place was kept where those before it were; none while
+    drafts do not pay.
 
     Args:
         longest (`int`): tokens of a draft at most.
@@ -75,38 +72,39 @@ class DraftLength:
 
     def __init__(self, longest: int, expected: float):
         self.rates, self.num_noted = [expected] * longest, [0] * longest
-        self.pause, self.waiting = FIRST_PAUSE, 0
+        self.waiting, self.pause = FIRST_PAUSE, 2 * FIRST_PAUSE
+
+    def chances(self, size: int) -> list[float]:
+        """Expected shares of drafts that are kept up to the first, second, ... of `size` tokens."""
+        return list(accumulate(self.rates[:size], mul))
 
     def kept(self, size: int) -> float:
         """Tokens of a draft of this size that are expected to be kept."""
-        return sum(accumulate(self.rates[:size], mul))
+        return sum(self.chances(size))
 
-    def best(self, costs: list[float]) -> int:
+    def next(self, gains: list[float]) -> int:
         """
-        The size from 0 on that writes the most tokens in a time.
+        The size that gains the most. Where none does, 0, but after pauses one is tried all the same: later another
+        place of the text may be easier.
 
         Args:
-            costs (`list[float]`): time with a draft of 1, 2, ... tokens, in times without.
+            gains (`list[float]`): expected of drafts of 1, 2, ... tokens, in tokens.
         """
-        gains = [1.0, *((1 + self.kept(size)) / cost for size, cost in enumerate(costs, start=1))]
-        return gains.index(max(gains))
-
-    def next(self, costs: list[float]) -> int:
-        """As `best`, but after pauses, in which there are no drafts, one is tried, however little is expected of it."""
+        if not gains:
+            return 0
+        size = 1 + gains.index(max(gains))
+        if gains[size - 1] > 0:
+            return size
         if self.waiting:
             self.waiting -= 1
             return 0
-        size = self.best(costs)
-        if not size and costs:
-            # Later another place of the text may be easier.
-            self.waiting, self.pause = self.pause - 1, min(2 * self.pause, LONGEST_PAUSE)
-            self.rates[0] = max(self.rates[0], 1.001 * costs[0] - 1)
+        self.waiting, self.pause = self.pause, min(2 * self.pause, LONGEST_PAUSE)
         return size
 
     def note(self, size: int, kept: float) -> None:
         """Counts a draft of `size` tokens of which the first `kept` were kept, on average where there are several."""
         if kept:
-            self.pause = FIRST_PAUSE
+            self.waiting, self.pause = FIRST_PAUSE, 2 * FIRST_PAUSE
         for place in range(min(size, int(kept) + 1)):
             self.num_noted[place] += 1
             share = 1 / min(MEMORY, PRIOR + self.num_noted[place])

@@ -40,11 +40,11 @@ def slow_adaptive(model, processor, instruction, context, block_size, threshold)
         predicts[predicts.nonzero()[:idle]] = False
         return fill_slots(layout, prediction.e, prediction.m), predicts
 
-    costs = [1.1 + 0.027 * slots_of(size)[0].shape[1] for size in range(1, block_size)]
-    draft_length = DraftLength(len(costs), EXPECTED)
+    prices = [1.5 * (0.1 + 0.027 * slots_of(size)[0].shape[1]) for size in range(1, block_size)]
+    draft_length = DraftLength(len(prices), EXPECTED)
     while len(answer) < TOKENS:
         text = torch.cat([prompt, torch.tensor([answer], dtype=torch.long)], dim=1)
-        wanted = draft_length.next(costs)
+        wanted = draft_length.next([draft_length.kept(size) - price for size, price in enumerate(prices, 1)])
         size = min(wanted, TOKENS - len(answer) - 1)
         slots, predicts = slots_of(size) if size else (embed(text[:, :0]), [])
         for layer in adapted_layers:
@@ -97,6 +97,26 @@ def test_adaptive_decoding_that_is_never_sure_is_greedy(build, decoder_dir):
     assert (output.accepted_lengths == 0).all()
     # Where drafts do not pay they get rare.
     assert (output.num_drafts < TOKENS - 2).all()
+
+
+@pytest.mark.parametrize("mode", ["adaptive", "verified"])
+def test_what_follows_the_end_of_an_answer_is_not_counted_as_kept(build, decoder_dir, mode):
+    """Each pass writes one token of the decoder's own, unless the draft before that one ends the answer."""
+    model, processor = build(decoder_dir, decoder_sees_prompt=True)
+    without_eos(model)
+    inputs = processor(MORE[0])
+    options = {"mode": mode, "max_new_tokens": TOKENS, "block_size": 8, "return_dict_in_generate": True}
+    if mode == "adaptive":
+        options["confidence_threshold"] = 0
+    whole = model.generate(**inputs, **options).sequences[0].tolist()
+    for length, end in enumerate(whole, 1):
+        if end in whole[: length - 1]:
+            continue
+        model.config.decoder_config.eos_token_id = [end]
+        output = model.generate(**inputs, **options)
+        assert output.lengths.tolist() == [length]
+        kept = (output.accepted_lengths * output.num_drafts).round().item()
+        assert length - output.num_passes in ({kept} if mode == "adaptive" else {kept, kept - 1})
 
 
 def test_refining_all_of_it_ends_at_the_greedy_answer(build, decoder_dir):

@@ -3,21 +3,21 @@
 import json
 import shutil
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 from conftest import CONTEXTS, INSTRUCTIONS, stir_slot_adapters
 
 from eval_tasks.baselines.autoregressive import autoregressive
-from modeling_protogen import ProtoGenForConditionalGeneration
+from modeling_protogen import ProtoGenForConditionalGeneration, verified_decoding
 from modeling_protogen.autoregressive import DecoderState
 from modeling_protogen.block_decoding import Drafter, GenerationBuffer
-from modeling_protogen.draft_length import FIRST_PAUSE, LONGEST_PAUSE, DraftLength, PassCosts
+from modeling_protogen.draft_length import FIRST_PAUSE, LONGEST_PAUSE, SPEED, DraftLength, PassCosts
 from modeling_protogen.frozen_decoder import logits_of
 from modeling_protogen.prompt_lookup import continuation, continuations
 from modeling_protogen.proto_tokens import position_ids
-from modeling_protogen.verified_decoding import worth_verifying
+from modeling_protogen.verified_decoding import gain_of, slots_that_pay, worth_verifying
 from trainers.data import Example
 from trainers.decoders import load_decoder
 from trainers.teacher import greedy_answers
@@ -198,15 +198,11 @@ def test_wrong_drafts_cost_no_pass(build, decoder_dir, monkeypatch, rows):
 
 
 def test_drafts_are_as_long_as_they_pay():
-    costs = [1.1, 1.2, 1.4, 1.8]
-    # 4 / 1.4 > 5 / 1.8
-    assert DraftLength(4, 1.0).next(costs) == 3
-    # 1.5 / 1.1 < 1.75 / 1.2 > 1.875 / 1.4
     length = DraftLength(4, 0.5)
+    assert length.chances(3) == [0.5, 0.25, 0.125]
     assert length.kept(4) == pytest.approx(0.5 + 0.25 + 0.125 + 0.0625)
-    assert length.next(costs) == 2
-    assert length.next([1.9, 2.5, 3.9, 5.0]) == 0
-    length = DraftLength(4, 0.5)
+    assert length.next([0.1, 0.3, 0.2]) == 2
+    assert length.next([-0.1, -0.3]) == length.next([]) == 0
     for _ in range(20):
         length.note(2, 2.0)
     # What is expected counts as four drafts.
@@ -215,26 +211,49 @@ def test_drafts_are_as_long_as_they_pay():
     for _ in range(150):
         length.note(2, 1.0)
     assert length.rates[0] > 0.99 > 0.01 > length.rates[1]
-    assert length.next(costs) == 1
-    assert DraftLength(0, 0.5).next([]) == 0
 
 
-def test_what_a_pass_costs():
+def test_what_positions_cost_a_text():
     costs = PassCosts(position=0.1, slots=0.5)
-    # Two tokens of two texts with three slots behind each, and two positions later; without slots four positions.
-    assert costs.relative(2, 1, 3, 1) == pytest.approx((1 + 0.1 * (16 + 2 - 1) + 0.5) / (1 + 0.1 * 3))
-    assert costs.relative(1, 0, 0, 4) == pytest.approx(1.4)
+    assert costs.price(1, 3) == pytest.approx(SPEED * 0.3)
+    assert costs.price(1, 3, has_slots=True) == pytest.approx(SPEED * 0.8)
+    # Each of four texts gets a token in a pass of 1.3.
+    assert costs.price(4, 3, has_slots=True) == pytest.approx(SPEED * (1.2 + 0.5) / 1.3)
 
 
 def test_unsure_drafts_are_not_verified():
-    free, dear = PassCosts(0.0, 0.1), PassCosts(0.25, 0.0)
-    sure = torch.tensor([0.9, 0.8, 0.1, 0.05])
-    assert worth_verifying(sure, 1, 1, free) == 4
-    # Each token adds 2 positions of 0.25: 1.9 / 1.75 > 1 / 1.25, 2.7 / 2.25 > 1.9 / 1.75, 2.8 / 2.75 < 2.7 / 2.25.
-    assert worth_verifying(sure, 1, 1, dear) == 2
-    assert worth_verifying(sure, 8, 3, PassCosts(10.0, 0.0)) == 0
-    assert worth_verifying(torch.tensor([0.01, 0.9]), 1, 1, dear) == 0
-    assert worth_verifying(sure[:0], 1, 1, dear) == 0
+    sure = [0.9, 0.8, 0.1, 0.05]
+    assert worth_verifying(sure, 0.0) == sure
+    assert worth_verifying(sure, 0.2) == [0.9, 0.8]
+    assert worth_verifying([0.1, 0.9], 0.2) == worth_verifying([], 0.2) == []
+    assert gain_of(sure, 0.2) == pytest.approx(0.9 + 0.8 - 2 * 0.2)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_slots_lie_where_what_they_bring_is_more_than_what_they_cost(batch):
+    """Against all sizes and all sets of ends."""
+    random = torch.Generator().manual_seed(batch)
+    seen = set()
+    for _ in range(60):
+        number = int(torch.randint(0, 5, (), generator=random))
+        chances = torch.rand(number, generator=random).cumprod(0).tolist()
+        by_slots = DraftLength(3, 0.0)
+        by_slots.rates = torch.rand(3, generator=random).tolist()
+        costs = PassCosts(*(0.05 * torch.rand(2, generator=random)).tolist())
+        reach = [1.0, *chances, 0.0]
+
+        def gain(size, ends, reach=reach, by_slots=by_slots, costs=costs):
+            chance = sum(reach[end] - reach[end + 1] for end in ends)
+            later = chance * (by_slots.kept(size) - costs.price(batch, size))
+            return later - costs.price(batch, (size + 1) * len(ends), True)
+
+        places = range(number + 1)
+        sets = [ends for n in range(1, number + 2) for ends in combinations(places, n)]
+        best = max(((gain(size, ends), size, list(ends)) for size in (1, 2, 3) for ends in sets), key=lambda x: x[0])
+        expected = best[1:] if best[0] > 0 else (0, [])
+        assert slots_that_pay(chances, by_slots, [2, 3, 4], batch, costs) == tuple(expected)
+        seen.add((expected[0], len(expected[1]) - number))
+    assert len(seen) > 5
 
 
 def test_which_draft_is_verified_does_not_depend_on_the_tokens_drawn(build, decoder_dir, monkeypatch):
@@ -243,27 +262,28 @@ def test_which_draft_is_verified_does_not_depend_on_the_tokens_drawn(build, deco
     model, processor = build(decoder_dir, **fields)
     stir_slot_adapters(model)
     without_eos(model)
-    drafts, gains, draft = [], [], Drafter.draft
+    drafts, gains, draft, by_slots = [], [], Drafter.draft, verified_decoding.drafted_by_slots
 
     def drawn(self, *args):
         drafts.append(draft(self, *args))
         return drafts[-1]
 
-    def nothing(texts, longest, by_lookup, pass_costs, least_gain):
-        gains.append(least_gain)
-        return torch.empty(len(texts), 0, dtype=torch.long)
+    def with_gain(*args):
+        found = by_slots(*args)
+        gains.append(found.gain)
+        return found
 
     monkeypatch.setattr(Drafter, "draft", drawn)
-    monkeypatch.setattr("modeling_protogen.verified_decoding.lookup_that_pays", nothing)
+    monkeypatch.setattr(verified_decoding, "drafted_by_slots", with_gain)
     first = []
     for seed in range(6):
         drafts.clear(), gains.clear()
         torch.manual_seed(seed)
         model.generate(**processor(MORE[0]), mode="verified", max_new_tokens=8, do_sample=True, position_cost=0.01)
         first.append((tuple(drafts[0][0][0].tolist()), gains[0]))
-    tokens, least = map(set, zip(*first, strict=True))
+    tokens, gain = map(set, zip(*first, strict=True))
     assert len(tokens) > 1
-    assert len(least) == 1
+    assert len(gain) == 1
 
 
 def test_costs_are_measured_and_kept(build, llama_dir, tmp_path):
@@ -282,7 +302,7 @@ def test_costs_are_measured_and_kept(build, llama_dir, tmp_path):
 def test_drafts_that_never_pay_are_tried_ever_less_often():
     length, drafted = DraftLength(2, 0.0), []
     for number in range(400):
-        size = length.next([1.1, 1.2])
+        size = length.next([-0.1, -0.2])
         if size:
             drafted.append(number)
             length.note(size, 0.0)
@@ -374,10 +394,17 @@ def test_drafts_are_what_training_behind_anchors_sees(build, decoder_dir, source
     )
     # Behind each of two tokens that are read together.
     start = torch.tensor([answer[:2]] * 2)
-    _, behind = text.read(start, torch.ones_like(start), 2, drafter.slots(3))
-    torch.testing.assert_close(
-        logits_of(model.decoder, behind[:, 1, drafter.places(3)]), trained[:, 1], atol=1e-4, rtol=1e-4
-    )
+    for ends, place in (([0, 1], 1), ([-1], 0)):
+        _, behind = text.read(start, torch.ones_like(start), 2, drafter.slots(3), ends)
+        of_slots = logits_of(model.decoder, behind[:, place, drafter.places(3)])
+        torch.testing.assert_close(of_slots, trained[:, 1], atol=1e-4, rtol=1e-4)
+        text.forget(torch.tensor([2, 2]), [False, False])
+    # Behind the first of the two alone, as if the second were not read.
+    _, behind = text.read(start, torch.ones_like(start), 2, drafter.slots(3), [0])
+    alone = DecoderState(model.decoder, 2)
+    alone.read(*prompt)
+    _, expected = alone.read(start[:, :1], torch.ones_like(start[:, :1]), 1, drafter.slots(3))
+    torch.testing.assert_close(behind, expected, atol=1e-4, rtol=1e-4)
     assert text.ids.shape[1] == prompt[0].shape[1] + 2
 
 
