@@ -1,7 +1,6 @@
 """Blockwise decoding: proto-tokens draft the next block, and each mode decides how much of the draft to accept."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -120,12 +119,12 @@ class Drafter:
 
     Args:
         model (`ProtoGenForConditionalGeneration`)
-        prediction (`Prediction`): from the prompt.
+        prediction (`Prediction`, *optional*): from the prompt; None where nothing is drafted.
     """
 
-    def __init__(self, model, prediction: Prediction):
+    def __init__(self, model, prediction: Prediction | None):
         self.decoder, self.coherence, self.prediction = model.decoder, model.coherence, prediction
-        self.layout = partial(model.layout, num_chunks=prediction.e.shape[1])
+        self.layout = model.layout
         # Slots that learned whole answers predict their own position's token: the first is the text's to predict.
         self.num_idle = int(model.config.first_tokens != "drafts")
         self.laid_out = {}
@@ -145,7 +144,8 @@ class Drafter:
     def _laid_out(self, size: int) -> tuple[torch.Tensor, torch.BoolTensor]:
         if size not in self.laid_out:
             e, m = self.prediction.e, self.prediction.m
-            layout = self.layout(torch.full((len(e),), self.num_idle + size, device=e.device))
+            lengths = torch.full((len(e),), self.num_idle + size, device=e.device)
+            layout = self.layout(lengths, num_chunks=e.shape[1])
             places = layout.predicts[0] & (layout.predicts[0].cumsum(0) > self.num_idle)
             self.laid_out[size] = fill_slots(layout, e, m), places
         return self.laid_out[size]

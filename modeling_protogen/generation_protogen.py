@@ -339,10 +339,11 @@ class ProtoGenGenerationMixin(GenerationMixin):
             base = ProtoGenGenerationConfig.from_dict(base.to_diff_dict())
         options = base.merged(**kwargs)
         at_once = options.mode not in BLOCK_MODES
-        if self.config.aligns_encoder and not at_once:
+        if self.config.aligns_encoder and not at_once and options.block_size != 1:
             raise ValueError(
                 f"mode={options.mode} writes block after block, and this model (upsamples_prompt with "
-                "latent_source=encoder) spreads the prompt over whole answers: use one_step or refine."
+                "latent_source=encoder) spreads the prompt over whole answers: use one_step or refine, or block_size=1 "
+                "for one token a block."
             )
         check_ids(input_ids=input_ids, decoder_prompt_ids=decoder_prompt_ids)
         self._check_prompt(decoder_prompt_ids, options.mode != "one_step" or options.num_candidates > 1)
@@ -492,10 +493,11 @@ class ProtoGenGenerationMixin(GenerationMixin):
         answers = GenerationBuffer(len(prompt[0]), options.longest(config.max_answer_length), is_stopped, streamer)
         # Short passes are a twentieth faster in it than without gradients alone. What is returned is made outside.
         with torch.inference_mode():
-            prediction = self.predict(*instruction, *prompt, category_ids)
+            # Blocks of one token need no drafts.
+            prediction = self.predict(*instruction, *prompt, category_ids) if block_size > 1 else None
             drafter = Drafter(self, prediction)
             num_passes = BLOCK_MODES[options.mode](self, answers, drafter, prompt, block_size, options)
-        num_passes += prediction.prompt_cache is not None
+        num_passes += prediction is not None and prediction.prompt_cache is not None
         if streamer is not None:
             streamer.end()
         sequences, log_confidence, lengths = answers.tables(config.answer_pad_token_id, self.device)

@@ -102,6 +102,7 @@ def test_prompt_and_slots_are_read_in_one_pass_where_the_encoder_is_the_source(
 ):
     fields = {"decoder_sees_prompt": True, "upsamples_prompt": True, "latent_source": latent_source} | TOKENS
     model, processor = build(decoder_dir, **fields)
+    without_eos(model)
     calls = []
     model.decoder.base_model.register_forward_hook(lambda *_: calls.append(1))
     batch = processor(INSTRUCTIONS, CONTEXTS)
@@ -113,6 +114,10 @@ def test_prompt_and_slots_are_read_in_one_pass_where_the_encoder_is_the_source(
                 ValueError, match=f"mode={mode} writes block after block, and this model .* use one_step"
             ):
                 model.generate(**batch, mode=mode)
+            one_by_one = model.generate(**batch, mode=mode, block_size=1, max_new_tokens=8)
+            prompt = {"input_ids": batch["decoder_prompt_ids"], "attention_mask": batch["decoder_prompt_mask"]}
+            greedy = model.decoder.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[:, -8:]
+            assert torch.equal(one_by_one, greedy)
         drawn = model.generate(**batch, mode="refine", do_sample=True, num_return_sequences=2)
         assert len(drawn) == 2 * len(INSTRUCTIONS)
         assert len(model.generate(**batch, num_candidates=2)) == len(INSTRUCTIONS)

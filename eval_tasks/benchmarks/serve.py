@@ -21,8 +21,8 @@ from trainers.data import DataArguments, load_examples
 from trainers.decoders import load_processor_of
 
 NAME = "model"
-# Drafts of one token are none: token by token, with keys and values cached.
-SETTINGS = {"one_step": {"mode": "one_step"}, "greedy": {"mode": "verified", "block_size": 1}}
+# Blocks of one token are greedy decoding, with keys and values cached.
+SETTINGS = {"one_step": {"mode": "one_step"}, "greedy": {"mode": "adaptive", "block_size": 1}}
 
 
 def add_commands(commands) -> None:
