@@ -1,5 +1,6 @@
 """Whether verified answers are the decoder's greedy ones, token for token, and how much faster they come."""
 
+from collections.abc import Callable
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from eval_tasks.baselines.one_pass import protogen
 from eval_tasks.baselines.writing import Writer
 from eval_tasks.latency import interleaved_seconds, ratio_with_interval
 from eval_tasks.statistics import mean_with_interval
-from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor, verified_decoding
 from modeling_protogen.block_decoding import Drafter
 from trainers.data import DataArguments, Example, held_out_of, load_examples
 from trainers.decoders import load_decoder
@@ -101,6 +102,16 @@ def sources_of(arguments) -> dict[str, list[Example]]:
     return sources
 
 
+def changed(write: Writer, owner, **functions: Callable) -> Writer:
+    """Answers that are written with other functions in place of some of a module or class."""
+
+    def write_changed(*args):
+        with mock.patch.multiple(owner, **functions):
+            return write(*args)
+
+    return write_changed
+
+
 def drafting_wrongly(write: Writer) -> Writer:
     """Verified answers whose drafts are all of the unknown token, which the decoder does not write."""
     draft = Drafter.draft
@@ -109,11 +120,19 @@ def drafting_wrongly(write: Writer) -> Writer:
         tokens, logits = draft(*args)
         return torch.zeros_like(tokens), logits
 
-    def write_from_wrong(*args):
-        with mock.patch.object(Drafter, "draft", wrong):
-            return write(*args)
+    return changed(write, Drafter, draft=wrong)
 
-    return write_from_wrong
+
+def ablations(write: Writer) -> dict[str, Writer]:
+    """Verified answers without drafts from the text, and by passes that draft or verify in turns."""
+
+    def nothing(texts, longest):
+        return torch.empty(len(texts), 0, dtype=torch.long)
+
+    return {
+        "without_lookup": changed(write, verified_decoding, continuations=nothing),
+        "in_turns": changed(write, verified_decoding, longest_pair_masked=lambda decoder: 0),
+    }
 
 
 def verified_writers(models: dict, processor: ProtoGenProcessor, block_size: int | None) -> dict[str, Writer]:
@@ -169,6 +188,7 @@ def time_verified(
         **{name: protogen(*pair, "verified", block_size=arguments.block_size) for name, pair in drafters.items()},
         "prompt_lookup": prompt_lookup(trained.decoder, processor),
     }
+    writers |= ablations(writers["trained"])
     if arguments.assistant:
         _, assistant = load_decoder(arguments.assistant, None, "bfloat16", trained.device)
         writers["assisted"] = assisted(trained.decoder, processor, assistant)
