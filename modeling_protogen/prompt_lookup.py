@@ -3,8 +3,6 @@ Drafts from the text itself: what followed its last tokens where they stood befo
 https://github.com/apoorvumang/prompt-lookup-decoding).
 """
 
-import torch
-
 # Tokens that must have stood before, the most first.
 NGRAMS = (3, 2)
 
@@ -17,12 +15,3 @@ def continuation(ids: list[int], longest: int) -> list[int]:
             if ids[start] == last[0] and ids[start : start + size] == last:
                 return ids[start + size : start + size + longest]
     return []
-
-
-def continuations(texts: list[list[int]], longest: int) -> torch.LongTensor:
-    """[`continuation`] of each text, `(texts, tokens)`, as long as the longest found; 0 where one is shorter."""
-    found = [continuation(ids, longest) for ids in texts]
-    table = torch.zeros(len(found), max(map(len, found)), dtype=torch.long)
-    for row, ids in zip(table, found, strict=True):
-        row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
-    return table

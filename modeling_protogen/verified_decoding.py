@@ -3,6 +3,7 @@ Verified decoding: drafts are kept as far as the decoder would have written them
 by speculative sampling (Leviathan et al., 2023, https://arxiv.org/abs/2211.17192), with its own probabilities.
 """
 
+from collections import defaultdict
 from itertools import pairwise, takewhile
 from typing import NamedTuple
 
@@ -13,15 +14,18 @@ from .anchors import longest_pair_masked
 from .autoregressive import DecoderState
 from .block_decoding import Drafter, GenerationBuffer
 from .draft_length import DraftLength, PassCosts
-from .prompt_lookup import continuations
+from .prompt_lookup import continuation
 from .sampling import Sampling, log_probability
 
 # Tokens of a draft from the text itself at most.
 LONGEST_LOOKUP = 10
 # The logit of a drafted token that was not drawn.
 CERTAIN = 1e4
-# Share of right tokens at each place of drafts from slots, and from the text, that is expected before any.
-EXPECTED, EXPECTED_OF_LOOKUP = 0.5, 0.7
+# Share of right tokens at each place that is expected before any draft: from slots, where a token of the draft before
+# was wrong and where none was; and from the text, by whether its first token is the likeliest at the slots too, None
+# where no slots lie.
+EXPECTED_AFTER_WRONG, EXPECTED_AFTER_RIGHT = 0.4, 0.6
+EXPECTED_OF_LOOKUP = {True: 0.8, False: 0.5, None: 0.7}
 
 
 def accept(
@@ -65,18 +69,23 @@ class Draft(NamedTuple):
             that were not drawn.
         chances (`list[float]`): that they are kept up to the first, second, ... of them.
         gain (`float`): tokens of each text that are expected of it, less what they cost.
-        source (`DraftLength`): learns what is kept of it.
-        noted (`int`): tokens that are noted there.
-        rows (`list[int]`): texts that it is a draft for; what it holds for others is of no use.
+        noted (`int`): tokens that are noted.
+        sources (`list[tuple[DraftLength, list[int]]]`): what learns how many of them are kept, of which texts. What the
+            draft holds for others is of no use.
     """
 
     tokens: torch.LongTensor
     logits: torch.Tensor | None
     chances: list[float]
     gain: float
-    source: DraftLength
     noted: int
-    rows: list[int]
+    sources: list[tuple[DraftLength, list[int]]]
+
+
+def shares_kept(sources: list[tuple[DraftLength, list[int]]], size: int, num_rows: int) -> list[float]:
+    """Expected shares of the texts whose drafts, as in [`Draft`], are kept up to the first, second, ... token."""
+    by_source = [(len(rows), source.chances(size)) for source, rows in sources]
+    return [sum(number * chances[place] for number, chances in by_source) / num_rows for place in range(size)]
 
 
 def worth_verifying(chances: list[float], price: float) -> list[float]:
@@ -93,7 +102,12 @@ def gain_of(chances: list[float], price: float) -> float:
 
 
 def slots_that_pay(
-    chances: list[float], by_slots: DraftLength, num_slots: list[int], batch: int, costs: PassCosts
+    chances: list[float],
+    after_wrong: DraftLength,
+    after_right: DraftLength,
+    num_slots: list[int],
+    batch: int,
+    costs: PassCosts,
 ) -> tuple[int, list[int]]:
     """
     How long the next drafts are to be, and the places of tokens, from the certain one on, that their slots are worth
@@ -101,20 +115,24 @@ def slots_that_pay(
 
     Args:
         chances (`list[float]`): of the draft that is verified in the same pass, as in [`Draft`].
-        by_slots (`DraftLength`): what is expected of the next one.
+        after_wrong (`DraftLength`), after_right (`DraftLength`): what is expected of the next one, where a token of
+            this draft is wrong, and where none is.
         num_slots (`list[int]`): slots that drafts of 1, 2, ... tokens take.
         batch (`int`): texts.
         costs (`PassCosts`)
     """
     is_last = [before - after for before, after in pairwise([1.0, *chances, 0.0])]
+    expected = [after_wrong] * len(chances) + [after_right]
     gains, ends = [], []
     for size, number in enumerate(num_slots, start=1):
-        gain, price = by_slots.kept(size) - costs.price(batch, size), costs.price(batch, number)
+        price = costs.price(batch, size)
+        gained = [p * (source.kept(size) - price) for p, source in zip(is_last, expected, strict=True)]
+        price = costs.price(batch, number)
         # One at least.
-        ends.append([place for place, p in enumerate(is_last) if p * gain > price or p == max(is_last)])
-        gains.append(sum(is_last[place] * gain - price for place in ends[-1]) - costs.price(batch, 0, True))
+        ends.append([place for place, gain in enumerate(gained) if gain > price or gain == max(gained)])
+        gains.append(sum(gained[place] - price for place in ends[-1]) - costs.price(batch, 0, True))
     # Where something is drafted already, nothing else is tried.
-    size = by_slots.next(gains) if not chances or max(gains, default=0) > 0 else 0
+    size = after_right.next(gains) if not chances or max(gains, default=0) > 0 else 0
     return size, ends[size - 1] if size else []
 
 
@@ -123,35 +141,60 @@ def drafted_by_slots(
     states: torch.Tensor,
     logits: torch.Tensor,
     certain: torch.LongTensor,
-    rows: list[int],
-    share: float,
-    by_slots: DraftLength,
+    sources: list[tuple[DraftLength, list[int]]],
+    num_rows: int,
     price: float,
     sampling: Sampling,
-) -> Draft:
+) -> tuple[Draft, list[int]]:
     """
-    A draft from states and logits at slots, as in [`Drafter.draft`], which lie behind the texts `rows`, a `share` of
-    the unfinished ones.
+    A draft from states and logits at slots, as in [`Drafter.draft`], which lie behind some of the `num_rows` unfinished
+    texts; and the likeliest first token of each text.
     """
     tokens, logits = drafter.draft(states, logits, certain, sampling)
-    likeliest = log_probability(logits, logits.max(-1).indices).cumsum(1).exp()
-    chances = (share * likeliest[rows].mean(0)).tolist()
+    likeliest = logits.max(-1).indices
+    rows = [row for _, of_source in sources for row in of_source]
+    chances = (log_probability(logits, likeliest).cumsum(1).exp()[rows].sum(0) / num_rows).tolist()
     # By earlier drafts where tokens are drawn: were it by these, the samples that are verified would be chosen ones.
-    expected = chances if sampling.is_greedy else [share * chance for chance in by_slots.chances(len(chances))]
+    expected = chances if sampling.is_greedy else shares_kept(sources, len(chances), num_rows)
     verified = worth_verifying(chances, price)
     # What is not verified counts as wrong.
     noted, size = len(chances), len(verified)
-    return Draft(tokens[:, :size], logits[:, :size], verified, gain_of(expected, price), by_slots, noted, rows)
+    draft = Draft(tokens[:, :size], logits[:, :size], verified, gain_of(expected, price), noted, sources)
+    return draft, likeliest[:, 0].tolist()
 
 
 def drafted_by_lookup(
-    texts: list[list[int]], longest: int, rows: list[int], by_lookup: DraftLength, price: float, device: torch.device
+    texts: dict[int, list[int]],
+    first_tokens: dict[int, int],
+    longest: int,
+    by_lookup: dict[bool | None, DraftLength],
+    price: float,
+    like: torch.LongTensor,
 ) -> Draft:
-    """A draft of how the texts have gone on from their last tokens before, for the unfinished ones, `rows`."""
-    found = continuations(texts, min(longest, LONGEST_LOOKUP)).to(device)
-    chances = worth_verifying(by_lookup.chances(found.shape[1]), price)
+    """
+    A draft of how the unfinished texts have gone on from their last tokens before.
+
+    Args:
+        texts (`dict[int, list[int]]`), first_tokens (`dict[int, int]`): by row; tokens so far, and the next one by
+            slots, where some lie behind the text.
+        longest (`int`): tokens of it at most.
+        by_lookup (`dict[bool | None, DraftLength]`): by whether the first token is that of the slots; None where no
+            slots lie.
+        price (`float`): of a token.
+        like (`torch.LongTensor` of shape `(batch, any)`): ids of the batch.
+    """
+    found = {row: continuation(ids, min(longest, LONGEST_LOOKUP)) for row, ids in texts.items()}
+    rows = defaultdict(list)
+    for row, ids in found.items():
+        if ids:
+            rows[first_tokens[row] == ids[0] if row in first_tokens else None].append(row)
+    sources = [(by_lookup[is_same], of_source) for is_same, of_source in rows.items()]
+    chances = worth_verifying(shares_kept(sources, max(map(len, found.values())), len(texts)), price)
     size = len(chances)
-    return Draft(found[:, :size], None, chances, gain_of(chances, price), by_lookup, size, rows)
+    tokens = like.new_zeros(len(like), size)
+    for row, ids in found.items():
+        tokens[row, : len(ids)] = tokens.new_tensor(ids[:size])
+    return Draft(tokens, None, chances, gain_of(chances, price), size, sources)
 
 
 def verified_decoding(
@@ -184,39 +227,46 @@ def verified_decoding(
     all_rows, price = torch.arange(batch, device=model.device), costs.price(batch, 1)
     text, longest_masked = DecoderState(model.decoder, batch), longest_pair_masked(model.decoder)
     num_slots = [drafter.num_slots(size) for size in range(1, block_size)]
-    by_slots, by_lookup = DraftLength(block_size - 1, EXPECTED), DraftLength(LONGEST_LOOKUP, EXPECTED_OF_LOOKUP)
+    after_wrong = DraftLength(block_size - 1, EXPECTED_AFTER_WRONG)
+    after_right = DraftLength(block_size - 1, EXPECTED_AFTER_RIGHT)
+    by_lookup = {same: DraftLength(LONGEST_LOOKUP, expected) for same, expected in EXPECTED_OF_LOOKUP.items()}
     beginnings = [ids[is_text.bool()].tolist() for ids, is_text in zip(*prompt, strict=True)]
-    nothing = Draft(prompt[0][:, :0], None, [], 0.0, by_slots, 0, [])
+    nothing = Draft(prompt[0][:, :0], None, [], 0.0, 0, [])
     (tokens, mask), draft = prompt, nothing
     while answers.unfinished:
         num_drafted, size, ends = draft.tokens.shape[1], 0, []
         if not num_drafted or text.ids.shape[1] + num_drafted + block_size < longest_masked:
             # This pass and the next write a token each without drafts.
             wanted = num_slots[: max(answers.room - 2, 0)]
-            size, ends = slots_that_pay(draft.chances, by_slots, wanted, batch, costs)
+            size, ends = slots_that_pay(draft.chances, after_wrong, after_right, wanted, batch, costs)
         own, behind, of_slots = drafter.read(text, tokens, mask, size, 1 + num_drafted, ends)
         kept, certain = accept(draft.tokens, draft.logits, own, sampling)
-        if draft.noted:
-            draft.source.note(draft.noted, kept[draft.rows].float().mean().item())
+        for source, of_source in draft.sources:
+            source.note(draft.noted, kept[of_source].float().mean().item())
         certain = certain[:, None]
         written = torch.cat([draft.tokens, certain], dim=1).scatter(1, kept[:, None], certain)
         added = answers.extend(written, log_probability(own, written), kept + 1)
         if num_drafted:
-            answers.note_draft(kept.cpu().minimum(added), draft.rows)
+            drafted = [row for _, of_source in draft.sources for row in of_source]
+            answers.note_draft(kept.cpu().minimum(added), drafted)
         text.forget(num_drafted - kept, answers.is_done)
-        rows, draft = answers.unfinished, nothing
+        rows, draft, first_tokens = answers.unfinished, nothing, {}
         longest = min(answers.room, text.num_free) - 1 if rows else 0
         places = [ends.index(number) if number in ends else None for number in kept.tolist()]
         behind_slots = [row for row in rows if places[row] is not None]
         if longest and behind_slots:
             at = all_rows, torch.tensor([place or 0 for place in places], device=kept.device), slice(longest)
-            share = len(behind_slots) / len(rows)
-            draft = drafted_by_slots(
-                drafter, behind[at], of_slots[at], certain, behind_slots, share, by_slots, price, sampling
+            is_right = (kept == num_drafted).tolist()
+            of_wrong = [row for row in behind_slots if not is_right[row]]
+            of_right = [row for row in behind_slots if is_right[row]]
+            sources = [(source, of) for source, of in ((after_wrong, of_wrong), (after_right, of_right)) if of]
+            draft, likeliest = drafted_by_slots(
+                drafter, behind[at], of_slots[at], certain, sources, len(rows), price, sampling
             )
+            first_tokens = {row: likeliest[row] for row in behind_slots}
         if longest:
-            texts = [a + b for a, b in zip(beginnings, answers.tokens, strict=True)]
-            looked_up = drafted_by_lookup(texts, longest, rows, by_lookup, price, kept.device)
+            texts = {row: beginnings[row] + answers.tokens[row] for row in rows}
+            looked_up = drafted_by_lookup(texts, first_tokens, longest, by_lookup, price, certain)
             draft = max(draft, looked_up, key=lambda each: each.gain)
         tokens = torch.cat([certain, draft.tokens], dim=1)
         mask = torch.ones_like(tokens)

@@ -125,12 +125,8 @@ def drafting_wrongly(write: Writer) -> Writer:
 
 def ablations(write: Writer) -> dict[str, Writer]:
     """Verified answers without drafts from the text, and by passes that draft or verify in turns."""
-
-    def nothing(texts, longest):
-        return torch.empty(len(texts), 0, dtype=torch.long)
-
     return {
-        "without_lookup": changed(write, verified_decoding, continuations=nothing),
+        "without_lookup": changed(write, verified_decoding, continuation=lambda ids, longest: []),
         "in_turns": changed(write, verified_decoding, longest_pair_masked=lambda decoder: 0),
     }
 
