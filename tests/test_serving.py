@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from conftest import INSTRUCTIONS
 from eval_tasks import command_line
 from eval_tasks.benchmarks import serve as serve_benchmark
 from eval_tasks.commands import serve as serve_command
+from eval_tasks.serving import writing
 from eval_tasks.serving.api import Limits, create_app
 from eval_tasks.serving.batcher import Batcher, Job
 from eval_tasks.serving.running import running
@@ -475,9 +477,12 @@ def test_the_command_serves_a_folder(parts, tmp_path, monkeypatch, capsys):
     served = {}
     monkeypatch.setattr(serve_command.uvicorn, "run", lambda app, **options: served.update(app=app, **options))
     monkeypatch.setenv("PROTOGEN_API_KEY", "secret")
+    capacity = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.delenv(capacity, raising=False)
     command_line.main(["serve", str(tmp_path), "--name", "tiny", "--port", "8123", "--queue", "7", "--seconds", "20"])
     assert (served["host"], served["port"], served["timeout_graceful_shutdown"]) == ("127.0.0.1", 8123, 21)
     assert served["app"].state.server.limits == Limits(queue=7, seconds=20.0)
+    assert os.environ[capacity] == "32"
     with running(served["app"]) as url:
         assert HTTP.post(f"{url}/v1/completions", json=ASK).status_code == 401
         headers = {"authorization": "Bearer secret"}
@@ -485,6 +490,22 @@ def test_the_command_serves_a_folder(parts, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PROTOGEN_API_KEY", "")
     with pytest.raises(SystemExit, match="PROTOGEN_API_KEY is empty"):
         command_line.main(["serve", str(tmp_path)])
+    monkeypatch.setenv("PROTOGEN_API_KEY", "secret")
+    monkeypatch.setenv(capacity, "64")
+    command_line.main(["serve", str(tmp_path)])
+    assert os.environ[capacity] == "64"
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(0, 3), (3600, 0)])
+def test_freed_memory_is_given_back_now_and_then(parts, monkeypatch, seconds, times):
+    given_back = []
+    give_back = writing.give_back_memory
+    monkeypatch.setattr(writing, "give_back_memory", lambda: given_back.append(give_back()))
+    monkeypatch.setattr(writing, "SECONDS", seconds)
+    with serving(parts) as served:
+        for _ in range(3):
+            served.client.completions.create(model="tiny", prompt=INSTRUCTIONS[0])
+    assert len(given_back) == times
 
 
 def test_the_benchmark_loses_nothing(parts, tmp_path, monkeypatch):

@@ -133,14 +133,16 @@ def measured(client: httpx2.Client, bodies: list[dict], concurrency: int, name: 
 
 
 def memory(client: httpx2.Client, bodies: list[dict], concurrency: int, parts: int = 5) -> tuple[dict, dict]:
-    """By how much the server's resident memory grows after the first part of the requests, and faults."""
+    """By how much the server's resident memory grows after the first part of the requests, and in the last two."""
     megabytes, found = [], Counter(lost=0, answered_twice=0)
     for part in np.array_split(np.array(bodies), parts):
         _, _, part_faults = measured(client, part.tolist(), concurrency, "memory")
         megabytes.append(scraped(client)["process_resident_memory_bytes", None] / 1e6)
         found.update(part_faults)
+    last = 2 * len(bodies) // parts
     metrics = {
         f"memory_growth_megabytes_{len(bodies)}_requests": megabytes[-1] - megabytes[0],
+        f"memory_growth_megabytes_last_{last}_requests": megabytes[-1] - megabytes[-3],
         "memory_megabytes": megabytes[-1],
     }
     return metrics, found

@@ -1,7 +1,10 @@
 """From jobs to answers: what the model's thread and the reader's do."""
 
 import copy
+import ctypes
 import math
+import platform
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -22,6 +25,8 @@ from .schemas import Common
 
 # What OpenAI says of a token that has no probability; JSON has no infinity.
 LEAST_LOG_PROBABILITY = -9999.0
+# Between which freed memory is given back; it takes some hundredths of one.
+SECONDS = 10
 
 
 class PromptRefused(ValueError):
@@ -48,6 +53,12 @@ class Answer:
     num_tokens: int
     finish_reason: str
     measures: dict[str, float | str | bool]
+
+
+def give_back_memory() -> None:
+    """Passes of many shapes leave holes in the heap, which glibc keeps until it is asked."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def before_stop(text: str, stop_strings: list[str]) -> str:
@@ -99,6 +110,7 @@ class Writing:
 
     def __init__(self, model: ProtoGenForConditionalGeneration, processor: ProtoGenProcessor, max_pass_tokens: int):
         self.model, self.processor, self.max_pass_tokens = model, processor, max_pass_tokens
+        self.given_back = time.monotonic()
         # A loaded model has a plain one.
         self.config = ProtoGenGenerationConfig.from_dict(model.generation_config.to_diff_dict())
         self.readers_processor = copy.deepcopy(processor)
@@ -176,6 +188,9 @@ class Writing:
                 return_dict_in_generate=True,
                 **first.options,
             )
+        if time.monotonic() - self.given_back > SECONDS:
+            give_back_memory()
+            self.given_back = time.monotonic()
         answers = iter([self._answer(output, row, first.config) for row in range(len(output.sequences))])
         written = first.config.num_return_sequences
 
