@@ -407,6 +407,12 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
         self._reader().set_input_embeddings(value)
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Refused: word embeddings are frozen, so those of new tokens would never learn."""
+        raise NotImplementedError(
+            "word embeddings are frozen: resize those of the encoder or decoder before the model is made of them."
+        )
+
     def _reader(self) -> PreTrainedModel:
         if self.encoder is not None:
             return self.encoder
