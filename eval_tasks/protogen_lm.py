@@ -293,7 +293,7 @@ class ProtoGenLM(HFLM):
         config = self.protogen.config
         heads = num_unguided(config.arrangement, config.num_e_tokens) * config.max_chunks
         # Where the decoder reads the prompt first, the answer's first token is fed before the slots.
-        return heads + int(config.reads_decoder_states)
+        return heads + int(config.uses_decoder_states)
 
     @property
     def _longest_at_once(self) -> int:

@@ -9,7 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .autoregressive import DecoderState
 from .frozen_decoder import logits_of
-from .proto_predictor import Prediction
+from .proto_predictor import ProtoTokenPrediction
 from .proto_tokens import fill_slots
 from .sampling import Sampling
 
@@ -119,10 +119,10 @@ class Drafter:
 
     Args:
         model (`ProtoGenForConditionalGeneration`)
-        prediction (`Prediction`, *optional*): from the prompt; None where nothing is drafted.
+        prediction (`ProtoTokenPrediction`, *optional*): from the prompt; None where nothing is drafted.
     """
 
-    def __init__(self, model, prediction: Prediction | None):
+    def __init__(self, model, prediction: ProtoTokenPrediction | None):
         self.decoder, self.coherence, self.prediction = model.decoder, model.coherence, prediction
         self.layout = model.layout
         # Slots that learned whole answers predict their own position's token: the first is the text's to predict.

@@ -216,7 +216,7 @@ class ProtoGenConfig(PreTrainedConfig):
         return config, unused | found_at
 
     def _check_models(self):
-        for name, is_needed in (("decoder_config", True), ("encoder_config", self.has_encoder)):
+        for name, is_needed in (("decoder_config", True), ("encoder_config", self.uses_encoder)):
             config = getattr(self, name)
             require(config is not None or not is_needed, f"{name} is missing, and without it there is no model.")
             require(
@@ -323,11 +323,11 @@ class ProtoGenConfig(PreTrainedConfig):
         return self.decoder_dim if layer == config.num_hidden_layers else config.hidden_size
 
     @property
-    def has_encoder(self) -> bool:
+    def uses_encoder(self) -> bool:
         return self.latent_source in ("encoder", "both")
 
     @property
-    def reads_decoder_states(self) -> bool:
+    def uses_decoder_states(self) -> bool:
         return self.latent_source in ("decoder", "both")
 
     @property
@@ -338,7 +338,7 @@ class ProtoGenConfig(PreTrainedConfig):
     @property
     def layers_read(self) -> list[int]:
         """The decoder's hidden states that proto-tokens are predicted from, in growing order."""
-        if not self.reads_decoder_states:
+        if not self.uses_decoder_states:
             return []
         last = self.decoder_text_config.num_hidden_layers
         return sorted({0, last // 2, last} if self.decoder_layers_read is None else {*self.decoder_layers_read})
@@ -358,7 +358,7 @@ class ProtoGenConfig(PreTrainedConfig):
         """
         if self.first_tokens != "decoder":
             return 0
-        return 1 + int(self.reads_decoder_states) if self.decoder_sees_prompt else 0
+        return 1 + int(self.uses_decoder_states) if self.decoder_sees_prompt else 0
 
     @property
     def eos_token_ids(self) -> list[int]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .frozen_decoder import copied_cache
 from .one_step_decoding import token_mask
-from .proto_predictor import Prediction
+from .proto_predictor import ProtoTokenPrediction
 from .proto_tokens import predicting_positions
 
 
@@ -60,7 +60,7 @@ class OneStepGraphs:
         self.answers: dict[tuple, Recording] = {}
         self.shape = None
 
-    def predict(self, *inputs: torch.Tensor | None) -> Prediction:
+    def predict(self, *inputs: torch.Tensor | None) -> ProtoTokenPrediction:
         """As [`ProtoGenForConditionalGeneration.predict`]; the next call overwrites all but the expected error."""
         names = ("input_ids", "attention_mask", "decoder_prompt_ids", "decoder_prompt_mask")
         names += ("category_ids", "encoder_places")
@@ -82,7 +82,11 @@ class OneStepGraphs:
         return F.pad(tensor, (0, missing), value=self.model.encoder.config.pad_token_id if name == "input_ids" else 0)
 
     def decode(
-        self, prediction: Prediction, lengths: torch.LongTensor, *_, first_tokens: torch.LongTensor | None = None
+        self,
+        prediction: ProtoTokenPrediction,
+        lengths: torch.LongTensor,
+        *_,
+        first_tokens: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """As [`ProtoGenForConditionalGeneration.decode`], of what `predict` returned last, prompt included."""
         first = {} if first_tokens is None else {"first_tokens": first_tokens}

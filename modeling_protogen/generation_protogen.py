@@ -25,7 +25,7 @@ from .one_step_decoding import (
     refine,
     token_mask,
 )
-from .proto_predictor import Prediction
+from .proto_predictor import ProtoTokenPrediction
 from .sampling import Sampling, log_probability, token_entropy
 from .verified_decoding import verified_decoding
 
@@ -398,7 +398,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
 
     def _lengths(
         self,
-        prediction: Prediction,
+        prediction: ProtoTokenPrediction,
         quantiles: torch.Tensor | float,
         options,
         decoder_prompt_mask: torch.Tensor | None,
@@ -411,7 +411,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
             lengths = lengths.clamp_max(longest)
             if decoder_prompt_mask is None:
                 return lengths
-            known = int(self.config.reads_decoder_states)
+            known = int(self.config.uses_decoder_states)
             return lengths.minimum(self.longest_answers(decoder_prompt_mask.sum(1) + known)).clamp_min(1)
         lengths = torch.as_tensor(options.length, device=mean.device)
         if lengths.is_floating_point() or lengths.dtype == torch.bool:

@@ -32,7 +32,7 @@ from .frozen_decoder import (
 from .generation_protogen import ProtoGenGenerationMixin
 from .loading import load_weights
 from .objectives import IGNORE_INDEX, LOSS_WEIGHTS, duration_nll, error_nll, length_nll, reconstruction_loss
-from .proto_predictor import Prediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
+from .proto_predictor import ProtoTokenPrediction, ProtoTokenPredictor, ScaledEmbedding, ScaledLinear
 from .proto_tokens import Layout, build_layout, fill_slots, longest_answer
 from .publishing import MODEL_FILES, model_card, pin_decoder, publish
 from .slot_adapters import FusedDecoder, SlotAdapters
@@ -99,7 +99,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
     Args:
         config (`ProtoGenConfig`)
         encoder (`PreTrainedModel`, *optional*): built from `config.encoder_config` when left out, unless
-            `config.has_encoder` is False.
+            `config.uses_encoder` is False.
         decoder (`PreTrainedModel`, *optional*): built from `config.decoder_config` when left out, unless
             `config.thin`: then it is attached later.
     """
@@ -120,7 +120,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         decoder: PreTrainedModel | None = None,
     ):
         super().__init__(config)
-        if encoder is None and config.has_encoder:
+        if encoder is None and config.uses_encoder:
             encoder = AutoModel.from_config(config.encoder_config)
         self.encoder = encoder
         self.proto_predictor = ProtoTokenPredictor(config)
@@ -480,7 +480,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         encoder_places: torch.LongTensor | None = None,
         durations: torch.LongTensor | None = None,
         longest: int | None = None,
-    ) -> Prediction:
+    ) -> ProtoTokenPrediction:
         """
         The first half of `forward`, from the instruction to proto-tokens of as many chunks as `longest` tokens need, or
         of all; other arguments as there.
@@ -501,7 +501,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             states = states.gather(1, encoder_places[..., None].expand(-1, -1, states.shape[-1]))
             mask = decoder_prompt_mask
             decoder_states = self.decoder.get_input_embeddings()(decoder_prompt_ids)[:, :, None]
-        if self.config.reads_decoder_states:
+        if self.config.uses_decoder_states:
             prompt = decoder_prompt_ids, decoder_prompt_mask
             cache, decoder_states = self.read_prompt(*prompt, self.config.layers_read)
             if self.config.num_autoregressive_tokens:
@@ -553,7 +553,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
 
     def decode(
         self,
-        prediction: Prediction,
+        prediction: ProtoTokenPrediction,
         lengths: torch.LongTensor,
         decoder_prompt_ids: torch.LongTensor | None = None,
         decoder_prompt_mask: torch.Tensor | None = None,
@@ -593,7 +593,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
 
     def decode_layout(
         self,
-        prediction: Prediction,
+        prediction: ProtoTokenPrediction,
         layout: Layout,
         decoder_prompt_ids: torch.LongTensor | None = None,
         decoder_prompt_mask: torch.Tensor | None = None,
@@ -623,7 +623,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
 
     def draft_behind(
         self,
-        prediction: Prediction,
+        prediction: ProtoTokenPrediction,
         decoder_prompt_ids: torch.LongTensor,
         decoder_prompt_mask: torch.Tensor,
         labels: torch.LongTensor,

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .autoregressive import teacher_forced_logits
-from .proto_predictor import Prediction
+from .proto_predictor import ProtoTokenPrediction
 from .sampling import Sampling, log_probability
 
 # What a prediction says of each answer beside its proto-tokens, `(batch,)`.
@@ -48,13 +48,13 @@ class Draft:
     A batch of whole answers, not cut yet.
 
     Args:
-        prediction (`Prediction`): what they were written from.
+        prediction (`ProtoTokenPrediction`): what they were written from.
         lengths (`torch.LongTensor` of shape `(batch,)`): tokens of each.
         logits (`torch.Tensor` of shape `(answer_tokens, vocab)`), tokens (`torch.LongTensor` of shape
             `(answer_tokens,)`): answer after answer.
     """
 
-    prediction: Prediction
+    prediction: ProtoTokenPrediction
     lengths: torch.LongTensor
     logits: torch.Tensor
     tokens: torch.LongTensor
@@ -103,7 +103,9 @@ def refine(
     return logits, tokens
 
 
-def candidates(prediction: Prediction, num_candidates: int, noise: float) -> tuple[Prediction, torch.Tensor]:
+def candidates(
+    prediction: ProtoTokenPrediction, num_candidates: int, noise: float
+) -> tuple[ProtoTokenPrediction, torch.Tensor]:
     """
     Every prediction `num_candidates` times, next to each other: the first as it is, the others with Gaussian noise of
     this standard deviation on `e` and `m`.

@@ -24,7 +24,7 @@ MEMORY_DIM = 128
 
 
 @dataclass
-class Prediction(ModelOutput):
+class ProtoTokenPrediction(ModelOutput):
     """
     What is predicted for a batch of instructions.
 
@@ -120,7 +120,7 @@ class Upsampling(nn.Module):
 
         Returns:
             States `(batch, queries, dim)`, which they are `(batch, queries)`, and of the durations `duration_logits`
-            and `log_duration_confidence` as in [`Prediction`], and their sum `length` `(batch,)`.
+            and `log_duration_confidence` as in [`ProtoTokenPrediction`], and their sum `length` `(batch,)`.
         """
         logits, durations = self._durations(states, mask, durations)
         ends = durations.cumsum(1)
@@ -253,7 +253,7 @@ class ProtoTokenPredictor(nn.Module):
         layers = [0] if config.aligns_encoder else config.layers_read
         self.widths_read = [config.state_dim(layer) for layer in layers]
         self.decoder_readings = nn.ModuleList(map(reading, self.widths_read))
-        self.encoder_reading = reading(config.encoder_config.hidden_size) if config.has_encoder else None
+        self.encoder_reading = reading(config.encoder_config.hidden_size) if config.uses_encoder else None
         self.source_layers = nn.ModuleList(
             transformer_layer(nn.TransformerEncoderLayer, dim, config.predictor_dropout)
             for _ in range(config.num_source_layers)
@@ -284,7 +284,7 @@ class ProtoTokenPredictor(nn.Module):
         category_ids: torch.LongTensor | None = None,
         durations: torch.LongTensor | None = None,
         longest: int | None = None,
-    ) -> Prediction:
+    ) -> ProtoTokenPrediction:
         """
         Args:
             encoder_states (`torch.Tensor` of shape `(batch, source, encoder_dim)`), encoder_mask (`torch.Tensor` of
@@ -324,7 +324,7 @@ class ProtoTokenPredictor(nn.Module):
             length_mean = of_durations.pop("length").clamp_min(1).float().log()
         else:
             of_durations["log_duration_confidence"] = torch.zeros_like(length_mean)
-        return Prediction(
+        return ProtoTokenPrediction(
             e=e,
             m=m,
             log_length_mean=length_mean + config.log_length_shift,

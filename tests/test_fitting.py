@@ -239,7 +239,7 @@ def test_a_text_without_a_margin_is_measured_alone(decoder, monkeypatch):
 def test_a_shared_m_is_settled_and_then_stays(decoder, slots):
     info = {"m_scope": "shared"}
     fitter = fitter_for(decoder, info, fit_settle_steps=60, fit_settle_texts=3, fit_slots=slots)
-    m, starts = fitter.settle(TEXTS)
+    m, starts = fitter.fit_shared_m(TEXTS)
     assert list(m) == [""]
     assert m[""].shape == (1, 24)
     assert len(starts) == 3
@@ -261,7 +261,7 @@ def test_settling_learns_m(decoder):
 
     def accuracy(steps):
         fitter = fitter_for(decoder, {"m_scope": "shared"}, fit_settle_steps=steps, fit_attempts=1, fit_max_steps=30)
-        m, _ = fitter.settle(texts)
+        m, _ = fitter.fit_shared_m(texts)
         return mean_accuracy(fit(fitter, texts, m))
 
     texts = random_texts(12, 4)
@@ -273,7 +273,7 @@ def test_each_category_gets_its_m_in_any_number_of_slots(decoder):
     settled = []
     for slots in ("auto", "3"):
         fitter = fitter_for(decoder, {"m_scope": "per_category"}, fit_settle_steps=8, fit_slots=slots)
-        m, _ = fitter.settle(texts)
+        m, _ = fitter.fit_shared_m(texts)
         assert sorted(m) == ["list", "qa"]
         assert not torch.equal(m["list"], m["qa"])
         settled.append(m)

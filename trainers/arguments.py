@@ -185,7 +185,7 @@ class ModelArguments:
             self.decoder_dtype = fastest_dtype()
 
     @property
-    def has_encoder(self) -> bool:
+    def uses_encoder(self) -> bool:
         return self.latent_source in ("encoder", "both")
 
     @property
@@ -216,7 +216,7 @@ def open_accelerator(args: ProtoGenTrainingArguments) -> Accelerator:
 
 def load_processor(model_args: ModelArguments, max_answer_length: int) -> ProtoGenProcessor:
     return ProtoGenProcessor.from_encoder_decoder_pretrained(
-        resolve(model_args.encoder) if model_args.has_encoder else None,
+        resolve(model_args.encoder) if model_args.uses_encoder else None,
         resolve(model_args.decoder),
         encoder_revision=model_args.encoder_revision,
         decoder_revision=model_args.decoder_revision,

@@ -23,7 +23,7 @@ from .protogen_trainer import ProtoGenTrainer
 def build_model(model_args: ModelArguments, categories: list[str] | None) -> ProtoGenForConditionalGeneration:
     fields = asdict(model_args)
     encoder, decoder = fields.pop("encoder"), resolve(fields.pop("decoder"))
-    encoder = resolve(encoder) if model_args.has_encoder else None
+    encoder = resolve(encoder) if model_args.uses_encoder else None
     dtype = getattr(torch, fields.pop("decoder_dtype"))
     of_processor = ("max_input_length", "max_prompt_length", "prompt_template", "answer_format")
     for name in (*of_processor, "encoder_lora_rank"):

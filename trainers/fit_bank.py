@@ -60,7 +60,7 @@ def shared_m(
 ) -> tuple[dict[str, torch.Tensor], list[Text]]:
     """The bank's `m` of each group, settled and stored if it has none yet; and the texts, with starts from settling."""
     if bank.shared_m() is None:
-        bank.write_shared_m(*fitter.settle(texts))
+        bank.write_shared_m(*fitter.fit_shared_m(texts))
     # As stored: a run that goes on starts where the first one did.
     m, starts = bank.shared_m(), bank.settled_e()
     texts = [with_settled_start(text, starts.get(text.id), bank.info.chunk_size) for text in texts]

@@ -145,8 +145,8 @@ class ProtoTokenFitter:
     out of attempts, and the next one takes it with an optimiser of its own. Texts do not influence each other: where
     one starts depends on its id and the seed alone, and where it ends not on what is fitted beside it.
 
-    An `m` that several texts share is learned first, on a sample of them ([`settle`]), and then stays: with the `m`
-    given the texts are independent again, and can leave one by one.
+    An `m` that several texts share is learned first, on a sample of them ([`fit_shared_m`]), and then stays: with the
+    `m` given the texts are independent again, and can leave one by one.
 
     The vectors kept are the ones that the accuracy was measured with, not those after the following step. An accuracy
     without a margin is measured once more, the text alone, so that anyone can repeat it.
@@ -222,7 +222,7 @@ class ProtoTokenFitter:
             active = [fit for fit in active if fit not in ended]
             yield [self._confirmed(fit) for fit in ended]
 
-    def settle(self, texts: list[Text]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def fit_shared_m(self, texts: list[Text]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """
         Learns the `m` of each group together with an `e` for each text of a sample, `fit_settle_texts` a group, in
         `fit_settle_steps` steps; keeps the state with the best mean accuracy.

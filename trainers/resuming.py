@@ -133,7 +133,7 @@ def run_info(
     validation_examples: list[Example],
 ) -> dict:
     """What a checkpoint depends on: the model's configuration, decoder, tokenizers and examples."""
-    encoder = model.config.encoder_config.to_dict() if model.config.has_encoder else {}
+    encoder = model.config.encoder_config.to_dict() if model.config.uses_encoder else {}
     configuration = model.config.to_dict()
     info = {name: configuration[name] for name in ProtoGenConfig.__annotations__ if name not in NOT_COMPARED}
     info |= {f"encoder {name}": value for name, value in encoder.items() if name not in ("_name_or_path", "dtype")}

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     # The names that the recipe has, which are the same on every machine.
     model.config.decoder_name_or_path = metrics["run"]["decoder"]
     model.config.decoder_config._name_or_path = metrics["run"]["decoder"]
-    if model.config.has_encoder:
+    if model.config.uses_encoder:
         leave_word_embeddings_out(model, metrics["run"]["encoder"])
     with written_aside(arguments.folder) as folder:
         model.to(torch.bfloat16).save_pretrained(folder / "model", thin=True)

@@ -164,7 +164,7 @@ def banked(examples: list[Example], bank: ProtoTokenBank) -> list[Example]:
 
 def made_of(model_args: ModelArguments, data_args: DataArguments, args: ProtoGenTrainingArguments) -> dict:
     return {
-        "encoder": model_args.encoder if model_args.has_encoder else None,
+        "encoder": model_args.encoder if model_args.uses_encoder else None,
         "decoder": model_args.decoder,
         "decoder_dtype": model_args.decoder_dtype,
         "data": data_args.data,

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 CHUNK = 1024
 
 
-def of_all_processes(vectors: torch.Tensor) -> tuple[torch.Tensor, int]:
+def all_gather_candidates(vectors: torch.Tensor) -> tuple[torch.Tensor, int]:
     """
     The vectors `(batch, dim)` of all processes, one after the other, and the row at which one's own begin. They are
     data and have no gradient, so the gradients of a loss over own predictions and all candidates are exact: averaged
@@ -23,7 +23,7 @@ def of_all_processes(vectors: torch.Tensor) -> tuple[torch.Tensor, int]:
     return torch.cat(parts), dist.get_rank() * len(vectors)
 
 
-def over_candidates(
+def map_candidate_chunks(
     part: Callable[[torch.Tensor, torch.Tensor, torch.BoolTensor], torch.Tensor],
     predicted: torch.Tensor,
     banked: torch.Tensor,
@@ -39,7 +39,7 @@ def over_candidates(
     Returns:
         `torch.Tensor` of shape `(chunks, ...)`.
     """
-    banked, first = of_all_processes(banked)
+    banked, first = all_gather_candidates(banked)
     own = torch.arange(first, first + len(predicted), device=predicted.device)
     parts = []
     for start in range(0, len(banked), CHUNK):

@@ -7,7 +7,7 @@ from torch import nn
 from modeling_protogen.modeling_protogen import ProtoGenOutput
 from modeling_protogen.proto_tokens import flatten_proto_tokens
 
-from .candidates import over_candidates
+from .candidates import map_candidate_chunks
 
 
 class DistanceBasedLogisticLoss(nn.Module):
@@ -54,6 +54,6 @@ class DistanceBasedLogisticLoss(nn.Module):
             log_not_p = distance.expm1().clamp_min(1e-12).log() - margin - F.softplus(distance - margin)
             return -torch.stack([log_p[is_match].sum(), log_not_p[~is_match].sum(), (~is_match).sum()])
 
-        match, other, num_others = over_candidates(part, predicted, banked).sum(0)
+        match, other, num_others = map_candidate_chunks(part, predicted, banked).sum(0)
         loss = match / len(predicted)
         return loss - other / num_others if num_others else loss

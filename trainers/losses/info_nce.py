@@ -9,7 +9,7 @@ from torch import nn
 from modeling_protogen.modeling_protogen import ProtoGenOutput
 from modeling_protogen.proto_tokens import flatten_proto_tokens
 
-from .candidates import over_candidates
+from .candidates import map_candidate_chunks
 
 MAX_TEMPERATURE = 100.0
 
@@ -50,5 +50,5 @@ class InfoNCELoss(nn.Module):
         def part(predicted, candidates, is_match):
             return (temperature * predicted @ candidates.T).logsumexp(1)
 
-        partition = over_candidates(part, predicted, banked).logsumexp(0)
+        partition = map_candidate_chunks(part, predicted, banked).logsumexp(0)
         return (partition - temperature * (predicted * banked).sum(1)).mean()

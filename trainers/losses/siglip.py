@@ -9,7 +9,7 @@ from torch import nn
 from modeling_protogen.modeling_protogen import ProtoGenOutput
 from modeling_protogen.proto_tokens import flatten_proto_tokens
 
-from .candidates import over_candidates
+from .candidates import map_candidate_chunks
 
 
 class SigLIPLoss(nn.Module):
@@ -48,4 +48,4 @@ class SigLIPLoss(nn.Module):
             logits = self.log_temperature.exp() * predicted @ candidates.T + self.bias
             return -F.logsigmoid(torch.where(is_match, logits, -logits)).sum()
 
-        return over_candidates(part, predicted, banked).sum() / len(predicted)
+        return map_candidate_chunks(part, predicted, banked).sum() / len(predicted)

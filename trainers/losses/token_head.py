@@ -6,7 +6,7 @@ from torch import nn
 
 from modeling_protogen.modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenOutput
 from modeling_protogen.objectives import IGNORE_INDEX, mean_over_texts
-from modeling_protogen.proto_predictor import Prediction
+from modeling_protogen.proto_predictor import ProtoTokenPrediction
 
 # Tokens drawn by chance that the batch's own are told apart from.
 NUM_NEGATIVES = 2048
@@ -57,7 +57,7 @@ def head_tokens(vectors: torch.Tensor, embeddings: torch.Tensor) -> torch.LongTe
 
 
 def head_answers(
-    model: ProtoGenForConditionalGeneration, prediction: Prediction
+    model: ProtoGenForConditionalGeneration, prediction: ProtoTokenPrediction
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
     """The head's answers `(batch, longest)`, and their predicted lengths `(batch,)`."""
     lengths = model.clamp_lengths(prediction.log_length_mean.exp())
