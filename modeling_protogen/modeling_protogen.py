@@ -409,7 +409,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
 
     def resize_token_embeddings(self, *args, **kwargs):
         """Refused: word embeddings are frozen, so those of new tokens would never learn."""
-        raise NotImplementedError(
+        raise ValueError(
             "word embeddings are frozen: resize those of the encoder or decoder before the model is made of them."
         )
 

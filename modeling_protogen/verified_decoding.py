@@ -3,7 +3,6 @@ Verified decoding: drafts are kept as far as the decoder would have written them
 by speculative sampling (Leviathan et al., 2023, https://arxiv.org/abs/2211.17192), with its own probabilities.
 """
 
-from collections import defaultdict
 from itertools import pairwise, takewhile
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ CERTAIN = 1e4
 # Share of right tokens at each place that is expected before any draft: from slots, where a token of the draft before
 # was wrong and where none was; and from the text, by whether its first token is the likeliest at the slots too, None
 # where no slots lie.
-EXPECTED_AFTER_WRONG, EXPECTED_AFTER_RIGHT = 0.4, 0.6
+EXPECTED_OF_SLOTS = {False: 0.4, True: 0.6}
 EXPECTED_OF_LOOKUP = {True: 0.8, False: 0.5, None: 0.7}
 
 
@@ -82,6 +81,18 @@ class Draft(NamedTuple):
     sources: list[tuple[DraftLength, list[int]]]
 
 
+def sources_of(
+    keys: dict[int, bool | None], lengths: dict[bool | None, DraftLength]
+) -> list[tuple[DraftLength, list[int]]]:
+    """Sources as in [`Draft`], of rows by their keys."""
+    sources = [(length, [row for row, own in keys.items() if own is key]) for key, length in lengths.items()]
+    return [(length, rows) for length, rows in sources if rows]
+
+
+def rows_of(sources: list[tuple[DraftLength, list[int]]]) -> list[int]:
+    return [row for _, rows in sources for row in rows]
+
+
 def shares_kept(sources: list[tuple[DraftLength, list[int]]], size: int, num_rows: int) -> list[float]:
     """Expected shares of the texts whose drafts, as in [`Draft`], are kept up to the first, second, ... token."""
     by_source = [(len(rows), source.chances(size)) for source, rows in sources]
@@ -102,12 +113,7 @@ def gain_of(chances: list[float], price: float) -> float:
 
 
 def slots_that_pay(
-    chances: list[float],
-    after_wrong: DraftLength,
-    after_right: DraftLength,
-    num_slots: list[int],
-    batch: int,
-    costs: PassCosts,
+    chances: list[float], by_slots: dict[bool, DraftLength], num_slots: list[int], batch: int, costs: PassCosts
 ) -> tuple[int, list[int]]:
     """
     How long the next drafts are to be, and the places of tokens, from the certain one on, that their slots are worth
@@ -115,24 +121,22 @@ def slots_that_pay(
 
     Args:
         chances (`list[float]`): of the draft that is verified in the same pass, as in [`Draft`].
-        after_wrong (`DraftLength`), after_right (`DraftLength`): what is expected of the next one, where a token of
-            this draft is wrong, and where none is.
+        by_slots (`dict[bool, DraftLength]`): what is expected of the next one, by whether all of this draft is right.
         num_slots (`list[int]`): slots that drafts of 1, 2, ... tokens take.
         batch (`int`): texts.
         costs (`PassCosts`)
     """
     is_last = [before - after for before, after in pairwise([1.0, *chances, 0.0])]
-    expected = [after_wrong] * len(chances) + [after_right]
+    expected = [by_slots[False]] * len(chances) + [by_slots[True]]
     gains, ends = [], []
     for size, number in enumerate(num_slots, start=1):
-        price = costs.price(batch, size)
-        gained = [p * (source.kept(size) - price) for p, source in zip(is_last, expected, strict=True)]
-        price = costs.price(batch, number)
+        to_verify, price = costs.price(batch, size), costs.price(batch, number)
+        gained = [p * (source.kept(size) - to_verify) for p, source in zip(is_last, expected, strict=True)]
         # One at least.
         ends.append([place for place, gain in enumerate(gained) if gain > price or gain == max(gained)])
         gains.append(sum(gained[place] - price for place in ends[-1]) - costs.price(batch, 0, True))
     # Where something is drafted already, nothing else is tried.
-    size = after_right.next(gains) if not chances or max(gains, default=0) > 0 else 0
+    size = by_slots[True].next(gains) if not chances or max(gains, default=0) > 0 else 0
     return size, ends[size - 1] if size else []
 
 
@@ -152,8 +156,7 @@ def drafted_by_slots(
     """
     tokens, logits = drafter.draft(states, logits, certain, sampling)
     likeliest = logits.max(-1).indices
-    rows = [row for _, of_source in sources for row in of_source]
-    chances = (log_probability(logits, likeliest).cumsum(1).exp()[rows].sum(0) / num_rows).tolist()
+    chances = (log_probability(logits, likeliest).cumsum(1).exp()[rows_of(sources)].sum(0) / num_rows).tolist()
     # By earlier drafts where tokens are drawn: were it by these, the samples that are verified would be chosen ones.
     expected = chances if sampling.is_greedy else shares_kept(sources, len(chances), num_rows)
     verified = worth_verifying(chances, price)
@@ -184,11 +187,8 @@ def drafted_by_lookup(
         like (`torch.LongTensor` of shape `(batch, any)`): ids of the batch.
     """
     found = {row: continuation(ids, min(longest, LONGEST_LOOKUP)) for row, ids in texts.items()}
-    rows = defaultdict(list)
-    for row, ids in found.items():
-        if ids:
-            rows[first_tokens[row] == ids[0] if row in first_tokens else None].append(row)
-    sources = [(by_lookup[is_same], of_source) for is_same, of_source in rows.items()]
+    is_same = {row: first_tokens[row] == ids[0] if row in first_tokens else None for row, ids in found.items() if ids}
+    sources = sources_of(is_same, by_lookup)
     chances = worth_verifying(shares_kept(sources, max(map(len, found.values())), len(texts)), price)
     size = len(chances)
     tokens = like.new_zeros(len(like), size)
@@ -227,8 +227,7 @@ def verified_decoding(
     all_rows, price = torch.arange(batch, device=model.device), costs.price(batch, 1)
     text, longest_masked = DecoderState(model.decoder, batch), longest_pair_masked(model.decoder)
     num_slots = [drafter.num_slots(size) for size in range(1, block_size)]
-    after_wrong = DraftLength(block_size - 1, EXPECTED_AFTER_WRONG)
-    after_right = DraftLength(block_size - 1, EXPECTED_AFTER_RIGHT)
+    by_slots = {right: DraftLength(block_size - 1, expected) for right, expected in EXPECTED_OF_SLOTS.items()}
     by_lookup = {same: DraftLength(LONGEST_LOOKUP, expected) for same, expected in EXPECTED_OF_LOOKUP.items()}
     beginnings = [ids[is_text.bool()].tolist() for ids, is_text in zip(*prompt, strict=True)]
     nothing = Draft(prompt[0][:, :0], None, [], 0.0, 0, [])
@@ -238,7 +237,7 @@ def verified_decoding(
         if not num_drafted or text.ids.shape[1] + num_drafted + block_size < longest_masked:
             # This pass and the next write a token each without drafts.
             wanted = num_slots[: max(answers.room - 2, 0)]
-            size, ends = slots_that_pay(draft.chances, after_wrong, after_right, wanted, batch, costs)
+            size, ends = slots_that_pay(draft.chances, by_slots, wanted, batch, costs)
         own, behind, of_slots = drafter.read(text, tokens, mask, size, 1 + num_drafted, ends)
         kept, certain = accept(draft.tokens, draft.logits, own, sampling)
         for source, of_source in draft.sources:
@@ -247,8 +246,7 @@ def verified_decoding(
         written = torch.cat([draft.tokens, certain], dim=1).scatter(1, kept[:, None], certain)
         added = answers.extend(written, log_probability(own, written), kept + 1)
         if num_drafted:
-            drafted = [row for _, of_source in draft.sources for row in of_source]
-            answers.note_draft(kept.cpu().minimum(added), drafted)
+            answers.note_draft(kept.cpu().minimum(added), rows_of(draft.sources))
         text.forget(num_drafted - kept, answers.is_done)
         rows, draft, first_tokens = answers.unfinished, nothing, {}
         longest = min(answers.room, text.num_free) - 1 if rows else 0
@@ -257,9 +255,7 @@ def verified_decoding(
         if longest and behind_slots:
             at = all_rows, torch.tensor([place or 0 for place in places], device=kept.device), slice(longest)
             is_right = (kept == num_drafted).tolist()
-            of_wrong = [row for row in behind_slots if not is_right[row]]
-            of_right = [row for row in behind_slots if is_right[row]]
-            sources = [(source, of) for source, of in ((after_wrong, of_wrong), (after_right, of_right)) if of]
+            sources = sources_of({row: is_right[row] for row in behind_slots}, by_slots)
             draft, likeliest = drafted_by_slots(
                 drafter, behind[at], of_slots[at], certain, sources, len(rows), price, sampling
             )

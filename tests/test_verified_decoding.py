@@ -85,7 +85,9 @@ def test_the_answer_is_the_greedy_one(build, decoder_dir, fields, ends):
     for batch_size in (1, 2, 5):
         answers, outputs = verified(model, processor, batch_size, **options)
         assert answers == expected
-        assert ends or all((output.num_drafts > 0).any() for output in outputs)
+        # Of several texts, one in which nothing is found has no draft while others are drafted for.
+        drafted = [(output.num_drafts > 0).tolist() for output in outputs]
+        assert ends or all(any(texts) if batch_size > 1 else all(texts) for texts in drafted)
 
 
 @pytest.mark.parametrize("thin", [False, True])
@@ -251,7 +253,8 @@ def test_slots_lie_where_what_they_bring_is_more_than_what_they_cost(batch):
         sets = [ends for n in range(1, number + 2) for ends in combinations(places, n)]
         best = max(((gain(size, ends), size, list(ends)) for size in (1, 2, 3) for ends in sets), key=lambda x: x[0])
         expected = best[1:] if best[0] > 0 else (0, [])
-        assert slots_that_pay(chances, after_wrong, after_right, [2, 3, 4], batch, costs) == tuple(expected)
+        by_slots = {False: after_wrong, True: after_right}
+        assert slots_that_pay(chances, by_slots, [2, 3, 4], batch, costs) == tuple(expected)
         seen.add((expected[0], len(expected[1]) - number))
     assert len(seen) > 5
 

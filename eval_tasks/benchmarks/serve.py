@@ -133,7 +133,7 @@ def measured(client: httpx2.Client, bodies: list[dict], concurrency: int, name: 
 
 
 def memory(client: httpx2.Client, bodies: list[dict], concurrency: int, parts: int = 5) -> tuple[dict, dict]:
-    """By how much the server's resident memory grows after the first part of the requests, and in the last two."""
+    """Growth of the server's memory after the first part of the requests and in the last two; and faults."""
     megabytes, found = [], Counter(lost=0, answered_twice=0)
     for part in np.array_split(np.array(bodies), parts):
         _, _, part_faults = measured(client, part.tolist(), concurrency, "memory")

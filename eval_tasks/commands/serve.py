@@ -20,7 +20,7 @@ from trainers.decoders import add_loading_options, load_trained
 KEY = "PROTOGEN_API_KEY"
 # In bfloat16 oneDNN compiles a product, a megabyte at times, for each number of rows and keeps 1,024; a server meets
 # hundreds of them.
-PRIMITIVE_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
+NUM_PRODUCTS = "32"
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     if key == "":
         raise ValueError(f"{KEY} is empty: give it a key, or unset it to serve without one.")
     limits = Limits(**{field.name: getattr(arguments, field.name) for field in fields(Limits)})
-    os.environ.update(PRIMITIVE_CACHE | os.environ)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", NUM_PRODUCTS)
     model, processor = load_trained(arguments.model, arguments.dtype, arguments.decoder, arguments.fuse_adapters)
     app = create_app(model, processor, arguments.name or arguments.model, limits, key, arguments.cors_origin)
     # What was taken is answered before the server ends.
