@@ -107,10 +107,11 @@ class ProtoGenConfig(PreTrainedConfig):
         decoder_layers_read (`list[int]`, *optional*): the decoder's hidden states that are read, 0 being its input
             embeddings; these, the middle layer's and the last by default.
         upsamples_prompt (`bool`, defaults to False): whether queries start from the prompt's states, each repeated over
-            as many of the answer's tokens as it accounts for, and may copy its tokens' embeddings: for answers that
-            repeat the prompt's words in their order. The loss `duration` trains it. With `latent_source="encoder"`
-            these states are the encoder's, each at the prompt's tokens that it stands for, beside their embeddings: the
-            decoder reads the slots, and the prompt with `decoder_sees_prompt`, in one pass.
+            as many of the answer's tokens as it accounts for, those of a chunk from a mixture of the states at its
+            tokens, and may copy an embedding of the prompt: for answers that repeat the prompt's words in their order.
+            The loss `duration` trains it. With `latent_source="encoder"` these states are the encoder's, each at the
+            prompt's tokens that it stands for, beside their embeddings: the decoder reads the slots, and the prompt
+            with `decoder_sees_prompt`, in one pass.
         predictor_dim (`int`, defaults to 384): width of the predictor, a multiple of 64.
         predictor_dropout (`float`, defaults to 0.1): share of the predictor's activations that training drops.
         num_source_layers (`int`, defaults to 2): layers that mix the source's states in both directions.
@@ -127,7 +128,8 @@ class ProtoGenConfig(PreTrainedConfig):
             the score, with straight lines between; from calibration. None leaves the score as it is.
         abstention_thresholds (`dict[str, float]`, *optional*): from a share of right tokens to the uncertainty up to
             which held-out answers, all together, had it; from calibration.
-        validation_share (`float`, *optional*): share of the instructions that training held out; None before training.
+        validation_share (`float`, *optional*): share of the instructions that training held out, by a hash of
+            them; None before training.
 
     Raises:
         ValueError: if the fields contradict each other; the message says which and what to change.

@@ -264,6 +264,10 @@ class ProtoTokenPredictor(nn.Module):
             for _ in range(config.num_query_layers)
         )
         self.upsampling = Upsampling(dim) if config.upsamples_prompt else None
+        self.chunk_reading = None
+        if config.upsamples_prompt and config.chunk_size > 1:
+            width = config.chunk_size * dim
+            self.chunk_reading = ScaledLinear(width, dim, init_std=width**-0.5, bias=False)
         self.copy_gate = nn.Linear(dim, 1) if config.upsamples_prompt else None
         # The factor is not in the weights, so that training moves what they give in proportion to its size.
         std = config.proto_token_std / FITTED_SIZE
@@ -305,9 +309,12 @@ class ProtoTokenPredictor(nn.Module):
         copied, of_durations = None, {}
         if self.upsampling is not None:
             prompt = source[:, : decoder_mask.shape[1]], decoder_mask.bool()
-            # The token in the middle of each chunk.
-            positions = torch.arange(num_chunks, device=source.device) * config.chunk_size + config.chunk_size // 2
+            positions = torch.arange(num_chunks * config.chunk_size, device=source.device)
             spread, places, of_durations = self.upsampling(*prompt, positions, durations)
+            if self.chunk_reading is not None:
+                spread = self.chunk_reading(spread.unflatten(1, (num_chunks, -1)).flatten(2))
+                # The token in the middle of each chunk may be copied.
+                places = places[:, config.chunk_size // 2 :: config.chunk_size]
             queries = queries + F.pad(spread.repeat_interleave(self.queries_per_chunk, dim=1), (0, 0, 2, 0))
             embeddings = decoder_states[:, :, 0].to(queries.dtype)
             copied = embeddings.gather(1, places[..., None].expand(-1, -1, embeddings.shape[-1]))[:, :, None]

@@ -150,6 +150,25 @@ def test_an_open_gate_copies_the_prompts_embeddings(build, llama_dir, fields):
 
 
 @torch.no_grad()
+def test_queries_of_a_chunk_start_from_the_states_at_each_of_its_tokens(build, llama_dir):
+    model, processor = build(llama_dir, **UPSAMPLED, chunk_size=3, max_chunks=4, arrangement="e_m", num_e_tokens=2)
+    predictor, seen = model.proto_predictor, {}
+    predictor.upsampling.register_forward_hook(lambda module, args, output: seen.update(spread=output[0]))
+    predictor.query_layers[0].register_forward_pre_hook(lambda module, args: seen.update(queries=args[0]))
+    model.predict(**processor(INSTRUCTIONS, CONTEXTS))
+    dim = model.config.predictor_dim
+    assert seen["spread"].shape == (len(INSTRUCTIONS), 12, dim)
+    for row, spread in enumerate(seen["spread"]):
+        torch.testing.assert_close(seen["queries"][row, :2], predictor.queries[:2])
+        for chunk in range(4):
+            maps = predictor.chunk_reading.weight.split(dim, dim=1)
+            start = sum(maps[place] @ spread[3 * chunk + place] for place in range(3))
+            first = 2 + 3 * chunk  # Two of e, one of m.
+            expected = predictor.queries[first : first + 3] + start
+            torch.testing.assert_close(seen["queries"][row, first : first + 3], expected)
+
+
+@torch.no_grad()
 def test_the_length_is_the_sum_of_the_durations(build, llama_dir):
     model, processor = build(llama_dir, **UPSAMPLED, **TOKEN_BY_TOKEN)
     inputs = processor(INSTRUCTIONS, CONTEXTS)
