@@ -120,6 +120,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         decoder: PreTrainedModel | None = None,
     ):
         super().__init__(config)
+        if decoder is not None:
+            check_decoder(decoder)
         if encoder is None and config.uses_encoder:
             encoder = AutoModel.from_config(config.encoder_config)
         self.encoder = encoder
@@ -200,7 +202,6 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             dtype=decoder_dtype,
             trust_remote_code=trust_remote_code,
         )
-        check_decoder(decoder)
         if "proto_token_std" not in config_kwargs:
             config_kwargs["proto_token_std"] = FITTED_SIZE * embedding_std(decoder)
         config = cls.config_class(
@@ -288,9 +289,11 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             ignore_other_decoder (`bool`, defaults to False): take one of the same shape with other weights.
 
         Raises:
-            ValueError: if its width, its vocabulary or its weights are not those that this model was trained with.
-                Weights that are quantised, in float16 or not in memory are not compared.
+            ValueError: if its width, its vocabulary or its weights are not those that this model was trained with, or
+                it cannot serve ([`check_decoder`]). Weights that are quantised, in float16 or not in memory are not
+                compared.
         """
+        check_decoder(decoder)
         found_config, expected_config = decoder.config.get_text_config(), self.config.decoder_text_config
         for field in ("model_type", "hidden_size", "vocab_size"):
             found, expected = getattr(found_config, field), getattr(expected_config, field)

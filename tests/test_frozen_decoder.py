@@ -211,6 +211,18 @@ def test_what_cannot_serve_is_refused(family):
         check_decoder(tiny(family, REFUSED[family]))
 
 
+def test_no_model_is_made_with_what_cannot_serve():
+    decoder, other = tiny("llama", LLAMA), tiny("mamba", REFUSED["mamba"])
+    config = {"latent_source": "none", "decoder_sees_prompt": True, "predictor_dim": 64}
+    config = ProtoGenConfig(decoder_config=decoder.config.to_dict(), **config)
+    with pytest.raises(ValueError, match="MambaForCausalLM cannot be the frozen decoder"):
+        ProtoGenForConditionalGeneration(config, decoder=other)
+    model = ProtoGenForConditionalGeneration(config, decoder=decoder)
+    with pytest.raises(ValueError, match="MambaForCausalLM cannot be the frozen decoder"):
+        model.attach_decoder(other)
+    assert model.decoder is decoder
+
+
 def with_positions(number, latent_source, **fields):
     decoder = tiny("gpt2", GPT | {"n_positions": number})
     config = ProtoGenConfig(
