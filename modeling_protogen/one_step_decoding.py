@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .autoregressive import teacher_forced_logits
+from .frozen_decoder import copied_cache
 from .proto_predictor import ProtoTokenPrediction
 from .sampling import Sampling, log_probability
 
@@ -126,6 +127,7 @@ def candidates(
 
     cache = prediction.prompt_cache
     if cache is not None:
+        cache = copied_cache(cache)
         cache.batch_repeat_interleave(num_candidates)
     places = torch.arange(1, num_candidates, device=prediction.e.device) / num_candidates
     quantiles = torch.special.ndtri(torch.cat([places.new_tensor([0.5]), places]))
@@ -134,6 +136,7 @@ def candidates(
             prediction,
             e=shaken(prediction.e),
             m=shaken(prediction.m),
+            prompt_cache=cache,
             **{name: repeated(getattr(prediction, name)) for name in OF_ANSWERS},
             next_logits=None if prediction.next_logits is None else repeated(prediction.next_logits),
         ),
