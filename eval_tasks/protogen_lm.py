@@ -44,7 +44,7 @@ harness_log = logging.getLogger("lm_eval.protogen")
 HARNESS_OPTIONS = {"max_length", "truncation", "add_bos_token", "prefix_token_id", "logits_cache", "softmax_dtype"}
 # Options of `from_pretrained`.
 LOADING_OPTIONS = {"revision", "trust_remote_code", "device_map", "attn_implementation"}
-SAMPLING_OPTIONS = {"do_sample", "temperature", "top_p"}
+SAMPLING_OPTIONS = {"do_sample", "temperature", "top_k", "top_p"}
 SCORINGS = ("one_step", "verified")
 # Log-probability, and whether it is the most likely, of a continuation without tokens.
 EMPTY_SCORE = (0.0, True)

@@ -30,7 +30,7 @@ from .sampling import Sampling, log_probability, token_entropy
 from .verified_decoding import verified_decoding
 
 # The options of all modes, which mean what they mean in transformers, and those of each.
-COMMON_OPTIONS = {"max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "num_return_sequences"}
+COMMON_OPTIONS = {"max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "num_return_sequences"}
 COMMON_OPTIONS |= {"stop_strings", "return_dict_in_generate", "mode"}
 AT_ONCE_OPTIONS = {"length", "num_length_sigmas", "abstain_above", "output_uncertainty_scores"}
 MODES = {
@@ -50,6 +50,15 @@ LONGEST_VERIFIED = 256
 COUNTS = ("max_new_tokens", "max_length", "num_return_sequences", "num_candidates", "num_refinements", "block_size")
 NUMBERS = ("num_length_sigmas", "abstain_above", "candidate_noise", "confidence_threshold", "temperature", "top_p")
 NUMBERS += ("position_cost", "slots_cost")
+# What transformers draws with where nothing is said.
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+# What to use instead of options that are refused.
+INSTEAD = {
+    "output_scores": "token_confidences has probabilities, and answer_logits of a call of the model logits",
+    "output_logits": "they are in answer_logits of a call of the model",
+    "num_beams": "mode=one_step has num_candidates",
+}
+WHOLE_NUMBERS = (*COUNTS, "top_k")
 # Least and most, beside those of `Sampling`.
 RANGES = {"candidate_noise": (0, math.inf), "confidence_threshold": (0, 1)}
 RANGES |= {"position_cost": (0, math.inf), "slots_cost": (0, math.inf)}
@@ -62,7 +71,7 @@ class ProtoGenGenerationConfig(GenerationConfig):
     Args:
         mode (`str`, defaults to `"one_step"`): one of `MODES`.
         length (`int` or `torch.LongTensor` of shape `(batch,)`, *optional*, one_step and refine):
-            Tokens to write, instead of the predicted length.
+            Tokens to write, instead of the predicted length; not more than `max_new_tokens`.
         num_length_sigmas (`float`, defaults to 0.0, one_step and refine): writes `exp(mean + num_length_sigmas *
             sigma)` tokens of the predicted log-normal length; EOS still cuts.
         abstain_above (`float`, *optional*, one_step and refine): gives no answer whose `uncertainties` exceed this;
@@ -82,10 +91,15 @@ class ProtoGenGenerationConfig(GenerationConfig):
         position_cost, slots_cost (`float`, default to 0.027 and 0.1, adaptive and verified): time of each more position
             in a pass, and what slots take beyond theirs, in passes over one position; what pays follows from them. The
             defaults are those of 135M parameters in bfloat16 on two cores; `model.measure_pass_costs()` sets yours.
-        max_new_tokens, max_length (`int`, *optional*): tokens of an answer at most, whichever is smaller;
-            `config.max_answer_length` by default.
-        do_sample (`bool`, *optional*): draws tokens, with `temperature` and `top_p`; in one step independently of one
-            another. The most likely ones are taken by default.
+        max_new_tokens (`int`, *optional*): tokens of an answer at most; `max_length` by default.
+        max_length (`int`, *optional*): the same, as a prompt is no part of an answer; `config.max_answer_length` by
+            default.
+        do_sample (`bool`, *optional*): draws tokens, in one step independently of one another. The most likely ones
+            are taken by default.
+        temperature (`float`, *optional*): that tokens are drawn with; 1.0 by default.
+        top_k (`int`, *optional*): draws among this many of the most likely tokens only; 50 by default, 0 for all.
+        top_p (`float`, *optional*): draws among the most likely tokens only, which together have this probability; 1.0
+            by default.
         num_return_sequences (`int`, *optional*): answers to each instruction, next to each other; with `do_sample`.
         stop_strings (`str` or `list[str]`, *optional*): an answer ends with the token that completes one of them;
             `generate` needs the `processor`.
@@ -146,15 +160,15 @@ class ProtoGenGenerationConfig(GenerationConfig):
         asked = {name for name, value in self.to_diff_dict().items() if value is not None and value is not False}
         foreign = sorted(kwargs.keys() - known) or sorted(asked - everywhere)
         if foreign:
+            instead = "".join(f"; {INSTEAD[name]}" for name in foreign if name in INSTEAD)
             raise ValueError(
-                f"{', '.join(foreign)} is not for mode={mode}, which takes {', '.join(sorted(known))}. "
-                "Probabilities of tokens are in token_confidences, logits in answer_logits of a call of the model."
+                f"{', '.join(foreign)} is not for mode={mode}, which takes {', '.join(sorted(known))}{instead}."
             )
-        # At 1, transformers' default, they change nothing.
-        drawn = [name for name in ("temperature", "top_p") if kwargs.get(name) not in (None, 1)]
+        # At transformers' defaults they change nothing.
+        drawn = [name for name, neutral in SAMPLING.items() if kwargs.get(name) not in (None, neutral)]
         if drawn and not kwargs.get("do_sample", self.do_sample):
             raise ValueError(f"{' and '.join(drawn)} draw tokens: set do_sample=True.")
-        given = {name: kwargs.get(name, getattr(self, name)) for name in (*COUNTS, *NUMBERS)}
+        given = {name: kwargs.get(name, getattr(self, name)) for name in (*WHOLE_NUMBERS, *NUMBERS)}
         check_numbers({name: value for name, value in given.items() if value is not None})
         options.update(**kwargs)
         if isinstance(options.stop_strings, str):
@@ -165,8 +179,8 @@ class ProtoGenGenerationConfig(GenerationConfig):
     def sampling(self) -> Sampling:
         if not self.do_sample:
             return Sampling()
-        # What transformers draws with where nothing is said.
-        return Sampling(*(1.0 if value is None else float(value) for value in (self.temperature, self.top_p)))
+        given = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
+        return Sampling(**SAMPLING | {name: type(SAMPLING[name])(value) for name, value in given.items()})
 
     @property
     def pass_costs(self) -> PassCosts:
@@ -174,7 +188,8 @@ class ProtoGenGenerationConfig(GenerationConfig):
 
     def longest(self, default: int) -> int:
         """Tokens of an answer at most."""
-        return min((limit for limit in (self.max_new_tokens, self.max_length) if limit is not None), default=default)
+        limits = self.max_new_tokens, self.max_length, default
+        return next(limit for limit in limits if limit is not None)
 
 
 @dataclass
@@ -231,11 +246,12 @@ def interpolate(x: torch.Tensor, points: list[list[float]]) -> torch.Tensor:
 
 
 def check_numbers(options: dict[str, int | float]) -> None:
-    """A ValueError names what is none of `COUNTS` or `NUMBERS`."""
+    """A ValueError names what is none of `WHOLE_NUMBERS` or `NUMBERS`."""
     for name, value in options.items():
-        is_number = isinstance(value, Integral if name in COUNTS else Real) and not isinstance(value, bool)
+        is_whole = name in WHOLE_NUMBERS
+        is_number = isinstance(value, Integral if is_whole else Real) and not isinstance(value, bool)
         if not is_number or value != value:
-            raise ValueError(f"{name} must be a {'whole ' if name in COUNTS else ''}number; got {value!r}.")
+            raise ValueError(f"{name} must be a {'whole ' if is_whole else ''}number; got {value!r}.")
         if name in COUNTS and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}.")
         least, most = RANGES.get(name, (-math.inf, math.inf))
@@ -324,8 +340,8 @@ class ProtoGenGenerationMixin(GenerationMixin):
             **kwargs: fields of [`ProtoGenGenerationConfig`], where all options are described: `mode`, `length`,
                 `num_length_sigmas`, `abstain_above`, `output_uncertainty_scores`, `num_candidates`, `candidate_noise`,
                 `num_refinements`, `confidence_threshold`, `block_size`, `position_cost`, `slots_cost`,
-                `max_new_tokens`, `max_length`, `do_sample`, `temperature`, `top_p`, `num_return_sequences`,
-                `stop_strings`, `return_dict_in_generate`. They win over the configuration.
+                `max_new_tokens`, `max_length`, `do_sample`, `temperature`, `top_k`, `top_p`,
+                `num_return_sequences`, `stop_strings`, `return_dict_in_generate`. They win over the configuration.
 
         Returns:
             `torch.LongTensor` of shape `(batch, length)`, or [`ProtoGenGenerateOutput`].
@@ -422,7 +438,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
                 f"got {options.length}."
             )
         repeats = options.num_candidates * (options.num_return_sequences or 1)
-        return lengths.expand(len(mean) // repeats).repeat_interleave(repeats)
+        return lengths.clamp_max(longest).expand(len(mean) // repeats).repeat_interleave(repeats)
 
     def _finished(self, draft: Draft, options, processor, streamer) -> torch.LongTensor | ProtoGenGenerateOutput:
         """The answers of a draft, cut where they end, with their uncertainty where it is wanted."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 # Rows of a vocabulary's width that are in float32 at once.
 ROWS = 128
@@ -16,19 +16,23 @@ class Sampling:
         temperature (`float`): 0 takes the most likely token; above, tokens are drawn with logits divided by it.
         top_p (`float`): draws among the most likely tokens only, which together have this probability
             (Holtzman et al., 2020, https://arxiv.org/abs/1904.09751).
+        top_k (`int`): draws among this many of the most likely tokens only; 0 for all.
 
     Raises:
-        ValueError: if the temperature is negative, or `top_p` is outside of (0, 1] or has nothing to draw.
+        ValueError: if the temperature or `top_k` is negative, or `top_p` is outside of (0, 1] or has nothing to draw.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
 
     def __post_init__(self):
         if self.temperature < 0:
             raise ValueError(f"temperature must not be negative; got {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1]; got {self.top_p}.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must not be negative; got {self.top_k}.")
         if self.is_greedy and self.top_p < 1:
             raise ValueError("top_p needs a temperature above 0: at 0 the most likely token is taken.")
 
@@ -39,6 +43,8 @@ class Sampling:
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """What is drawn from, `(..., vocab)` in float32; not for a temperature of 0."""
         warpers = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)])
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
             warpers.append(TopPLogitsWarper(self.top_p))
         return warpers(None, logits.flatten(end_dim=-2).float()).softmax(-1).view(logits.shape)

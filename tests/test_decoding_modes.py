@@ -174,6 +174,8 @@ def test_the_candidate_that_the_decoder_likes_best_is_returned(build, decoder_di
     many, quantiles = candidates(prediction, 4, 0.5 * model.config.proto_token_std)
     torch.testing.assert_close(many.e[::4], prediction.e)
     assert not torch.equal(many.e[1::4], prediction.e)
+    if prediction.prompt_cache is not None:  # Is left as it was.
+        assert prediction.prompt_cache.layers[0].keys.shape[0] == len(INSTRUCTIONS)
     assert quantiles[:4].tolist() == pytest.approx([0, -0.6745, 0, 0.6745], abs=1e-4)
     lengths = model.clamp_lengths((many.log_length_mean + quantiles * many.log_length_variance.sqrt()).exp())
     torch.manual_seed(3)
@@ -231,7 +233,7 @@ def test_verified_samples_have_the_decoders_distribution(build, decoder_dir):
     model, processor = build(decoder_dir, decoder_sees_prompt=True, latent_source="decoder")
     without_eos(model)
     torch.manual_seed(0)
-    rows, sampling = 4000, Sampling(0.5, 0.9)
+    rows, sampling = 4000, Sampling(0.5, 0.9, top_k=50)
     inputs = {name: tensor.expand(rows, -1) for name, tensor in processor("who sat").items()}
     output = model.generate(
         **inputs,
@@ -266,9 +268,9 @@ def test_one_step_samples_are_drawn_from_each_position(build, llama_dir):
     torch.manual_seed(0)
     inputs = processor("who sat")
     labels = torch.tensor([[5, 5]])
-    p = Sampling(0.7, 0.95).probabilities(model(**inputs, labels=labels).answer_logits)
+    p = Sampling(0.7, 0.95, top_k=9).probabilities(model(**inputs, labels=labels).answer_logits)
     many = {name: tensor.expand(4000, -1) for name, tensor in inputs.items()}
-    written = model.generate(**many, length=2, do_sample=True, temperature=0.7, top_p=0.95)
+    written = model.generate(**many, length=2, do_sample=True, temperature=0.7, top_k=9, top_p=0.95)
     for place in range(2):
         assert same_distribution(written[:, place].bincount(minlength=p.shape[1]), p[place])
 
@@ -298,6 +300,8 @@ def test_answers_have_a_limit(build, llama_dir, mode):
     whole = model.generate(**inputs, mode=mode)
     assert whole.shape[1] > 3
     assert model.generate(**inputs, mode=mode, max_new_tokens=3, max_length=5).shape[1] == 3
+    # As in transformers the first of them counts.
+    assert model.generate(**inputs, mode=mode, max_new_tokens=4, max_length=3).shape[1] == 4
     short = model.generate(**inputs, mode=mode, max_length=3)
     longer = [len(row) >= 3 for row in answers_of(model.generate(**inputs, mode=mode, return_dict_in_generate=True))]
     assert torch.equal(short[longer], whole[longer, :3])
@@ -378,6 +382,9 @@ def test_answers_end_at_a_stop_string(build, decoder_dir):
     ("options", "problem"),
     [
         ({"do_sample": True, "temperature": -1.0}, "temperature must not be negative"),
+        ({"do_sample": True, "top_k": -1}, "top_k must not be negative; got -1"),
+        ({"do_sample": True, "top_k": 2.5}, r"top_k must be a whole number; got 2\.5"),
+        ({"top_k": 3}, "top_k draw tokens: set do_sample=True"),
         ({"do_sample": True, "top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
         ({"temperature": 0.5, "top_p": 0.5}, "temperature and top_p draw tokens: set do_sample=True"),
         ({"mode": "adaptive", "block_size": 9}, r"block_size must lie in 1\.\.8 tokens; got 9"),

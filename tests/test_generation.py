@@ -161,13 +161,24 @@ def test_impossible_lengths_are_refused(build, llama_dir, length):
         model.generate(**processor(INSTRUCTIONS), length=length)
 
 
+def test_a_length_stays_below_the_most_tokens(build, llama_dir):
+    model, processor = build(llama_dir)
+    without_eos(model)
+    inputs = processor(INSTRUCTIONS)
+    whole = model.generate(**inputs, length=6)
+    assert torch.equal(model.generate(**inputs, length=6, max_new_tokens=4), whole[:, :4])
+    lengths = torch.tensor([2, 6, 5])
+    output = model.generate(**inputs, length=lengths, max_length=5, return_dict_in_generate=True)
+    assert output.lengths.tolist() == [2, 5, 5]
+
+
 def test_options_of_other_decoders_are_not_swallowed(build, llama_dir):
     model, processor = build(llama_dir)
     with pytest.raises(ValueError, match="num_beams"):
         model.generate(**processor(INSTRUCTIONS), num_beams=5)
     with pytest.raises(ValueError, match=r"output_scores is not for .*answer_logits of a call of the model"):
         model.generate(**processor(INSTRUCTIONS), output_scores=True)
-    with pytest.raises(ValueError, match="num_beams is not for mode=one_step"):
+    with pytest.raises(ValueError, match="num_beams is not for mode=one_step, .*; mode=one_step has num_candidates"):
         model.generate(**processor(INSTRUCTIONS), generation_config=GenerationConfig(num_beams=3))
     batch = processor(INSTRUCTIONS)
     output = model(**batch)

@@ -107,6 +107,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     option = partial(parser.add_argument, default=argparse.SUPPRESS)
     option("--mode", choices=list(MODES), help="how answers are written; one_step if the model says nothing else")
     option("--temperature", type=float, help="draw tokens with logits divided by this")
+    option("--top-k", type=int, help="draw among this many of the most likely tokens, 50 by default; 0 for all")
     option("--top-p", type=float, help="draw among the most likely tokens that have this probability together")
     option("--length", type=int, help="one_step, refine: tokens to write, instead of the predicted length")
     option("--num-length-sigmas", type=float, help="one_step, refine: lengthen the prediction by this many σ")
@@ -155,9 +156,9 @@ def answer(
 ) -> None:
     """Prints the answers, batch after batch."""
     device = model.device
-    names = {"mode", "temperature", "top_p", "max_new_tokens"}.union(*MODES.values())
+    names = {"mode", "temperature", "top_k", "top_p", "max_new_tokens"}.union(*MODES.values())
     options = {name: value for name, value in vars(arguments).items() if name in names}
-    if {"temperature", "top_p"} & options.keys():
+    if {"temperature", "top_k", "top_p"} & options.keys():
         options["do_sample"] = True
     options["processor"] = processor
     retrieve = None
