@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from eval_tasks.text_metrics import one_step_metrics
 from modeling_protogen.frozen_decoder import decoder_fingerprint
 from trainers import protogen_trainer
-from trainers.data import Example, ProtoGenCollator, examples_of
+from trainers.data import Example, ProtoGenCollator, examples_of, is_held_out, place_of
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
 from trainers.losses import LOSSES
 from trainers.proto_bank import BankInfo, ProtoTokenBank
@@ -160,6 +160,25 @@ def test_a_checkpoint_and_a_dataset_are_enough_to_train(build, llama_dir, tmp_pa
     batch = trainer.data_collator(examples_of(data))
     with torch.no_grad():
         assert trainer.model(**batch).loss.item() == pytest.approx(trainer.compute_loss(trainer.model, batch).item())
+
+
+def test_a_model_knows_what_it_was_not_trained_on(build, llama_dir, tmp_path):
+    """Whatever chose the examples: a share that holds one of them out would be wrong, and a larger one is possible."""
+    model, processor = build(llama_dir)
+
+    def share_after(examples):
+        args = ProtoGenTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+        ProtoGenTrainer(model, args, train_dataset=examples, processing_class=processor)
+        return model.config.validation_share
+
+    held_out = sorted(EXAMPLES, key=lambda example: place_of(example.instruction))
+    assert model.config.validation_share is None
+    first = share_after(held_out[-1:])
+    assert first == place_of(held_out[-1].instruction) > 0
+    assert share_after(held_out) == place_of(held_out[0].instruction) < first
+    assert not any(is_held_out(example.instruction, model.config.validation_share) for example in EXAMPLES)
+    # What was learned once stays learned.
+    assert share_after(held_out[-1:]) == place_of(held_out[0].instruction)
 
 
 @pytest.mark.parametrize(

@@ -196,9 +196,19 @@ def stable_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def place_of(instruction: str) -> float:
+    """Where in [0, 1) an instruction lies by a hash of it."""
+    return int(stable_hash(instruction.strip())[:8], 16) / 16**8
+
+
 def is_held_out(instruction: str, share: float) -> bool:
-    """Whether training with this `validation_share` holds an instruction out, by a hash of it."""
-    return int(stable_hash(instruction.strip())[:8], 16) / 16**8 < share
+    """Whether training with this `validation_share` holds an instruction out."""
+    return place_of(instruction) < share
+
+
+def share_held_out(examples: list[Example]) -> float:
+    """The largest `validation_share` that holds none of these examples out."""
+    return min(place_of(example.instruction) for example in examples)
 
 
 def held_out_of(examples: list[Example], validation_share: float | None) -> list[Example]:

@@ -27,7 +27,7 @@ from modeling_protogen.objectives import IGNORE_INDEX, LOSS_WEIGHTS, argmax_toke
 from modeling_protogen.publishing import MODEL_FILES, model_card, pin_decoder, publish
 
 from .averaging import WeightAverage
-from .data import Example, ProtoGenCollator, examples_of
+from .data import Example, ProtoGenCollator, examples_of, share_held_out
 from .distillation import teacher_top_k
 from .files import full_disk_named, write_atomically
 from .grouped_attention import use_grouped_attention
@@ -261,6 +261,10 @@ class ProtoGenTrainer(ExampleTrainer):
             processing_class,
             **kwargs,
         )
+        if self.train_dataset:
+            # What was held out before may be learned now.
+            shares = share_held_out(self.train_dataset), self.model.config.validation_share
+            self.model.config.validation_share = min(share for share in shares if share is not None)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressLines)

@@ -106,6 +106,8 @@ def train(
         processing_class=processor,
         compute_metrics=draft_metrics(model.config.draft_length) if args.num_anchors else one_step_metrics(processor),
     )
+    # Instructions that the decoder wrote itself are in no data to be asked.
+    model.config.validation_share = data_args.validation_share
     with locked(output_dir / ".lock") if trainer.is_world_process_zero() else nullcontext():
         run = run_info(model, processor, train_examples, validation_examples)
         log = train_or_go_on(trainer, output_dir, run | {"encoder_lora_rank": model_args.encoder_lora_rank})
@@ -181,7 +183,6 @@ def prepared_model(
     if model_args.m_scope == "per_category":
         categories = categories_of(load_examples(data_args))
     model = build_model(model_args, categories)
-    model.config.validation_share = data_args.validation_share
     if inputs.start_from:
         start_from(model, inputs.start_from)
     if inputs.prompt_store:
