@@ -182,7 +182,7 @@ def test_training_options_make_plain_checkpoints(call, recipe, tmp_path, encoder
     assert any("loss_anchor" in entry and "loss_relational_distillation" in entry for entry in log)
 
 
-def test_a_model_without_an_encoder_is_trained_and_calibrated(call, recipe, tmp_path):
+def test_a_model_without_an_encoder_is_trained_and_calibrated(call, recipe, tmp_path, monkeypatch):
     options = ["--decoder_sees_prompt", "true", "--latent_source", "decoder", "--encoder", tmp_path / "nowhere"]
     assert "model in" in call("train", "--config", recipe, *options)
     model = ProtoGenForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
@@ -193,6 +193,24 @@ def test_a_model_without_an_encoder_is_trained_and_calibrated(call, recipe, tmp_
     assert {"coverage_80", "mae_tokens", "mae_tokens_constant", "mae_tokens_linear"} <= set(content["metrics"])
     out = call("generate", tmp_path / "run" / "model", "--json", stdin="who sat on the mat\n")
     assert 0 <= json.loads(out)["uncertainty"] <= 1
+
+    # A large product in bfloat16 takes a processor minutes that does not compute in it.
+    monkeypatch.setattr("eval_tasks.benchmarks.training_speed.peak_flops", lambda device: 1e15)
+    timed, compute_loss = [], ProtoGenTrainer.compute_loss
+
+    def noted(self, *args, **kwargs):
+        timed.append(self.args.losses)
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(ProtoGenTrainer, "compute_loss", noted)
+    speed = ["--run", tmp_path / "run", "--data", tmp_path / "data.jsonl", "--batch-size", 4, "--steps", 2]
+    call("bench", "training-speed", *speed, "--result", tmp_path / "speed.json")
+    # Two to warm up and two that count, once more with stored prompts: steps of the trainer, with the run's losses.
+    assert timed == 8 * [yaml.safe_load(recipe.read_text())["losses"]]
+    metrics = read_result(tmp_path / "speed.json")["metrics"]
+    assert 0 < metrics["share_of_time_outside_the_decoder"] < 1
+    assert metrics["answer_tokens_per_second"] > 0
+    assert 0 < metrics["model_flops_utilisation"] < 1
 
 
 def test_trained_models_are_compared(call, recipe, tmp_path, monkeypatch):
@@ -246,14 +264,9 @@ def test_trained_models_are_compared(call, recipe, tmp_path, monkeypatch):
         "generate", runs / "siglip" / "model", "who sat", "--json", "--retrieve", runs / "bank", "--dtype", "float32"
     )
     assert json.loads(out)["tokens"] <= max(len(bank.row(id)["token_ids"]) for id in bank.ids)
-    # A large product in bfloat16 takes a processor minutes that does not compute in it.
-    monkeypatch.setattr("eval_tasks.benchmarks.training_speed.peak_flops", lambda device: 1e15)
-    speed = ["--run", runs / "siglip", "--data", tmp_path / "data.jsonl", "--batch-size", 4, "--steps", 2]
-    call("bench", "training-speed", *speed, "--result", result)
-    metrics = read_result(result)["metrics"]
-    assert 0 < metrics["share_of_time_outside_the_decoder"] < 1
-    assert metrics["answer_tokens_per_second"] > 0
-    assert 0 < metrics["model_flops_utilisation"] < 1
+    speed = ["--run", runs / "siglip", "--data", tmp_path / "data.jsonl", "--result", result]
+    refused = call("bench", "training-speed", *speed)
+    assert "learned with siglip, reconstruction, length_nll, and the benchmark has no bank" in refused
 
 
 @pytest.mark.parametrize("scope", ["per_example", "shared"])

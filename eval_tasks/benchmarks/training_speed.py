@@ -19,6 +19,7 @@ from modeling_protogen.objectives import IGNORE_INDEX
 from trainers.data import DataArguments, Example, ProtoGenCollator, load_examples
 from trainers.devices import best_device, synchronize
 from trainers.embedded import decoder_revision
+from trainers.losses import needs_of
 from trainers.prompt_store import PromptStore
 from trainers.protogen_trainer import ProtoGenTrainer
 from trainers.text_files import read_json
@@ -135,22 +136,23 @@ class StepClock(TrainerCallback):
 def timed_steps(
     run: Path,
     examples: list[Example],
+    losses: dict[str, float],
     batch_size: int,
     warm_up: int,
     stores_prompts: bool = False,
     num_anchors: int = 0,
 ) -> dict:
     """
-    What a step of the trainer costs, batch after batch of the examples, after the first `warm_up`; making its batch is
-    a part of it. With `stores_prompts` a [`PromptStore`] has read all prompts before. With `num_anchors` the steps
-    learn drafts, and the tokens are those drafted.
+    What a step of the trainer costs with these losses, batch after batch of the examples, after the first `warm_up`;
+    making its batch is a part of it. With `stores_prompts` a [`PromptStore`] has read all prompts before. With
+    `num_anchors` the steps learn drafts, and the tokens are those drafted.
     """
     model = ProtoGenForConditionalGeneration.from_pretrained(run / "model").to(best_device())
     model.decoder.to(torch.bfloat16)
     processor = ProtoGenProcessor.from_pretrained(run / "model")
     if num_anchors:
         processor.max_answer_length = DRAFTED_ANSWER
-    collate = ProtoGenCollator(processor)
+    collate = ProtoGenCollator(processor, model.config.categories, finds_durations="durations" in needs_of(losses))
     batches = [collate(examples[at : at + batch_size]) for at in range(0, len(examples), batch_size)]
     with tempfile.TemporaryDirectory() as folder, decoder_clock(model.decoder) as decoder_seconds:
         if stores_prompts:
@@ -164,6 +166,7 @@ def timed_steps(
             max_steps=len(batches),
             per_device_train_batch_size=batch_size,
             train_sampling_strategy="sequential",
+            losses=losses,
             num_anchors=num_anchors,
             bf16=True,
             save_strategy="no",
@@ -201,26 +204,29 @@ def training_speed(arguments) -> None:
     if not (run / "metrics.json").is_file():
         raise FileNotFoundError(f"there is no trained model in {run}; train one first.")
     made_with = read_json(run / "metrics.json")["run"]
+    losses = made_with["losses"]
+    if needed := needs_of(losses) & {"bank", "embeddings"}:
+        raise ValueError(f"{run} learned with {', '.join(losses)}, and the benchmark has no {' and '.join(needed)}.")
     config = ProtoGenConfig.from_pretrained(run / "model")
     processor, warm_up, size = ProtoGenProcessor.from_pretrained(run / "model"), 2, arguments.batch_size
     examples = [e for e in load_examples(DataArguments(data=arguments.data)) if processor.fits(e.instruction)]
     examples = list(islice(cycle(examples), 4 * (warm_up + arguments.steps) * size))
     some = examples[: len(examples) // 4]
     if config.first_tokens == "drafts":
-        packed = timed_steps(run, some, size, warm_up, num_anchors=ANCHORS)["drafted_tokens_per_second"]
-        alone = timed_steps(run, examples, 4 * size, warm_up, num_anchors=1)["drafted_tokens_per_second"]
+        packed = timed_steps(run, some, losses, size, warm_up, num_anchors=ANCHORS)["drafted_tokens_per_second"]
+        alone = timed_steps(run, examples, losses, 4 * size, warm_up, num_anchors=1)["drafted_tokens_per_second"]
         metrics = {f"drafted_tokens_per_second_{ANCHORS}_anchors": packed, "drafted_tokens_per_second_1_anchor": alone}
         metrics["times_one_anchor"] = packed / alone
     else:
-        metrics = timed_steps(run, some, size, warm_up)
+        metrics = timed_steps(run, some, losses, size, warm_up)
         metrics["peak_teraflops_per_second"] = peak_flops(best_device()) / 1e12
         metrics["model_flops_utilisation"] = metrics["teraflops_per_second"] / metrics["peak_teraflops_per_second"]
         if config.decoder_sees_prompt:
-            stored = timed_steps(run, some, size, warm_up, stores_prompts=True)
+            stored = timed_steps(run, some, losses, size, warm_up, stores_prompts=True)
             metrics["milliseconds_a_step_with_stored_prompts"] = stored["milliseconds_a_step"]
     content = report.result(
         command=arguments.command_line,
-        model=f"{made_with['decoder']}, bfloat16; encoder {made_with['encoder']}",
+        model=f"{made_with['decoder']}, bfloat16; encoder {made_with['encoder'] or 'none'}; losses {', '.join(losses)}",
         revision=decoder_revision(made_with["decoder"]),
         data=f"{arguments.steps} batches of {arguments.batch_size} examples of {arguments.data}",
         seed=0,
