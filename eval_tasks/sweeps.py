@@ -309,7 +309,7 @@ def gather_fits(sweep: Sweep, command: str) -> dict:
         command=command,
         model=f"{recipe['decoder']}, {recipe['decoder_dtype']}",
         revision=decoder_revision(recipe["decoder"]),
-        data=f"first {some['settings']['fit_max_length']} tokens of {some['texts']} responses of {recipe['data']}",
+        data=f"first {some['settings']['fit_max_length']} tokens of {some['texts']} responses of {some['data']}",
         seed=some["settings"]["fit_seed"],
         metrics=metrics,
     )

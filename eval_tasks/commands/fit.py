@@ -81,6 +81,7 @@ def fit(
         # Of this call, which may have found texts in the bank already.
         "texts_fitted": fitted,
         "seconds": seconds,
+        "data": data_args.data,
         "padding_share": fitter.num_padding / max(fitter.num_positions, 1),
         "arrangement": asdict(bank.info),
         "settings": asdict(fit_args),
