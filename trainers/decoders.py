@@ -125,7 +125,7 @@ def add_loading_options(parser: argparse.ArgumentParser, dtype: str = "auto") ->
 
 
 def load_trained(
-    name: str, dtype: str, decoder: str | None, fuses_adapters: bool
+    name: str, dtype: str = "auto", decoder: str | None = None, fuses_adapters: bool = False
 ) -> tuple[ProtoGenForConditionalGeneration, ProtoGenProcessor]:
     """
     A trained model on the best device, and its processor.
