@@ -1,4 +1,4 @@
-"""From what a model says of its answers' length and uncertainty to what held-out answers show."""
+"""Calibrates the length and the uncertainty that a model predicts on held-out answers."""
 
 from collections.abc import Sequence
 

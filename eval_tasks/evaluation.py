@@ -1,4 +1,4 @@
-"""Methods on tasks of the harness: cells of answers, and what they say about one another."""
+"""Runs each method on each task of the harness, and compares the answers."""
 
 import html
 import time
@@ -174,8 +174,8 @@ def main_metric(table: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
 
 def with_uncertainty(rated: pd.DataFrame) -> pd.DataFrame:
     """
-    The rows of `main_metric`, of methods that say how sure they are, and those of several tasks once more as one,
-    `all_tasks`, with as many of each: some were trained on and others were not, and uncertainty is to tell them apart.
+    Keeps the rows of `main_metric` of methods that report uncertainty, and adds `all_tasks`, as many of each task:
+    uncertainty is to tell those apart that were trained on from others.
     """
     rated = rated[rated["uncertainty"].notna()]
     if rated["task"].nunique() < 2:
@@ -234,7 +234,7 @@ def shaded(sample: dict) -> str:
 
 
 def draw(cells: dict[tuple[str, str], dict], rated: pd.DataFrame, threshold: float, folder: Path) -> None:
-    """The pictures of each task, from rows of `main_metric`."""
+    """The plots of each task, from rows of `main_metric`."""
     for task, of_task in rated.groupby("task", sort=False):
         draw_quality(cells, of_task, task, folder)
     for task, of_task in with_uncertainty(rated).groupby("task", sort=False):

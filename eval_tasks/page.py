@@ -1,4 +1,4 @@
-"""One HTML page of studies: what is claimed, the metrics, the pictures; everything inside the file."""
+"""One HTML page of studies: what is claimed, the metrics, the plots; everything inside the file."""
 
 import base64
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ table { border-collapse: collapse } td { padding: .1rem .8rem .1rem 0; border-bo
 {% for s in sections %}
 <h2 id="{{ s.name }}">{{ s.name }}</h2>
 <p class="claim">{{ s.claim }}</p>
-{% for picture in s.pictures %}<img alt="{{ picture.stem }}" src="data:image/png;base64,{{ encoded(picture) }}">
+{% for plot in s.plots %}<img alt="{{ plot.stem }}" src="data:image/png;base64,{{ encoded(plot) }}">
 {% endfor %}
 <details{{ " open" if s.result.metrics | length <= 30 }}>
 <summary>{{ s.result.metrics | length }} metrics</summary><table>
@@ -47,14 +47,14 @@ class Section:
     Args:
         name, claim (`str`): what is studied, and why.
         result (`dict`): from `read_result`.
-        pictures (`list[Path]`): PNG files.
+        plots (`list[Path]`): PNG files.
         examples (`str`): HTML that is taken as it is.
     """
 
     name: str
     claim: str
     result: dict
-    pictures: list[Path] = field(default_factory=list)
+    plots: list[Path] = field(default_factory=list)
     examples: str = ""
 
     def __post_init__(self):

@@ -251,7 +251,7 @@ class ProtoGenLM(HFLM):
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         start = time.perf_counter()
-        # Of nothing after nothing the harness asks the first token.
+        # The harness asks for the first token even where context and continuation are both empty.
         pairs = [request.args for request in requests]
         is_empty = [context == "" and not self.tok_encode(text, add_special_tokens=False) for context, text in pairs]
         others = [request for request, empty in zip(requests, is_empty, strict=True) if not empty]

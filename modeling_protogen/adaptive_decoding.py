@@ -24,8 +24,8 @@ def adaptive_decoding(
 ) -> int:
     """
     Each pass reads the tokens that the last one wrote, and proto-tokens after them; it writes the decoder's own next
-    token and the drafted ones as long as each has the probability `confidence_threshold`. How long drafts are is each
-    answer's own matter, so that answers do not depend on the batch.
+    token and the drafted ones as long as each has the probability `confidence_threshold`. A draft's length is chosen
+    for each answer, so that answers do not depend on the batch.
 
     Args:
         model (`ProtoGenForConditionalGeneration`)

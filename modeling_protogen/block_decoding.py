@@ -187,9 +187,9 @@ class Drafter:
         """
         if self.coherence is None:
             return sampling.pick(logits), logits
-        # Only the likeliest tokens are moved, which takes no more passes through the output layer.
-        likeliest, tokens, moved = logits.topk(min(NUM_MOVED, logits.shape[-1])).indices, certain, []
-        for state, before_it, candidates in zip(states.unbind(1), logits.unbind(1), likeliest.unbind(1), strict=True):
+        # Only the most likely tokens are moved, which takes no more passes through the output layer.
+        most_likely, tokens, moved = logits.topk(min(NUM_MOVED, logits.shape[-1])).indices, certain, []
+        for state, before_it, candidates in zip(states.unbind(1), logits.unbind(1), most_likely.unbind(1), strict=True):
             nearest_first = self.decoder.get_input_embeddings()(tokens.flip(1))
             missing = self.coherence.num_tokens - tokens.shape[1]
             state = self.coherence(state, F.pad(nearest_first, (0, 0, 0, missing)))

@@ -89,10 +89,9 @@ class ProtoGenConfig(PreTrainedConfig):
             in the decoder.
         first_tokens (`str`, defaults to `"slots"`): who writes an answer's first tokens after a prompt: the
             `slots`, like all others, or the `decoder`, by ordinary next-token prediction (`num_autoregressive_tokens`),
-            which is right for its own answers and cannot be trained for others. With `drafts` the slots only draft
-            behind what the decoder has written: its last token predicts the next one, and each slot the one after it,
-            from the next one's position on, as real tokens there would; such a model is trained with `num_anchors`,
-            and writes in the modes `adaptive` and `verified`.
+            which is right for its own answers and cannot be trained for others. With `drafts` slots only propose the
+            tokens that follow the decoder's own next one, each the token after its own position, as a real token does;
+            such a model is trained with `num_anchors`, and writes in the modes `adaptive` and `verified`.
         slot_adapter_rank (`int`, defaults to 0): rank of the low-rank weights that act in the decoder's linear layers
             at the slots only; 0 means none. The decoder's weights stay as they are, and so does all that it computes
             for real tokens.

@@ -75,7 +75,7 @@ class ProtoGenGenerationConfig(GenerationConfig):
         num_length_sigmas (`float`, defaults to 0.0, one_step and refine): writes `exp(mean + num_length_sigmas *
             sigma)` tokens of the predicted log-normal length; EOS still cuts.
         abstain_above (`float`, *optional*, one_step and refine): gives no answer whose `uncertainties` exceed this;
-            `config.abstention_thresholds` has what held-out instructions asked for.
+            `config.abstention_thresholds` has calibrated thresholds.
         output_uncertainty_scores (`bool`, defaults to False, one_step and refine): returns every score, not the
             configured one alone.
         num_candidates (`int`, defaults to 1, one_step): writes this many answers in one pass and returns the one that

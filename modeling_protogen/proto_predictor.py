@@ -172,7 +172,7 @@ class Projection(nn.Module):
 
 
 class GaussianHead(nn.Module):
-    """Mean (before any link) and variance, whose log stays inside a range, of one number: two of shape `(batch,)`."""
+    """Predicts a number's mean, before any link function, and its variance, whose log is bounded: two of `(batch,)`."""
 
     def __init__(self, dim: int, log_variance_range: tuple[float, float]):
         super().__init__()

@@ -21,8 +21,8 @@ LONGEST_LOOKUP = 10
 # The logit of a drafted token that was not drawn.
 CERTAIN = 1e4
 # Share of right tokens at each place that is expected before any draft: from slots, where a token of the draft before
-# was wrong and where none was; and from the text, by whether its first token is the likeliest at the slots too, None
-# where no slots lie.
+# was wrong and where none was; and from the text, by whether its first token is the most likely one at the slots too,
+# None where no slots lie.
 EXPECTED_OF_SLOTS = {False: 0.4, True: 0.6}
 EXPECTED_OF_LOOKUP = {True: 0.8, False: 0.5, None: 0.7}
 
@@ -152,18 +152,18 @@ def drafted_by_slots(
 ) -> tuple[Draft, list[int]]:
     """
     A draft from states and logits at slots, as in [`Drafter.draft`], which lie behind some of the `num_rows` unfinished
-    texts; and the likeliest first token of each text.
+    texts; and the most likely first token of each text.
     """
     tokens, logits = drafter.draft(states, logits, certain, sampling)
-    likeliest = logits.max(-1).indices
-    chances = (log_probability(logits, likeliest).cumsum(1).exp()[rows_of(sources)].sum(0) / num_rows).tolist()
+    most_likely = logits.max(-1).indices
+    chances = (log_probability(logits, most_likely).cumsum(1).exp()[rows_of(sources)].sum(0) / num_rows).tolist()
     # By earlier drafts where tokens are drawn: were it by these, the samples that are verified would be chosen ones.
     expected = chances if sampling.is_greedy else shares_kept(sources, len(chances), num_rows)
     verified = worth_verifying(chances, price)
     # What is not verified counts as wrong.
     noted, size = len(chances), len(verified)
     draft = Draft(tokens[:, :size], logits[:, :size], verified, gain_of(expected, price), noted, sources)
-    return draft, likeliest[:, 0].tolist()
+    return draft, most_likely[:, 0].tolist()
 
 
 def drafted_by_lookup(
@@ -206,11 +206,10 @@ def verified_decoding(
     options,
 ) -> int:
     """
-    Each pass reads the token that is certain and a draft after it, with slots behind those of them that may well be the
-    last one kept: it says how much of the draft is kept and what follows that for certain, and the slots behind the
-    last kept token draft on, as far as they are sure. Where more is expected of how the text has gone on from its last
-    tokens before, that is the draft. Where a decoder takes no masks of pairs, passes that verify and passes that draft
-    take turns.
+    Each pass reads the last certain token and a draft, with slots behind the tokens where they pay. It verifies the
+    draft, gives the next certain token, and drafts on from the slots behind the last token kept. Where more is expected
+    of how the text went on from its last tokens before, that is the draft. Where a decoder takes no masks of pairs,
+    passes that verify and passes that draft take turns.
 
     Args:
         model (`ProtoGenForConditionalGeneration`)
@@ -256,10 +255,10 @@ def verified_decoding(
             at = all_rows, torch.tensor([place or 0 for place in places], device=kept.device), slice(longest)
             is_right = (kept == num_drafted).tolist()
             sources = sources_of({row: is_right[row] for row in behind_slots}, by_slots)
-            draft, likeliest = drafted_by_slots(
+            draft, most_likely = drafted_by_slots(
                 drafter, behind[at], of_slots[at], certain, sources, len(rows), price, sampling
             )
-            first_tokens = {row: likeliest[row] for row in behind_slots}
+            first_tokens = {row: most_likely[row] for row in behind_slots}
         if longest:
             texts = {row: beginnings[row] + answers.tokens[row] for row in rows}
             looked_up = drafted_by_lookup(texts, first_tokens, longest, by_lookup, price, certain)

@@ -330,7 +330,7 @@ def test_every_recipe_runs(call, tmp_path, path, llama_dir, encoder_dir, monkeyp
     arguments = ["--config", f"anatomy/{path.stem}", "--smoke", "--output_dir", tmp_path, "--use_cpu", "true"]
     arguments += ["--decoder", llama_dir, "--decoder_dtype", "float32"]
     if "teacher" in content:
-        arguments += ["--teacher", encoder_dir]
+        arguments += ["--sentence_encoder", encoder_dir]
     if "decoders" in content:
         arguments += ["--decoders", *(f"{llama_dir}{variant}" for variant in ("", "@first:1", "@untrained"))]
     assert "written to" in call("study", *arguments)

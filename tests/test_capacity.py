@@ -82,7 +82,7 @@ def test_the_papers_loop_ends_when_the_text_is_perfect(decoder):
 
 def test_the_capacity_study(call, recipe, tmp_path, monkeypatch):  # noqa: F811
     arguments = ["--config", recipe, "--study", "capacity", "--capacity_texts", 2, "--capacity_lengths", 5, 4]
-    arguments += ["--fit_max_steps", 3, "--fit_settle_steps", 3, "--capacity_sources", "random_words"]
+    arguments += ["--fit_max_steps", 3, "--fit_shared_m_steps", 3, "--capacity_sources", "random_words"]
     arguments += ["--capacity_m_scopes", "per_example", "shared", "fixed_mean"]
     fit_bank, cells = capacity.fit_bank, []
 

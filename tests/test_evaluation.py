@@ -154,7 +154,7 @@ def test_other_ways_to_write_are_models_of_the_harness(tmp_path):
         lm.loglikelihood(requests)
 
 
-def test_the_answer_to_a_choice_is_the_likeliest_one():
+def test_the_answer_to_a_choice_is_the_most_likely_one():
     logged = {
         "arguments": [("who", " a"), ("who", " b")],
         "resps": [[(-2.0, False)], [(-1.0, True)]],

@@ -236,9 +236,9 @@ def test_a_text_without_a_margin_is_measured_alone(decoder, monkeypatch):
 
 
 @pytest.mark.parametrize("slots", ["auto", "2"])
-def test_a_shared_m_is_settled_and_then_stays(decoder, slots):
+def test_a_shared_m_is_learned_first_and_then_stays(decoder, slots):
     info = {"m_scope": "shared"}
-    fitter = fitter_for(decoder, info, fit_settle_steps=60, fit_settle_texts=3, fit_slots=slots)
+    fitter = fitter_for(decoder, info, fit_shared_m_steps=60, fit_shared_m_texts=3, fit_slots=slots)
     m, starts = fitter.fit_shared_m(TEXTS)
     assert list(m) == [""]
     assert m[""].shape == (1, 24)
@@ -256,11 +256,11 @@ def test_a_shared_m_is_settled_and_then_stays(decoder, slots):
     assert all(torch.equal(entry.m, given.expand(len(entry.m), -1)) for entry in fixed.values())
 
 
-def test_settling_learns_m(decoder):
-    """A settled m serves texts better than the m that settling started from."""
+def test_a_shared_m_learns(decoder):
+    """It serves texts better than the m that it started from."""
 
     def accuracy(steps):
-        fitter = fitter_for(decoder, {"m_scope": "shared"}, fit_settle_steps=steps, fit_attempts=1, fit_max_steps=30)
+        fitter = fitter_for(decoder, {"m_scope": "shared"}, fit_shared_m_steps=steps, fit_attempts=1, fit_max_steps=30)
         m, _ = fitter.fit_shared_m(texts)
         return mean_accuracy(fit(fitter, texts, m))
 
@@ -270,15 +270,15 @@ def test_settling_learns_m(decoder):
 
 def test_each_category_gets_its_m_in_any_number_of_slots(decoder):
     texts = [Text(t.id, t.token_ids, group="qa" if i % 2 else "list") for i, t in enumerate(random_texts(10, 4))]
-    settled = []
+    learned = []
     for slots in ("auto", "3"):
-        fitter = fitter_for(decoder, {"m_scope": "per_category"}, fit_settle_steps=8, fit_slots=slots)
+        fitter = fitter_for(decoder, {"m_scope": "per_category"}, fit_shared_m_steps=8, fit_slots=slots)
         m, _ = fitter.fit_shared_m(texts)
         assert sorted(m) == ["list", "qa"]
         assert not torch.equal(m["list"], m["qa"])
-        settled.append(m)
+        learned.append(m)
     for group in ("list", "qa"):
-        torch.testing.assert_close(settled[0][group], settled[1][group], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(learned[0][group], learned[1][group], rtol=1e-3, atol=1e-3)
 
 
 def test_fitted_vectors_fit_the_bank(decoder, tmp_path):

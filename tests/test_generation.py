@@ -86,10 +86,10 @@ def test_what_follows_a_drawn_first_token_was_predicted_after_it(build, decoder_
     model, processor = build(decoder_dir, decoder_sees_prompt=True, latent_source="decoder", first_tokens="decoder")
     without_eos(model)
     batch = processor(INSTRUCTIONS, CONTEXTS)
-    likeliest = model.generate(**batch, length=8)
+    most_likely = model.generate(**batch, length=8)
     torch.manual_seed(1)
     output = model.generate(**batch, length=8, do_sample=True, return_dict_in_generate=True)
-    assert not torch.equal(output.sequences[:, 0], likeliest[:, 0])
+    assert not torch.equal(output.sequences[:, 0], most_likely[:, 0])
     for row, tokens in enumerate(output.sequences):
         prompt = processor(INSTRUCTIONS[row], CONTEXTS[row])["decoder_prompt_ids"]
         p = model.decoder(torch.cat([prompt, tokens[None, :1]], dim=1)).logits[0, -2:].softmax(-1)

@@ -323,7 +323,7 @@ def test_the_token_head_tells_tokens_apart_from_those_around_them(one_vector_a_t
     assert (outputs.e.grad.abs().sum((2, 3)) > 0).tolist() == [[True] * 3 + [False] * 2, [True] + [False] * 4]
 
 
-def test_the_token_head_reads_the_likeliest_tokens(one_vector_a_token):
+def test_the_token_head_reads_the_most_likely_tokens(one_vector_a_token):
     outputs, batch = one_vector_a_token
     table = batch["output_embeddings"]
     for row, vectors in enumerate(outputs.e[:, :, 0]):

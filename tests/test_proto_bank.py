@@ -147,7 +147,7 @@ def test_a_flipped_bit_is_harmless_or_named_and_mended(tmp_path, name):
             bank.verify()
             assert contents(bank) == expected
             assert torch.equal(bank.shared_m()[""], torch.ones(1, 6))
-            assert torch.equal(bank.settled_e()["a"], entries["a"].e)
+            assert torch.equal(bank.shared_m_starts()["a"], entries["a"].e)
         except ValueError as error:
             refused += 1
             assert str(path) in str(error)  # noqa: PT017

@@ -163,7 +163,16 @@ main(["fit"])
 def test_training_options_make_plain_checkpoints(call, recipe, tmp_path, encoder_dir):
     """Low-rank adapters, both sources of latents, meaning imposed; the checkpoint needs none of what made it."""
     losses = '{"reconstruction": 1, "length_nll": 0.1, "error_nll": 0.1, "anchor": 0.5, "relational_distillation": 0.5}'
-    options = ["--encoder_lora_rank", 2, "--encoder_learning_rate", 0.01, "--losses", losses, "--teacher", encoder_dir]
+    options = [
+        "--encoder_lora_rank",
+        2,
+        "--encoder_learning_rate",
+        0.01,
+        "--losses",
+        losses,
+        "--sentence_encoder",
+        encoder_dir,
+    ]
     options += ["--decoder_sees_prompt", "true", "--latent_source", "both", "--slot_adapter_rank", 2]
     options += ["--predictor_dim", 64, "--num_source_layers", 1, "--num_query_layers", 2]
     assert "model in" in call("train", "--config", recipe, *options)
@@ -281,7 +290,7 @@ def test_an_interrupted_fit_keeps_every_text_that_ended(call, recipe, tmp_path, 
         written.extend(entry.id for entry in entries)
 
     monkeypatch.setattr(ProtoTokenBank, "append", interrupted)
-    fit = ("--config", recipe, "--fit_slots", 2, "--m_scope", scope, "--fit_settle_steps", 5)
+    fit = ("--config", recipe, "--fit_slots", 2, "--m_scope", scope, "--fit_shared_m_steps", 5)
     assert call("fit", *fit) == "interrupted; run the same command again to go on"
     monkeypatch.undo()
     assert 2 <= len(written) < 5
@@ -318,7 +327,7 @@ def test_damaged_shards_are_fitted_again_on_request(call, recipe, tmp_path):
 
 @pytest.mark.parametrize("scope", ["shared", "per_category", "fixed"])
 def test_fitting_with_an_m_that_texts_share(call, recipe, tmp_path, scope):
-    fit = ["--config", recipe, "--m_scope", scope, "--fit_settle_steps", 5]
+    fit = ["--config", recipe, "--m_scope", scope, "--fit_shared_m_steps", 5]
     if scope == "fixed":
         assert "m_scope=fixed needs the vector" in call("fit", *fit)
         save_file({"m": torch.ones(24)}, tmp_path / "m.safetensors")

@@ -123,7 +123,7 @@ def test_right_drafts_are_kept_and_save_passes(build, llama_dir, monkeypatch):
         for layer in model.decoder.model.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-        # Tied and of length 1: each token is the likeliest after itself.
+        # Tied and of length 1: each token is the most likely one after itself.
         table.copy_(torch.nn.functional.normalize(table))
     forward = model.proto_predictor.forward
     monkeypatch.setattr(

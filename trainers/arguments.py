@@ -59,8 +59,8 @@ class FitInputArguments:
 class MeaningArguments:
     """What meaning is measured by."""
 
-    teacher: str = field(
-        default="sentence-transformers/all-MiniLM-L6-v2", metadata={"help": "Sentence encoder for what texts mean."}
+    sentence_encoder: str = field(
+        default="sentence-transformers/all-MiniLM-L6-v2", metadata={"help": "Judges what texts mean."}
     )
 
 
@@ -109,9 +109,7 @@ class TargetArguments:
 
     def __post_init__(self):
         if self.instructions != "data" and self.targets in ("human", "self"):
-            raise ValueError(
-                "nobody has answered synthetic instructions but the teacher: set targets to teacher or both."
-            )
+            raise ValueError("synthetic instructions have teacher answers only: set targets to teacher or both.")
 
 
 @dataclass

@@ -23,7 +23,7 @@ from .proto_bank import (
     BankInfo,
     ProtoTokenBank,
     read_info,
-    read_settled,
+    read_shared_m,
     with_prefix,
 )
 
@@ -180,8 +180,8 @@ def import_bank(source: str | Path, folder: str | Path, revision: str | None = N
         raise FileNotFoundError(f"{source} holds no exported bank: {INFO_NAME} is missing.")
     bank = ProtoTokenBank(folder, read_info(source / INFO_NAME))
     with bank.writing():
-        if bank.shared_m() is None and (settled := read_settled(source)):
-            bank.write_shared_m(with_prefix("m/", settled), with_prefix("e/", settled))
+        if bank.shared_m() is None and (shared := read_shared_m(source)):
+            bank.write_shared_m(with_prefix("m/", shared), with_prefix("e/", shared))
         for path in sorted((source / "data").glob("*.parquet")):
             for entries in read_entries(path, bank.info):
                 bank.append([entry for entry in entries if entry.id not in bank])

@@ -58,22 +58,22 @@ def fit_bank(fitter: ProtoTokenFitter, bank: ProtoTokenBank, texts: list[Text], 
 def shared_m(
     fitter: ProtoTokenFitter, bank: ProtoTokenBank, texts: list[Text]
 ) -> tuple[dict[str, torch.Tensor], list[Text]]:
-    """The bank's `m` of each group, settled and stored if it has none yet; and the texts, with starts from settling."""
+    """The bank's `m` of each group, learned and stored if it has none yet; and the texts, with the starts it gave."""
     if bank.shared_m() is None:
         bank.write_shared_m(*fitter.fit_shared_m(texts))
     # As stored: a run that goes on starts where the first one did.
-    m, starts = bank.shared_m(), bank.settled_e()
-    texts = [with_settled_start(text, starts.get(text.id), bank.info.chunk_size) for text in texts]
+    m, starts = bank.shared_m(), bank.shared_m_starts()
+    texts = [with_shared_m_start(text, starts.get(text.id), bank.info.chunk_size) for text in texts]
     unknown = sorted({text.group for text in texts} - m.keys())
     if unknown:
         raise ValueError(
             f"the bank in {bank.folder} has no m for {', '.join(unknown)}, only for {', '.join(sorted(m))}: it was "
-            "settled on other data. Fit these into another bank."
+            "learned on other data. Fit these into another bank."
         )
     return {group: vector.to(fitter.decoder.device) for group, vector in m.items()}, texts
 
 
-def with_settled_start(text: Text, e: torch.Tensor | None, chunk_size: int) -> Text:
+def with_shared_m_start(text: Text, e: torch.Tensor | None, chunk_size: int) -> Text:
     """The text, starting from this `e` where there is one that is as long as the text is now."""
     fits = e is not None and len(e) == -(-len(text.token_ids) // chunk_size)
     return replace(text, start=(e, None)) if fits else text

@@ -69,11 +69,11 @@ class FittingArguments:
         default=0.0,
         metadata={"help": "Share of an attempt over which the loss grows from the first token to the whole text."},
     )
-    fit_settle_texts: int = field(
+    fit_shared_m_texts: int = field(
         default=64,
         metadata={"help": "Texts of a group on which its shared m is learned (m_scope shared, per_category)."},
     )
-    fit_settle_steps: int = field(default=400, metadata={"help": "Steps in which a shared m is learned."})
+    fit_shared_m_steps: int = field(default=400, metadata={"help": "Steps in which a shared m is learned."})
     fit_seed: int = field(default=0, metadata={"help": "Seed of the initial proto-tokens."})
     fit_compile: bool = field(
         default=False,
@@ -83,7 +83,7 @@ class FittingArguments:
     def __post_init__(self):
         if self.fit_slots != "auto" and not (self.fit_slots.isdecimal() and int(self.fit_slots) > 0):
             raise ValueError(f"fit_slots must be auto or a number of texts, not {self.fit_slots!r}.")
-        for name in ("fit_max_length", "fit_max_steps", "fit_attempts", "fit_settle_texts"):
+        for name in ("fit_max_length", "fit_max_steps", "fit_attempts", "fit_shared_m_texts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
 
@@ -224,8 +224,8 @@ class ProtoTokenFitter:
 
     def fit_shared_m(self, texts: list[Text]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """
-        Learns the `m` of each group together with an `e` for each text of a sample, `fit_settle_texts` a group, in
-        `fit_settle_steps` steps; keeps the state with the best mean accuracy.
+        Learns the `m` of each group together with an `e` for each text of a sample, `fit_shared_m_texts` a group, in
+        `fit_shared_m_steps` steps; keeps the state with the best mean accuracy.
 
         Returns:
             The `m` `(1, dim)` of each group, and of each text of the sample the `e` `(chunks, num_e_tokens, dim)`, from
@@ -239,7 +239,7 @@ class ProtoTokenFitter:
             self.start(fit, m)
         best, slots = (-1.0, -1.0), self.num_slots([fit.text for fit in fits])
         kept = {}
-        for step in tqdm(range(self.args.fit_settle_steps + 1), desc="settle m", leave=False):
+        for step in tqdm(range(self.args.fit_shared_m_steps + 1), desc="shared m", leave=False):
             scores = []
             while len(scores) < len(fits):
                 part = self._scores_and_gradients(fits[len(scores) : len(scores) + slots])
@@ -255,22 +255,22 @@ class ProtoTokenFitter:
             if mean > best:
                 best = mean
                 kept = {fit.text.id: fit.e.detach().clone() for fit in fits}
-                settled = {group: vector.detach().clone() for group, vector in m.items()}
-            if step == self.args.fit_settle_steps:
+                learned = {group: vector.detach().clone() for group, vector in m.items()}
+            if step == self.args.fit_shared_m_steps:
                 break
-            rate = self.learning_rate(step, self.args.fit_settle_steps)
+            rate = self.learning_rate(step, self.args.fit_shared_m_steps)
             for vector, optimizer in zip(m.values(), optimizers, strict=True):
                 self.update([vector], optimizer, rate)
             for fit in fits:
                 self.update([fit.e], fit.optimizer, rate)
                 fit.step += 1
-        return settled, kept
+        return learned, kept
 
     def _sample(self, texts: list[Text]) -> list[Text]:
-        """`fit_settle_texts` of each group, the longest first; the same whatever the order of the texts."""
+        """`fit_shared_m_texts` of each group, the longest first; the same whatever the order of the texts."""
         sample = defaultdict(list)
         for text in sorted(texts, key=lambda text: self._seed(text.id, "sample")):
-            if len(sample[text.group]) < self.args.fit_settle_texts:
+            if len(sample[text.group]) < self.args.fit_shared_m_texts:
                 sample[text.group].append(text)
         return sorted((text for group in sample.values() for text in group), key=lambda text: -len(text.token_ids))
 

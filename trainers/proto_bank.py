@@ -213,14 +213,14 @@ class ProtoTokenBank:
 
     def shared_m(self) -> dict[str, torch.Tensor] | None:
         """The `m` `(1, dim)` of each group, or None where it has not been written."""
-        return with_prefix("m/", read_settled(self.folder)) or None
+        return with_prefix("m/", read_shared_m(self.folder)) or None
 
-    def settled_e(self) -> dict[str, torch.Tensor]:
+    def shared_m_starts(self) -> dict[str, torch.Tensor]:
         """The `e` `(chunks, num_e_tokens, dim)` of the texts that the shared `m` was learned with, by example id."""
-        return with_prefix("e/", read_settled(self.folder))
+        return with_prefix("e/", read_shared_m(self.folder))
 
     def write_shared_m(self, m: dict[str, torch.Tensor], e: dict[str, torch.Tensor] | None = None) -> None:
-        """Writes what [`shared_m`] and [`settled_e`] return."""
+        """Writes what [`shared_m`] and [`shared_m_starts`] return."""
         tensors = {f"m/{group}": vector for group, vector in m.items()}
         tensors |= {f"e/{id}": vectors for id, vectors in (e or {}).items()}
         tensors = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
@@ -455,7 +455,7 @@ def remove_shard(path: Path) -> None:
     path.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
-def read_settled(folder: Path) -> dict[str, torch.Tensor]:
+def read_shared_m(folder: Path) -> dict[str, torch.Tensor]:
     """
     What an `m.safetensors` holds; empty if there is none.
 
@@ -511,7 +511,7 @@ def remove_damaged(folder: str | Path, info: BankInfo) -> list[Path]:
                 )
             write_info(info_path, info)
             removed.append(info_path)
-        m_is_lost = (there or info).m_scope != "per_example" and not undamaged(read_settled, folder)
+        m_is_lost = (there or info).m_scope != "per_example" and not undamaged(read_shared_m, folder)
         if m_is_lost and os.path.lexists(m_path):
             m_path.unlink()
             removed.append(m_path)
@@ -538,7 +538,7 @@ def merge_banks(folders: list[str | Path], into: str | Path) -> ProtoTokenBank:
             bank.verify()
             shared, own = bank.shared_m(), merged.shared_m()
             if shared is not None and own is None and len(merged) == 0:
-                merged.write_shared_m(shared, bank.settled_e())
+                merged.write_shared_m(shared, bank.shared_m_starts())
             elif not same_vectors(shared, own):
                 raise ValueError(f"the bank in {bank.folder} was fitted with another shared m than {banks[0].folder}.")
             new = [id for id in bank.ids if id not in merged]

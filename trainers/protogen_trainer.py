@@ -236,7 +236,7 @@ class ProtoGenTrainer(ExampleTrainer):
             model = ProtoGenForConditionalGeneration.from_pretrained(model)
         args = ProtoGenTrainingArguments() if args is None else args
         self.data_name = hub_name_of(train_dataset)
-        settle_losses(model.config, args)
+        resolve_losses(model.config, args)
         if args.push_to_hub and model.config.thin:  # Now, not at the first checkpoint.
             pin_decoder(model.config, args.hub_private_repo, args.hub_token)
         if data_collator is None:
@@ -529,7 +529,7 @@ def as_examples(dataset: Dataset | list[Example] | None) -> list[Example] | None
     return examples_of(dataset) if isinstance(dataset, Dataset) else dataset
 
 
-def settle_losses(config: ProtoGenConfig, args: ProtoGenTrainingArguments) -> None:
+def resolve_losses(config: ProtoGenConfig, args: ProtoGenTrainingArguments) -> None:
     """
     Where no losses are given, sets those of the model's own loss.
 

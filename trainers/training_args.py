@@ -79,7 +79,7 @@ class ProtoGenTrainingArguments(TrainingArguments):
     )
     # An encoder's pooler is not used. By itself, transformers stops looking for such under activation checkpointing.
     ddp_find_unused_parameters: bool | None = field(
-        default=True, metadata={"help": "Let processes look for parameters without a gradient."}
+        default=True, metadata={"help": "Let DDP detect unused parameters."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
     optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimiser, as in transformers."})

@@ -40,7 +40,7 @@ def add_commands(commands) -> None:
     command.add_argument("--soak-calls", type=int, default=1000)
     command.add_argument("--trained", help="folder or Hub id of a trained model: its quality against its speed")
     command.add_argument("--quality-prompts", type=int, default=40, help="held out, at --batch-tokens")
-    command.add_argument("--result", default="runs/benchmark_decode.json", help="pictures and a .csv stand beside it")
+    command.add_argument("--result", default="runs/benchmark_decode.json", help="plots and a .csv are beside it")
     command.set_defaults(run_command=decode)
 
 
@@ -91,8 +91,8 @@ def decode(arguments) -> None:
         metrics=metrics,
     )
     report.write_csv(path.with_suffix(".csv"), rows)
-    pictures(pd.DataFrame(rows), arguments.batch_tokens, path)
-    report.write_result(path, content, beside=", .csv and pictures beside it")
+    plot(pd.DataFrame(rows), arguments.batch_tokens, path)
+    report.write_result(path, content, beside=", .csv and plots beside it")
 
 
 def timed_cells(writers: dict[str, Writer], prompts: list[str], arguments) -> tuple[list[dict], dict]:
@@ -180,14 +180,14 @@ def cell_seconds(
 
 
 def quality_metrics(
-    model: ProtoGenForConditionalGeneration, examples: list[Example], arguments, picture: Path
+    model: ProtoGenForConditionalGeneration, examples: list[Example], arguments, plot_path: Path
 ) -> dict[str, float | list[float]]:
     """The quality of a trained model's modes on instructions that it has not learned from, which it draws too."""
     processor = ProtoGenProcessor.from_pretrained(arguments.trained)
     unknown = held_out_of(examples, model.config.validation_share)
     held_out = [e for e in unknown if processor.fits(e.instruction)][: arguments.quality_prompts]
     measured = quality(model, processor, held_out, arguments.batch_tokens)
-    draw_quality(measured, picture)
+    draw_quality(measured, plot_path)
     metrics = {f"{name}_{figure}": value for name, found in measured.items() for figure, value in found.items()}
     return metrics | {"quality_prompts": len(held_out)}
 
@@ -246,18 +246,18 @@ def soak(writers: dict[str, Writer], prompts: list[str], longest: int, calls: in
     seconds = []
     for call, (name, batch, length) in enumerate(tqdm(rows + rows, desc="soak", unit="call")):
         if call == len(rows):
-            settled = process.memory_info().rss
+            before = process.memory_info().rss
         start = time.perf_counter()
         writers[name](batch, [None] * len(batch), length, exactly="one_step" in name)
         seconds.append(time.perf_counter() - start)
     early, late = np.split(np.array(seconds), 2)
     return {
-        f"memory_growth_megabytes_{calls}_calls": (process.memory_info().rss - settled) / 1e6,
+        f"memory_growth_megabytes_{calls}_calls": (process.memory_info().rss - before) / 1e6,
         f"late_over_early_time_{calls}_calls": float(np.median(late / early)),
     }
 
 
-def pictures(rows: pd.DataFrame, batch_tokens: int, path: Path) -> None:
+def plot(rows: pd.DataFrame, batch_tokens: int, path: Path) -> None:
     """Latency against length at batch size 1, throughput against batch size."""
     axes = {"line": "method", "log2": True}
     alone = rows[rows["batch"] == 1]

@@ -75,9 +75,9 @@ def drafts(arguments) -> None:
             metrics[f"adaptive@{threshold}_agreement_{source}"] = agreement
             adaptive[source].append((speed, agreement))
         metrics[f"prompts_{source}"] = len(chosen)
-    picture = Path(arguments.result).with_suffix(".png")
+    plot = Path(arguments.result).with_suffix(".png")
     if arguments.thresholds:
-        curves(adaptive, ("tokens a pass", "share of the greedy tokens"), "Adaptive decoding", picture)
+        curves(adaptive, ("tokens a pass", "share of the greedy tokens"), "Adaptive decoding", plot)
     content = report.result(
         command=arguments.command_line,
         model=f"{Path(first.config.decoder_name_or_path).name}, {dtype}; "

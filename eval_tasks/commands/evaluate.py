@@ -4,7 +4,7 @@ Methods on tasks of the Language Model Evaluation Harness, one cell after anothe
     protogen evaluate --config evaluation/dolly --limit 50
     protogen evaluate --config evaluation/dolly --data_dir FOLDER    # tasks' data from .jsonl files there
 
-Leaves evaluation.json, pictures and examples.html in OUTPUT_DIR; `protogen report` collects them.
+Leaves evaluation.json, plots and examples.html in OUTPUT_DIR; `protogen report` collects them.
 """
 
 import json
@@ -67,7 +67,7 @@ class EvaluationArguments:
     apply_chat_template: bool = field(default=True, metadata={"help": "Prompts in the decoder's chat template."})
     main_metrics: list[str] = field(
         default_factory=lambda: ["rouge_l", "exact_match_flexible-extract", "exact_match_custom-extract", "acc"],
-        metadata={"help": "What pictures show and retention is of: the first of these that a task has, each in 0..1."},
+        metadata={"help": "What plots show and retention is of: the first of these that a task has, each in 0..1."},
     )
     acceptable_error: float = field(default=0.7, metadata={"help": "An answer with at most this error is acceptable."})
 
@@ -109,7 +109,7 @@ def masked_diffusion_lm(
         revision (`str`, *optional*): Hub revision: a commit keeps its code as it was read.
         trust_remote_code (`bool`, defaults to False): run the code that comes with the model.
         batch_size (`int`, defaults to 1)
-        **settings: as of [`masked_diffusion`].
+        **settings: as in [`masked_diffusion`].
     """
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     model = load_weights(AutoModel.from_pretrained, pretrained, dtype=torch.bfloat16, **source).to(device).eval()
@@ -161,4 +161,4 @@ def main(argv: list[str]) -> None:
     (output / "examples.html").write_text(side_by_side(cells))
     write_csv(output / "evaluation.csv", table.to_dict("records"))
     draw(cells, rated, arguments.acceptable_error, output)
-    write_result(output / "evaluation.json", content, beside=", .csv, examples.html and pictures beside it")
+    write_result(output / "evaluation.json", content, beside=", .csv, examples.html and plots beside it")

@@ -36,8 +36,8 @@ def studies(runs: Path) -> list[Section]:
         if path.is_file():
             examples = path.with_name("examples.html")
             html = examples.read_text() if examples.is_file() else ""
-            pictures = sorted(path.parent.glob("*.png"))
-            sections.append(Section(recipe.stem, header(recipe), read_result(path), pictures, html))
+            plots = sorted(path.parent.glob("*.png"))
+            sections.append(Section(recipe.stem, header(recipe), read_result(path), plots, html))
     return sections
 
 
@@ -46,9 +46,9 @@ def evaluations(runs: Path) -> list[Section]:
     sections = []
     for path in sorted(runs.glob("*/evaluation.json")):
         claim = "Methods on the same questions: quality, its difference from the baseline's, retention and speed."
-        pictures = sorted(path.parent.glob("*.png"))
+        plots = sorted(path.parent.glob("*.png"))
         html = path.with_name("examples.html").read_text()
-        sections.append(Section(path.parent.name, claim, read_result(path), pictures, html))
+        sections.append(Section(path.parent.name, claim, read_result(path), plots, html))
     return sections
 
 

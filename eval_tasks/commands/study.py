@@ -26,7 +26,7 @@ ARGUMENTS = (StudyArguments, ModelArguments, DataArguments, FittingArguments, Pr
 SMOKE = {
     "fit_max_steps": ["2"],
     "fit_attempts": ["1"],
-    "fit_settle_steps": ["2"],
+    "fit_shared_m_steps": ["2"],
     "capacity_texts": ["2"],
     "capacity_lengths": ["3", "4"],
     "study_texts": ["10"],
@@ -69,19 +69,19 @@ def make(
     """Makes a study; leaves its metrics in OUTPUT_DIR/study.json, rows in study.csv, plots and banks beside them."""
     accelerator, output = open_accelerator(args), Path(args.output_dir)
     context = StudyContext(model_args, data_args, fit_args, study_args, accelerator, output)
-    findings = module.study(context, own)
+    found = module.study(context, own)
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
     content = result(
         command=command,
-        model=f"{findings.model or model_args.decoder}, {model_args.decoder_dtype}",
+        model=f"{found.model or model_args.decoder}, {model_args.decoder_dtype}",
         revision=decoder_revision(model_args.decoder, model_args.decoder_revision),
-        data=f"{findings.texts or context.described_texts()} of {data_args.data}",
+        data=f"{found.texts or context.described_texts()} of {data_args.data}",
         seed=fit_args.fit_seed,
-        metrics=findings.metrics,
+        metrics=found.metrics,
     )
-    write_csv(output / "study.csv", findings.rows.to_dict("records"))
-    if findings.html:
-        (output / "examples.html").write_text(findings.html)
-    write_result(output / "study.json", content, findings.columns, ", .csv and plots beside it")
+    write_csv(output / "study.csv", found.rows.to_dict("records"))
+    if found.html:
+        (output / "examples.html").write_text(found.html)
+    write_result(output / "study.json", content, found.columns, ", .csv and plots beside it")

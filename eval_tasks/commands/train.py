@@ -38,7 +38,7 @@ from trainers.files import full_disk_named, locked, written_aside
 from trainers.lora import add_lora, merge_lora
 from trainers.prompt_store import PromptStore
 from trainers.proto_bank import ProtoTokenBank
-from trainers.protogen_trainer import ProtoGenTrainer, settings_of, settle_losses
+from trainers.protogen_trainer import ProtoGenTrainer, resolve_losses, settings_of
 from trainers.resuming import checkpoint_to_resume, run_info
 from trainers.teacher import read_teacher_answers
 from trainers.training_args import ProtoGenTrainingArguments
@@ -81,7 +81,7 @@ def train(
     if model_args.first_tokens is None:
         of_answers = "decoder" if target_args.targets == "teacher" else "slots"
         model_args.first_tokens = "drafts" if args.num_anchors else of_answers
-    settle_losses(model_args, args)
+    resolve_losses(model_args, args)
     bank_folder, bank = bank_args.folder(output_dir), None
     check(model_args, args, bank_folder)
     if args.deepspeed_plugin and args.use_cpu:
@@ -96,7 +96,9 @@ def train(
     if "bank" in args.needs:
         bank = ProtoTokenBank(bank_folder, bank_info(model_args, model.decoder))
         train_examples = banked(train_examples, bank)
-    embeddings = answer_embeddings(train_examples, processor, inputs.teacher) if "embeddings" in args.needs else None
+    embeddings = (
+        answer_embeddings(train_examples, processor, inputs.sentence_encoder) if "embeddings" in args.needs else None
+    )
     trainer = ProtoGenTrainer(
         model=model,
         args=args,
@@ -218,10 +220,12 @@ def examples_to_learn(
     )
 
 
-def answer_embeddings(examples: list[Example], processor: ProtoGenProcessor, teacher: str) -> dict[str, torch.Tensor]:
+def answer_embeddings(
+    examples: list[Example], processor: ProtoGenProcessor, sentence_encoder: str
+) -> dict[str, torch.Tensor]:
     """What the answers mean, by example id."""
     texts = [e.answer if e.answer_ids is None else processor.decode(e.answer_ids) for e in examples]
-    vectors = torch.from_numpy(sentence_embeddings(resolve(teacher), texts))
+    vectors = torch.from_numpy(sentence_embeddings(resolve(sentence_encoder), texts))
     return {example.id: vector for example, vector in zip(examples, vectors, strict=True)}
 
 

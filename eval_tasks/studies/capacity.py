@@ -167,7 +167,7 @@ def capacity_metrics(rows: list[dict], threshold: float) -> dict[str, float | li
     return metrics
 
 
-def capacity_picture(rows: list[dict], threshold: float, title: str, path: str | Path) -> None:
+def plot_capacity(rows: list[dict], threshold: float, title: str, path: str | Path) -> None:
     """
     Accuracy against length: a panel for each value of the first axis that varies if others do too, a colour for each
     setting of these, dots without a sink.
@@ -214,7 +214,7 @@ def study(context: StudyContext, args: Arguments) -> StudyResult:
     if context.accelerator.is_main_process:
         shown = names[0] if len(names) == 1 else f"{len(names)} decoders"
         title = f"{shown}, {context.model_args.decoder_dtype}: {args.capacity_texts} texts of each length"
-        capacity_picture(rows, args.capacity_threshold, title, context.folder / "capacity.png")
+        plot_capacity(rows, args.capacity_threshold, title, context.folder / "capacity.png")
     metrics = capacity_metrics(rows, args.capacity_threshold)
     texts, columns = f"{args.capacity_texts} texts of each length", ["C_tokens", "H_LM_bits"]
     return StudyResult(metrics, pd.DataFrame(rows), columns=columns, model=", ".join(names), texts=texts)

@@ -137,7 +137,7 @@ def measure(
 
     Args:
         fitted (`dict[str, FittedTexts]`), corpora (`dict[str, Counter]`): by source; the latter count token ids.
-        title (`str`): of the pictures; folder (`Path`): theirs.
+        title (`str`): of the plots; folder (`Path`): theirs.
     """
     metrics, rows, examples = {}, [], []
     for source, texts in fitted.items():

@@ -100,7 +100,9 @@ class Arguments(MeaningArguments):
 def study(context: StudyContext, args: Arguments) -> StudyResult:
     """Fits the texts of one source under each loss and weight."""
     texts, steps = context.texts(context.source), context.fit_args.fit_max_steps
-    meaning = sentence_embeddings(resolve(args.teacher), [context.tokenizer.decode(text.token_ids) for text in texts])
+    meaning = sentence_embeddings(
+        resolve(args.sentence_encoder), [context.tokenizer.decode(text.token_ids) for text in texts]
+    )
     teacher, fitter, fits = torch.from_numpy(meaning), context.fitter(), {}
     for name, loss in {"anchor": AnchorLoss(), "relational": RelationalDistillationLoss()}.items():
         fits[name] = {}

@@ -184,5 +184,5 @@ Arguments = MeaningArguments
 def study(context: StudyContext, args: Arguments) -> StudyResult:
     """What of a text is in `e`, and what in `m`."""
     fitted = context.fitted(context.source)
-    meaning = sentence_embeddings(resolve(args.teacher), fitted.texts)
+    meaning = sentence_embeddings(resolve(args.sentence_encoder), fitted.texts)
     return measure(context.reader, fitted, meaning, context.title, context.folder, context.seed)
