@@ -60,8 +60,8 @@ class ProtoGenConfig(PreTrainedConfig):
     Configuration of [`ProtoGenForConditionalGeneration`].
 
     Args:
-        encoder_config, decoder_config (`dict` or `PreTrainedConfig`, *optional*): of the two models. The decoder's is
-            needed, the encoder's where there is an encoder.
+        encoder_config (`dict` or `PreTrainedConfig`, *optional*): of the encoder; needed where there is one.
+        decoder_config (`dict` or `PreTrainedConfig`, *optional*): of the decoder; needed.
         decoder_name_or_path (`str`, *optional*): Hub id or folder that the frozen decoder came from.
         decoder_revision (`str`, *optional*): its revision: commit, tag or branch.
         decoder_fingerprint (`str`, *optional*): [`decoder_fingerprint`] of its weights, which a decoder that is
@@ -319,7 +319,12 @@ class ProtoGenConfig(PreTrainedConfig):
         return getattr(config, "word_embed_proj_dim", config.hidden_size)
 
     def state_dim(self, layer: int) -> int:
-        """Width of the decoder's hidden states of a layer, 0 being the first layer's input."""
+        """
+        Width of the decoder's hidden states.
+
+        Args:
+            layer (`int`): whose; 0 is the first layer's input.
+        """
         config = self.decoder_text_config
         return self.decoder_dim if layer == config.num_hidden_layers else config.hidden_size
 

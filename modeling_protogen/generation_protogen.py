@@ -88,9 +88,11 @@ class ProtoGenGenerationConfig(GenerationConfig):
             [0, 1], to count as confident.
         block_size (`int`, *optional*, adaptive and verified): tokens of a draft at most; by default as many as there
             are proto-tokens for. Drafts are shorter where long ones do not pay, or positions end.
-        position_cost, slots_cost (`float`, default to 0.027 and 0.1, adaptive and verified): time of each more position
-            in a pass, and what slots take beyond theirs, in passes over one position; what pays follows from them. The
-            defaults are those of 135M parameters in bfloat16 on two cores; `model.measure_pass_costs()` sets yours.
+        position_cost (`float`, defaults to 0.027, adaptive and verified): time of each more position in a pass, in
+            passes over one position. What pays follows from it. The default is that of 135M parameters in bfloat16 on
+            two cores; `model.measure_pass_costs()` sets yours.
+        slots_cost (`float`, defaults to 0.1, adaptive and verified): time that slots take beyond their positions, in
+            the same unit.
         max_new_tokens (`int`, *optional*): tokens of an answer at most; `max_length` by default.
         max_length (`int`, *optional*): the same, as a prompt is no part of an answer; `config.max_answer_length` by
             default.
@@ -187,7 +189,12 @@ class ProtoGenGenerationConfig(GenerationConfig):
         return PassCosts(self.position_cost, self.slots_cost)
 
     def longest(self, default: int) -> int:
-        """Tokens of an answer at most."""
+        """
+        Tokens of an answer at most.
+
+        Args:
+            default (`int`): where no option says.
+        """
         limits = self.max_new_tokens, self.max_length, default
         return next(limit for limit in limits if limit is not None)
 
@@ -283,6 +290,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
         Args:
             answer_lengths (`list[int]`, *optional*): in tokens; by default powers of two from 16, and
                 `config.max_answer_length`.
+            input_multiple (`int`, defaults to 32): in tokens.
 
         Raises:
             ValueError: where answers cannot be cut (`arrangement="halves"`), or the model is on no GPU.
@@ -328,12 +336,19 @@ class ProtoGenGenerationMixin(GenerationMixin):
           of nearly equal probability may change places, as passes of different lengths round differently.
 
         Args:
-            input_ids, attention_mask, decoder_prompt_ids, decoder_prompt_mask, category_ids, encoder_places:
-                As in [`ProtoGenForConditionalGeneration.forward`]; the processor makes them. All that reads drafts with
-                the decoder needs the prompt: every mode but `one_step`, and candidates.
+            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): instructions in the encoder's
+                vocabulary. The processor makes these and the next ones, which are those of `forward`.
+            attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*)
+            decoder_prompt_ids (`torch.LongTensor` of shape `(batch, prompt)`, *optional*): prompts in the decoder's
+                vocabulary. All that reads drafts with the decoder needs them: every mode but `one_step`, and
+                candidates.
+            decoder_prompt_mask (`torch.Tensor` of shape `(batch, prompt)`, *optional*)
+            category_ids (`torch.LongTensor` of shape `(batch,)`, *optional*)
+            encoder_places (`torch.LongTensor` of shape `(batch, prompt)`, *optional*)
             generation_config (`GenerationConfig`, *optional*): the model's own `generation_config` by default.
-            proto_tokens (one_step and refine): `e` and `m`, shaped as the model's output has them, to write from
-                instead of the predicted ones: retrieved from a bank, or fitted.
+            proto_tokens (`tuple[torch.Tensor, torch.Tensor]`, *optional*, one_step and refine): `e` of shape `(batch,
+                chunks, num_e_tokens, decoder_dim)` and `m` `(batch, chunks, decoder_dim)` to write from instead of the
+                predicted ones: retrieved from a bank, or fitted.
             processor (`ProtoGenProcessor`, *optional*): required with `stop_strings`.
             streamer (`BaseStreamer`, *optional*): gets the prompt, then the tokens as they are written; for one
                 instruction at a time.

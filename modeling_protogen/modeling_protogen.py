@@ -168,11 +168,12 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             encoder_name_or_path (`str`): Hub id or folder of any `AutoModel` encoder; None with a
                 `latent_source` that has none.
             decoder_name_or_path (`str`): Hub id or folder of any `AutoModelForCausalLM`.
-            encoder_revision, decoder_revision (`str`, *optional*): Hub revisions.
+            encoder_revision (`str`, *optional*): the encoder's revision on the Hub; the newest by default.
+            decoder_revision (`str`, *optional*): the decoder's.
             encoder_num_layers (`int`, *optional*): takes the encoder's first layers only; all by default.
             encoder_dtype (`torch.dtype`, defaults to float32): dtype of all that is trained.
-            decoder_dtype (`torch.dtype` or `"auto"`): dtype of the frozen decoder; bfloat16 is much faster than float32
-                where the processor has it.
+            decoder_dtype (`torch.dtype` or `str`, defaults to `"auto"`): dtype of the frozen decoder, that of its
+                checkpoint by default. bfloat16 is much faster than float32 where the processor has it.
             trust_remote_code (`bool`, defaults to False): run the code that comes with either of them.
             **config_kwargs: fields of [`ProtoGenConfig`].
 
@@ -234,6 +235,7 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         dtype, with the same attention and the same `LOADING_OPTIONS`.
 
         Args:
+            pretrained_model_name_or_path (`str`): Hub id or folder of the checkpoint.
             decoder_name_or_path (`str`, *optional*): load the decoder from here instead.
             encoder_name_or_path (`str`, *optional*): take the encoder's word embeddings from here, where the checkpoint
                 is without them.
@@ -241,6 +243,8 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 them: what is given for this model does not run a decoder's code.
             ignore_other_decoder (`bool`, defaults to False): take a decoder whose weights are not those that the
                 checkpoint was trained with.
+            output_loading_info (`bool`, defaults to False): return what was missing as well.
+            **kwargs: as in transformers: `dtype`, `revision`, `trust_remote_code` and others.
 
         Raises:
             OSError: if the decoder cannot be found.
@@ -325,7 +329,10 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
 
     def take_word_embeddings(self, name: str) -> None:
         """
-        Takes the encoder's word embeddings from a Hub id or a folder.
+        Takes the encoder's word embeddings from another model.
+
+        Args:
+            name (`str`): Hub id or folder of an encoder.
 
         Raises:
             OSError: if there is no such model.
@@ -343,9 +350,10 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
 
     def save_pretrained(self, save_directory, *, thin=None, state_dict=None, save_original_format=False, **kwargs):
         """
-        As [`PreTrainedModel.save_pretrained`].
+        As [`PreTrainedModel.save_pretrained`], whose arguments it takes.
 
         Args:
+            save_directory (`str` or `Path`)
             thin (`bool`, *optional*, defaults to `config.thin`): leave the frozen decoder out, and the word embeddings
                 that are in `config.encoder_name_or_path`.
 
@@ -384,8 +392,12 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         Uploads the model with its code, its generation config and, where the repository has none, a card.
 
         Args:
-            repo_id, private, revision, token: as in [`publish`].
+            repo_id (`str`): `org/name`, or `name` for one's own.
             thin (`bool`, *optional*, defaults to `config.thin`): leave the frozen decoder out.
+            commit_message (`str`, defaults to `"Upload model"`)
+            private (`bool`, *optional*): make a new repository private.
+            revision (`str`, *optional*): branch, made if it is missing; `main` by default.
+            token (`str` or `bool`, *optional*): the one that is logged in by default.
             max_shard_size (`int` or `str`, defaults to `"50GB"`): as in `save_pretrained`.
 
         Raises:
@@ -485,8 +497,17 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         longest: int | None = None,
     ) -> ProtoTokenPrediction:
         """
-        The first half of `forward`, from the instruction to proto-tokens of as many chunks as `longest` tokens need, or
-        of all; other arguments as there.
+        The first half of `forward`, from the instruction to proto-tokens.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): as in `forward`, and so are the next.
+            attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*)
+            decoder_prompt_ids (`torch.LongTensor` of shape `(batch, prompt)`, *optional*)
+            decoder_prompt_mask (`torch.Tensor` of shape `(batch, prompt)`, *optional*)
+            category_ids (`torch.LongTensor` of shape `(batch,)`, *optional*)
+            encoder_places (`torch.LongTensor` of shape `(batch, prompt)`, *optional*)
+            durations (`torch.LongTensor` of shape `(batch, prompt)`, *optional*)
+            longest (`int`, *optional*): predicts the chunks that answers of so many tokens need; all by default.
 
         Raises:
             ValueError: if the inputs that the configuration asks for are missing.
@@ -518,14 +539,33 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
     def read_prompt(
         self, decoder_prompt_ids: torch.LongTensor, decoder_prompt_mask: torch.Tensor, layers: list[int]
     ) -> tuple[Cache, torch.Tensor | None]:
-        """What the decoder has read of a prompt, from the prompt store where there is one; as [`read_prefix`]."""
+        """
+        What the decoder has read of prompts, from the prompt store where there is one.
+
+        Args:
+            decoder_prompt_ids (`torch.LongTensor` of shape `(batch, prompt)`): padded on the left.
+            decoder_prompt_mask (`torch.Tensor` of shape `(batch, prompt)`)
+            layers (`list[int]`): hidden states that are wanted, 0 being the input embeddings.
+
+        Returns:
+            The cache of keys and values, and the states `(batch, prompt, layers, decoder_dim)`, None of no layers.
+        """
         read = read_prefix if self.prompt_store is None else self.prompt_store
         return read(self.decoder, decoder_prompt_ids, decoder_prompt_mask, layers)
 
     def encode(
         self, input_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The encoder's states `(batch, source, encoder_dim)` and their mask; None for a model without an encoder."""
+        """
+        The encoder's states `(batch, source, encoder_dim)` and their mask; None for a model without an encoder.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, source)`): in the encoder's vocabulary.
+            attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): all is text by default.
+
+        Raises:
+            ValueError: if there are no ids for the encoder.
+        """
         if self.encoder is None:
             return None, None
         if input_ids is None:
@@ -564,8 +604,15 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         first_tokens: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """
-        The second half of `forward`: logits `(answer_tokens, vocab)` of answers of the given lengths `(batch,)`, which
-        begin with `first_tokens` `(batch,)` where the prompt has been read: by default the decoder's most likely.
+        The second half of `forward`: logits `(answer_tokens, vocab)` of answers, one after the other.
+
+        Args:
+            prediction (`ProtoTokenPrediction`): from `predict`.
+            lengths (`torch.LongTensor` of shape `(batch,)`): of the answers, in tokens.
+            decoder_prompt_ids (`torch.LongTensor` of shape `(batch, prompt)`, *optional*): as in `forward`.
+            decoder_prompt_mask (`torch.Tensor` of shape `(batch, prompt)`, *optional*)
+            first_tokens (`torch.LongTensor` of shape `(batch,)`, *optional*): that the answers begin with, where the
+                prompt has been read; the decoder's most likely by default.
 
         Raises:
             ValueError: if a length is impossible, or the decoder is to see a prompt and there is none.
@@ -585,12 +632,23 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         return self.decode_layout(prediction, self.layout(lengths, prediction.e.shape[1]), *prompt, first_tokens)
 
     def layout(self, lengths: torch.LongTensor, num_chunks: int) -> Layout:
-        """The slots of answers of the given lengths `(batch,)`, as [`build_layout`]."""
+        """
+        The slots of answers, as [`build_layout`].
+
+        Args:
+            lengths (`torch.LongTensor` of shape `(batch,)`): in tokens.
+            num_chunks (`int`): chunks for which there are proto-tokens.
+        """
         config = self.config
         return build_layout(lengths, config.arrangement, config.chunk_size, num_chunks, config.num_e_tokens)
 
     def longest_answers(self, num_tokens: torch.LongTensor) -> torch.LongTensor:
-        """Tokens of the longest answers that the decoder has positions for after so many tokens; any shape."""
+        """
+        Tokens of the longest answers that the decoder has positions for.
+
+        Args:
+            num_tokens (`torch.LongTensor` of any shape): that stand before the answers.
+        """
         config, num_slots = self.config, num_positions(self.decoder) - num_tokens
         return longest_answer(num_slots, config.arrangement, config.chunk_size, config.num_e_tokens)
 
@@ -603,7 +661,18 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         first_tokens: torch.LongTensor | None = None,
         places: torch.LongTensor | None = None,
     ) -> torch.Tensor:
-        """As `decode`, of answers that are laid out; `places` as in [`answer_logits`]."""
+        """
+        As `decode`, of answers that are laid out.
+
+        Args:
+            prediction (`ProtoTokenPrediction`): from `predict`.
+            layout (`Layout`): from `layout`.
+            decoder_prompt_ids (`torch.LongTensor` of shape `(batch, prompt)`, *optional*): as in `forward`.
+            decoder_prompt_mask (`torch.Tensor` of shape `(batch, prompt)`, *optional*)
+            first_tokens (`torch.LongTensor` of shape `(batch,)`, *optional*): as in `decode`.
+            places (`torch.LongTensor` of shape `(places,)`, *optional*): slots to predict from, as in
+                [`answer_logits`]; all that predict by default.
+        """
         config, own, cache = self.config, self.config.num_autoregressive_tokens, prediction.prompt_cache
         slots = fill_slots(layout, prediction.e, prediction.m)
         prefix = decoder_prompt_ids, decoder_prompt_mask
@@ -637,8 +706,11 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
         where [`labels_behind`] has tokens.
 
         Args:
-            labels (`torch.LongTensor` of shape `(batch, length)`), anchors (`torch.LongTensor` of shape `(batch,
-                anchors)`): as in `forward`.
+            prediction (`ProtoTokenPrediction`): from `predict`.
+            decoder_prompt_ids (`torch.LongTensor` of shape `(batch, prompt)`): as in `forward`, and so are the next.
+            decoder_prompt_mask (`torch.Tensor` of shape `(batch, prompt)`)
+            labels (`torch.LongTensor` of shape `(batch, length)`)
+            anchors (`torch.LongTensor` of shape `(batch, anchors)`)
         """
         self._check_prompt(decoder_prompt_ids, True)
         size, drafter = self.config.draft_length, Drafter(self, prediction)
@@ -653,7 +725,10 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
 
     def clamp_lengths(self, lengths: torch.Tensor) -> torch.LongTensor:
         """
-        Rounds lengths in tokens to the whole numbers that an answer can have; any shape.
+        Rounds lengths to the whole numbers that an answer can have.
+
+        Args:
+            lengths (`torch.FloatTensor` of any shape): in tokens.
 
         Raises:
             ValueError: if one is NaN.
@@ -703,9 +778,9 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
             anchors (`torch.LongTensor` of shape `(batch, anchors)`, *optional*): numbers of the labels' tokens after
                 which drafts begin. Then `answer_logits` are those of the drafts' tokens, in the order of
                 [`labels_behind`], and there are no losses.
-            return_loss (`bool`): whether to compute the losses when there are labels.
-            return_logits (`bool`): whether to run the decoder at all. What compares proto-tokens themselves, or
-                lengths, needs neither logits nor the losses.
+            return_loss (`bool`, defaults to True): whether to compute the losses when there are labels.
+            return_logits (`bool`, defaults to True): whether to run the decoder at all. What compares proto-tokens
+                themselves, or lengths, needs neither logits nor the losses.
         """
         if decoder_prompt_ids is not None and decoder_prompt_mask is None:
             decoder_prompt_mask = torch.ones_like(decoder_prompt_ids)

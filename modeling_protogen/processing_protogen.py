@@ -137,10 +137,20 @@ class ProtoGenProcessor(ProcessorMixin):
         **kwargs,
     ) -> "ProtoGenProcessor":
         """
-        Loads both tokenizers, and with `trust_remote_code` runs code that comes with them. The encoder's window is the
-        one in its tokenizer and configuration, or the smaller `max_input_length`; `encoder_name_or_path=None` is for a
-        model without an encoder. Where the decoder's window is too small for a prompt of `max_prompt_length` and its
-        answer, prompts are as long as it leaves room for.
+        Loads the tokenizers of an encoder and a decoder.
+
+        Args:
+            encoder_name_or_path (`str`): Hub id or folder; None for a model without an encoder.
+            decoder_name_or_path (`str`): Hub id or folder.
+            encoder_revision (`str`, *optional*): the encoder's revision on the Hub; the newest by default.
+            decoder_revision (`str`, *optional*): the decoder's.
+            trust_remote_code (`bool`, defaults to False): run the code that comes with either of them.
+            max_input_length (`int`, *optional*): the encoder's window in tokens, where its tokenizer or configuration
+                has no smaller one.
+            max_prompt_length (`int`, defaults to 1024): longest prompt of the decoder in tokens; as long as an answer
+                leaves room for in its window, where that is less.
+            max_answer_length (`int`, defaults to 64): longest answer in tokens.
+            **kwargs: other arguments of the processor.
 
         Raises:
             ValueError: if an answer of `max_answer_length` leaves no room for a prompt.
@@ -254,7 +264,11 @@ class ProtoGenProcessor(ProcessorMixin):
 
     def encode_answers(self, answers: list[str | list[int]]) -> dict[str, torch.LongTensor]:
         """
-        Answers with EOS, cut at `max_answer_length`. Those given as token ids end as they do: with EOS, or cut already.
+        Answers as labels, with EOS, cut at `max_answer_length`.
+
+        Args:
+            answers (`list[str]` or `list[list[int]]`): texts, or token ids, which end as they do: with EOS, or cut
+                already.
 
         Returns:
             `labels` `(batch, length)` padded with -100, and `length_labels` `(batch,)`: lengths before the cut.
@@ -279,7 +293,12 @@ class ProtoGenProcessor(ProcessorMixin):
         return {"labels": labels, "length_labels": torch.tensor([len(row) for row in ids])}
 
     def fits(self, instruction: str | list[dict[str, str]]) -> bool:
-        """Whether an instruction or a chat fits in both windows whole; what does not is refused."""
+        """
+        Whether it fits in both windows whole; what does not is refused.
+
+        Args:
+            instruction (`str` or `list[dict[str, str]]`): or a chat.
+        """
         try:
             if self.for_encoder:
                 self._encode(instruction, "")
@@ -289,7 +308,13 @@ class ProtoGenProcessor(ProcessorMixin):
         return True
 
     def decoder_prompt_length(self, instruction: str, context: str | None = None) -> int:
-        """Tokens of the decoder's prompt, as it is cut."""
+        """
+        Tokens of the decoder's prompt, as it is cut.
+
+        Args:
+            instruction (`str`)
+            context (`str`, *optional*)
+        """
         return len(self._encode_prompt(instruction, (context or "").strip()).ids)
 
     def _encode(self, instruction: str | list[dict[str, str]], context: str) -> BatchEncoding:
@@ -372,6 +397,7 @@ class ProtoGenProcessor(ProcessorMixin):
             tokenize (`bool`, defaults to False): return the model's inputs, as calling the processor does, instead of
                 the decoder's prompts as text.
             add_generation_prompt (`bool`, defaults to True): ends the text where the answer begins.
+            return_tensors (`str`, defaults to `"pt"`): of inputs; there are no others.
 
         Raises:
             ValueError: if the model has no chat template, and the chat more than one user message; or if inputs are to
@@ -400,8 +426,13 @@ class ProtoGenProcessor(ProcessorMixin):
 
     def batch_decode(self, sequences, skip_special_tokens: bool = True, **kwargs) -> list[str]:
         """
-        Answers as text; `sequences` has shape `(batch, length)` in the decoder's vocabulary, and -100 anywhere, as
-        labels have.
+        Answers as text.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(batch, length)` or `list[list[int]]`): in the decoder's vocabulary;
+                -100 is passed over, as labels have it.
+            skip_special_tokens (`bool`, defaults to True): leave EOS and its like out.
+            **kwargs: as in the tokenizer's `batch_decode`.
         """
         texts = self.decoder_tokenizer.batch_decode(
             [without_padding(row) for row in sequences], skip_special_tokens=skip_special_tokens, **kwargs
@@ -409,7 +440,14 @@ class ProtoGenProcessor(ProcessorMixin):
         return [self._finished(text) for text in texts]
 
     def decode(self, sequence, skip_special_tokens: bool = True, **kwargs) -> str:
-        """One answer as text; `sequence` has shape `(length,)`; as `batch_decode`."""
+        """
+        One answer as text.
+
+        Args:
+            sequence (`torch.LongTensor` of shape `(length,)` or `list[int]`): as in `batch_decode`.
+            skip_special_tokens (`bool`, defaults to True)
+            **kwargs: as there.
+        """
         (text,) = self.batch_decode([sequence], skip_special_tokens, **kwargs)
         return text
 
@@ -425,7 +463,14 @@ class ProtoGenProcessor(ProcessorMixin):
         return written
 
     def push_to_hub(self, repo_id: str, *, commit_message: str = "Upload processor", **hub) -> CommitInfo:
-        """Uploads the processor with its code; `private`, `revision` and `token` as in [`publish`]."""
+        """
+        Uploads the processor with its code.
+
+        Args:
+            repo_id (`str`): `org/name`, or `name` for one's own.
+            commit_message (`str`, defaults to `"Upload processor"`)
+            **hub: `private`, `revision` and `token` as in [`publish`].
+        """
         return publish(lambda folder, _: self.save_pretrained(folder), repo_id, message=commit_message, **hub)
 
     @property

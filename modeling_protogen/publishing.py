@@ -118,8 +118,10 @@ def publish(
     the repository as it was, and large files that it has sent are not sent again.
 
     Args:
+        write (`Callable`): writes files to a folder.
         repo_id (`str`): `org/name`, or `name` for one's own.
         message (`str`): of the commit.
+        repo_type (`str`, defaults to `"model"`): or `"dataset"`, `"space"`.
         replaces (`Iterable[str]`): patterns of files to delete where the new ones have others.
         private (`bool`, *optional*): make a new repository private.
         revision (`str`, *optional*): branch, made if it is missing; `main` by default.

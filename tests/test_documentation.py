@@ -1,6 +1,7 @@
 """The pages: short, and without a dead link."""
 
 import importlib.metadata
+import inspect
 import json
 import os
 import re
@@ -15,6 +16,19 @@ import pytest
 from conftest import ANSWERS, INSTRUCTIONS, WORDS
 from datasets import Dataset
 from transformers import AutoModel, AutoProcessor
+
+from modeling_protogen import (
+    ProtoGenConfig,
+    ProtoGenForConditionalGeneration,
+    ProtoGenGenerationConfig,
+    ProtoGenProcessor,
+)
+from modeling_protogen.generation_protogen import ProtoGenGenerationMixin
+from modeling_protogen.publishing import publish
+from trainers.decoders import load_decoder, load_processor_of, load_protogen, load_trained
+from trainers.fitting import ProtoTokenFitter
+from trainers.proto_bank import ProtoTokenBank
+from trainers.protogen_trainer import ProtoGenTrainer
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("docs", "scripts", "eval_tasks")
@@ -44,6 +58,44 @@ def test_the_tests_of_every_fault_are_there():
     assert len(names) > 50
     for file, name in names:
         assert f"def {name}(" in (ROOT / "tests" / file).read_text() or not name, f"{file}::{name}"
+
+
+PUBLIC = [
+    ProtoGenConfig,
+    ProtoGenForConditionalGeneration,
+    ProtoGenGenerationConfig,
+    ProtoGenGenerationMixin,
+    ProtoGenProcessor,
+    ProtoGenTrainer,
+    ProtoTokenBank,
+    ProtoTokenFitter,
+]
+FUNCTIONS = [load_decoder, load_processor_of, load_protogen, load_trained, publish]
+
+
+def arguments_without_description(function, known=()) -> set[str]:
+    described = re.findall(r"^\s*\**(\w+) \(", function.__doc__ or "", re.MULTILINE)
+    kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind not in kinds} - {"self", "cls", *known, *described}
+
+
+@pytest.mark.parametrize("described", PUBLIC, ids=lambda each: each.__name__)
+def test_public_methods_describe_each_of_their_arguments(described):
+    """What overrides another describes what is new."""
+    for name in [name for name in vars(described) if not name.startswith("_")]:
+        method = getattr(described, name)
+        if not (inspect.isfunction(method) or inspect.ismethod(method)):
+            continue
+        overridden = next((vars(base)[name] for base in described.__mro__[1:] if name in vars(base)), None)
+        overridden = getattr(overridden, "__func__", overridden)
+        known = () if overridden is None else inspect.signature(overridden).parameters
+        assert not arguments_without_description(method, known), f"{described.__name__}.{name}"
+
+
+def test_public_functions_describe_each_of_their_arguments():
+    for function in FUNCTIONS:
+        assert not arguments_without_description(function), function.__name__
 
 
 def test_the_readme_is_short():

@@ -42,7 +42,14 @@ def load_decoder(
     name: str, revision: str | None, dtype: str, device: torch.device, trust_remote_code: bool = False
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """
-    The decoder's tokenizer and the decoder, whose own code runs with `trust_remote_code` alone.
+    The decoder's tokenizer and the decoder.
+
+    Args:
+        name (`str`): Hub id, folder or `embedded:` name, with `@` and one of `VARIANTS` behind it for a variant.
+        revision (`str`, *optional*): on the Hub; the newest by default.
+        dtype (`str`): of the weights, as `"bfloat16"`.
+        device (`torch.device`): where it goes.
+        trust_remote_code (`bool`, defaults to False): run the code that comes with it.
 
     Raises:
         ValueError: if the variant is not one of those above, or has more layers than the model.
@@ -84,7 +91,7 @@ def load_protogen(
 
     Args:
         folder (`str` or `Path`): or a Hub id.
-        dtype (`str`): `auto` is the fastest one here.
+        dtype (`str`, defaults to `"auto"`): of the weights; `auto` is the fastest one here.
         decoder (`str`, *optional*): a thin checkpoint's decoder, where it has moved; may have an `embedded:` name, as
             the checkpoint's own, and its encoder's, may.
     """
@@ -102,7 +109,8 @@ def load_processor_of(folder: str | Path, decoder: str | None = None) -> ProtoGe
     with it.
 
     Args:
-        folder (`str` or `Path`), decoder (`str`, *optional*): as in `load_protogen`.
+        folder (`str` or `Path`): or a Hub id.
+        decoder (`str`, *optional*): as in `load_protogen`.
     """
     path = Path(folder) / PROCESSOR_NAME
     fields = read_json(path) if path.is_file() else {"for_encoder": True}
@@ -131,8 +139,10 @@ def load_trained(
     A trained model on the best device, and its processor.
 
     Args:
-        name (`str`), dtype (`str`), decoder (`str`, *optional*): as in `load_protogen`.
-        fuses_adapters (`bool`): see [`ProtoGenForConditionalGeneration.fuse_slot_adapters`].
+        name (`str`): folder or Hub id.
+        dtype (`str`, defaults to `"auto"`): of the weights; `auto` is the fastest one here.
+        decoder (`str`, *optional*): as in `load_protogen`.
+        fuses_adapters (`bool`, defaults to False): see [`ProtoGenForConditionalGeneration.fuse_slot_adapters`].
 
     Raises:
         FileNotFoundError: if the name is no folder, and no Hub id either.

@@ -227,6 +227,9 @@ class ProtoTokenFitter:
         Learns the `m` of each group together with an `e` for each text of a sample, `fit_shared_m_texts` a group, in
         `fit_shared_m_steps` steps; keeps the state with the best mean accuracy.
 
+        Args:
+            texts (`list[Text]`)
+
         Returns:
             The `m` `(1, dim)` of each group, and of each text of the sample the `e` `(chunks, num_e_tokens, dim)`, from
             which its fit may start.
@@ -275,7 +278,12 @@ class ProtoTokenFitter:
         return sorted((text for group in sample.values() for text in group), key=lambda text: -len(text.token_ids))
 
     def measure(self, entry: BankEntry) -> float:
-        """Measures the reconstruction accuracy of stored proto-tokens again, the text alone."""
+        """
+        The share of a text's tokens that its stored proto-tokens write, in a pass of its own.
+
+        Args:
+            entry (`BankEntry`)
+        """
         e, m = entry.e.to(self.decoder.device), entry.m.to(self.decoder.device)
         with torch.no_grad():
             states, targets = self._answer_states([TextFit(Text(entry.id, entry.token_ids), e, m)])
@@ -285,6 +293,9 @@ class ProtoTokenFitter:
         """
         Texts to fit side by side: `fit_slots`, or as many of the longest as keep the processor busy, if the memory that
         is free holds the activations of that many.
+
+        Args:
+            texts (`list[Text]`)
         """
         if self.args.fit_slots != "auto":
             return int(self.args.fit_slots)
@@ -321,7 +332,13 @@ class ProtoTokenFitter:
         return fit.step == self.args.fit_max_steps
 
     def start(self, fit: TextFit, m: dict[str, torch.Tensor] | None = None) -> None:
-        """Puts a text at the beginning of an attempt, with the `m` of its group where it is given."""
+        """
+        Puts a text at the beginning of an attempt.
+
+        Args:
+            fit (`TextFit`): what is changed.
+            m (`dict[str, torch.Tensor]` of shape `(1, dim)`, *optional*): the `m` of each group; its own by default.
+        """
         text, info = fit.text, self.info
         chunks = -(-len(text.token_ids) // info.chunk_size)
         given_e, given_m = text.start if text.start is not None and fit.attempt == 0 else (None, None)
@@ -343,7 +360,12 @@ class ProtoTokenFitter:
         fit.step += 1
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-        """AdamW with the settings of the fit."""
+        """
+        AdamW with the settings of the fit.
+
+        Args:
+            parameters (`list[nn.Parameter]`)
+        """
         args = self.args
         betas = (args.fit_beta1, args.fit_beta2)
         return torch.optim.AdamW(
@@ -351,13 +373,26 @@ class ProtoTokenFitter:
         )
 
     def learning_rate(self, step: int, num_steps: int) -> float:
-        """The learning rate of one of `num_steps` steps."""
+        """
+        The learning rate of a step.
+
+        Args:
+            step (`int`): counted from 0.
+            num_steps (`int`): of the attempt.
+        """
         if self.args.fit_schedule == "constant":
             return self.args.fit_learning_rate
         return self.args.fit_learning_rate * (1 + math.cos(math.pi * step / num_steps)) / 2
 
     def update(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, rate: float) -> None:
-        """One step along the gradients, which are then gone."""
+        """
+        One step along the gradients, which are then gone.
+
+        Args:
+            parameters (`list[nn.Parameter]`): with gradients.
+            optimizer (`torch.optim.Optimizer`): theirs.
+            rate (`float`): the learning rate.
+        """
         if self.args.fit_normalize_gradients:
             for parameter in parameters:
                 parameter.grad = F.normalize(parameter.grad, dim=-1)
@@ -386,8 +421,14 @@ class ProtoTokenFitter:
 
     def backward(self, fits: list[TextFit]) -> list[tuple[float, float]]:
         """
-        Adds the gradients of the texts' losses to their proto-tokens, or to what those are made of; returns the
-        accuracy and the least probability of each text. A text's loss is the mean cross-entropy of its tokens.
+        Adds the gradients of the texts' losses to their proto-tokens, or to what those are made of. A text's loss is
+        the mean cross-entropy of its tokens.
+
+        Args:
+            fits (`list[TextFit]`)
+
+        Returns:
+            The accuracy and the least probability of a token of each text.
         """
         scores = {}
         for group in passes(fits, self.busy_tokens):

@@ -49,19 +49,26 @@ ADVICE = "Fit its texts again with --refit_damaged true."
 
 @dataclass
 class BankInfo:
-    """What a bank's proto-tokens were fitted for; a model can use a bank only if these agree."""
+    """
+    What a bank's proto-tokens were fitted for; a model can use a bank only if these agree.
 
-    # Name of the decoder as the user gave it, its Hub revision, and `decoder_fingerprint` of its weights.
+    Args:
+        decoder (`str`): its name, as it was given.
+        decoder_revision (`str`, *optional*): on the Hub.
+        decoder_fingerprint (`str`): [`decoder_fingerprint`] of its weights.
+        arrangement (`str`), chunk_size (`int`), num_e_tokens (`int`), m_scope (`str`), sink (`str`): as in
+            [`ProtoGenConfig`].
+        dim (`int`): width of the decoder's input embeddings.
+    """
+
     decoder: str
     decoder_revision: str | None
     decoder_fingerprint: str
-    # As in `ProtoGenConfig`.
     arrangement: str
     chunk_size: int
     num_e_tokens: int
     m_scope: str
     sink: str
-    # Width of the decoder's input embeddings.
     dim: int
 
     @property
@@ -129,7 +136,13 @@ class ProtoTokenBank:
         self.reload()
 
     def check(self, info: BankInfo) -> None:
-        """Raises a ValueError that names every field in which the bank and `info` differ."""
+        """
+        Args:
+            info (`BankInfo`): what the bank is to be for.
+
+        Raises:
+            ValueError: if it is for something else; names every field in which they differ.
+        """
         differing = differences(self.info.wanted, info.wanted)
         if differing:
             raise ValueError(
@@ -177,7 +190,15 @@ class ProtoTokenBank:
         return list(self._rows)
 
     def row(self, id: str) -> dict:
-        """What is recorded of a text without its vectors: `accuracy`, `steps`, `token_ids` and where they stand."""
+        """
+        What is recorded of a text beside its vectors: `accuracy`, `steps`, `token_ids` and where the vectors are.
+
+        Args:
+            id (`str`): example id.
+
+        Raises:
+            KeyError: if the id is not in the bank.
+        """
         return self._rows[id][1]
 
     def __getitem__(self, id: str) -> BankEntry:
@@ -220,7 +241,13 @@ class ProtoTokenBank:
         return with_prefix("e/", read_shared_m(self.folder))
 
     def write_shared_m(self, m: dict[str, torch.Tensor], e: dict[str, torch.Tensor] | None = None) -> None:
-        """Writes what [`shared_m`] and [`shared_m_starts`] return."""
+        """
+        Writes what [`shared_m`] and [`shared_m_starts`] return.
+
+        Args:
+            m (`dict[str, torch.Tensor]` of shape `(1, dim)`): of each group.
+            e (`dict[str, torch.Tensor]` of shape `(chunks, num_e_tokens, dim)`, *optional*): by example id.
+        """
         tensors = {f"m/{group}": vector for group, vector in m.items()}
         tensors |= {f"e/{id}": vectors for id, vectors in (e or {}).items()}
         tensors = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
@@ -231,6 +258,9 @@ class ProtoTokenBank:
         """
         Holds the bank for [`append`]. The processes of one run each write as another rank; two runs cannot, since
         both have a rank 0. Leaves one shard where there were many small ones.
+
+        Args:
+            rank (`int`, defaults to 0): of this process.
 
         Raises:
             ValueError: if another process writes as this rank.
@@ -248,6 +278,9 @@ class ProtoTokenBank:
     def append(self, entries: list[BankEntry]) -> None:
         """
         Writes one shard; call it inside [`writing`]. When it returns, the entries are on the disk.
+
+        Args:
+            entries (`list[BankEntry]`): not in the bank yet.
 
         Raises:
             ValueError: if an entry is not finite, of the wrong shape, or already there.

@@ -457,9 +457,11 @@ class ProtoGenTrainer(ExampleTrainer):
         else of `output_dir`, to `args.hub_model_id`. On other processes than the first it returns None.
 
         Args:
-            commit_message (`str`)
+            commit_message (`str`, defaults to `"End of training"`)
             license (`str`, *optional*): in the Hub's spelling; the decoder's by default.
-            private, revision, token (*optional*): those of the arguments by default.
+            private (`bool`, *optional*): make a new repository private; `args.hub_private_repo` by default.
+            revision (`str`, *optional*): branch; `args.hub_revision` by default.
+            token (`str`, *optional*): `args.hub_token` by default.
 
         Raises:
             ValueError: if others could not load the decoder that a thin model leaves out, or there is no processor.
