@@ -4,14 +4,11 @@ slots see the text before it and one another. Behind an anchor the decoder itsel
 hold those that follow it.
 """
 
-import inspect
-import sys
-
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from .frozen_decoder import num_positions, read_prefix
+from .frozen_decoder import read_prefix, slot_positions
 from .objectives import IGNORE_INDEX
 from .slot_adapters import slots_at_the_end
 
@@ -76,27 +73,6 @@ def pair_mask(
     sees_slot = F.pad(sees_slot, (0, 0, num_new, 0)).expand(len(mask), -1, -1)
     sees = torch.cat([sees_text & mask.bool()[:, None], sees_slot], dim=2)
     return torch.zeros(sees.shape, dtype=dtype, device=mask.device).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
-
-
-def longest_pair_masked(decoder: PreTrainedModel) -> int:
-    """
-    Tokens of the longest text over which a decoder goes by [`pair_mask`] alone: its smallest window; 0 where it makes
-    its mask itself, from distances (ALiBi).
-    """
-    config = decoder.config.get_text_config()
-    takes_positions = "position_ids" in inspect.signature(type(decoder.base_model).forward).parameters
-    if not takes_positions or getattr(config, "alibi", False):
-        return 0
-    windows = [getattr(config, name, None) for name in ("sliding_window", "window_size")]
-    return min((window for window in windows if window), default=sys.maxsize)
-
-
-def slot_positions(decoder: PreTrainedModel, mask: torch.Tensor, ends: torch.LongTensor, size: int) -> torch.LongTensor:
-    """The positions of slots behind anchors, `(batch, anchors * size)`; arguments as in [`pair_mask`]."""
-    tokens_before = F.pad(mask.long().cumsum(1), (1, 0)).gather(1, ends)
-    positions = (tokens_before[..., None] + torch.arange(size, device=ends.device)).flatten(1)
-    # No text goes beyond the decoder's last position, and what slots there predict means nothing.
-    return positions.clamp_max(num_positions(decoder) - 1)
 
 
 def states_behind(

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from .anchors import pair_mask, slot_positions
-from .frozen_decoder import check_positions, crop_cache, logits_after, move_right, num_positions
+from .anchors import pair_mask
+from .frozen_decoder import check_positions, crop_cache, logits_after, move_right, num_positions, slot_positions
 from .proto_tokens import position_ids
 from .slot_adapters import slots_at_the_end
 

@@ -246,6 +246,34 @@ def check_positions(decoder: PreTrainedModel, mask: torch.Tensor) -> None:
         )
 
 
+def longest_pair_masked(decoder: PreTrainedModel) -> int:
+    """
+    Tokens of the longest text over which a decoder goes by a mask of pairs ([`pair_mask`]) alone: its smallest window; 0
+    where it makes its mask itself, from distances (ALiBi).
+    """
+    config = decoder.config.get_text_config()
+    takes_positions = "position_ids" in inspect.signature(type(decoder.base_model).forward).parameters
+    if not takes_positions or getattr(config, "alibi", False):
+        return 0
+    windows = [getattr(config, name, None) for name in ("sliding_window", "window_size")]
+    return min((window for window in windows if window), default=sys.maxsize)
+
+
+def slot_positions(decoder: PreTrainedModel, mask: torch.Tensor, ends: torch.LongTensor, size: int) -> torch.LongTensor:
+    """
+    The positions of slots behind anchors, `(batch, anchors * size)`.
+
+    Args:
+        mask (`torch.Tensor` of shape `(batch, text)`): of the texts' tokens.
+        ends (`torch.LongTensor` of shape `(batch, anchors)`): how many places of the text lie before each anchor.
+        size (`int`): slots behind each.
+    """
+    tokens_before = F.pad(mask.long().cumsum(1), (1, 0)).gather(1, ends)
+    positions = (tokens_before[..., None] + torch.arange(size, device=ends.device)).flatten(1)
+    # No text goes beyond the decoder's last position, and what slots there predict means nothing.
+    return positions.clamp_max(num_positions(decoder) - 1)
+
+
 def states_of(output: ModelOutput, layers: list[int]) -> torch.Tensor:
     """
     A pass's hidden states of these layers, 0 being the first layer's input: `(batch, length, layers, dim)`, narrower

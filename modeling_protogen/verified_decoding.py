@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .anchors import longest_pair_masked
 from .autoregressive import DecoderState
 from .block_decoding import Drafter, GenerationBuffer
 from .draft_length import DraftLength, PassCosts
+from .frozen_decoder import longest_pair_masked
 from .prompt_lookup import continuation
 from .sampling import Sampling, log_probability
 
