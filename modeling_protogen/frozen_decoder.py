@@ -248,8 +248,8 @@ def check_positions(decoder: PreTrainedModel, mask: torch.Tensor) -> None:
 
 def longest_pair_masked(decoder: PreTrainedModel) -> int:
     """
-    Tokens of the longest text over which a decoder goes by a mask of pairs ([`pair_mask`]) alone: its smallest window; 0
-    where it makes its mask itself, from distances (ALiBi).
+    Tokens of the longest text over which a decoder goes by a mask of pairs ([`pair_mask`]) alone: its smallest window;
+    0 where it makes its mask itself, from distances (ALiBi).
     """
     config = decoder.config.get_text_config()
     takes_positions = "position_ids" in inspect.signature(type(decoder.base_model).forward).parameters
