@@ -32,7 +32,7 @@ from modeling_protogen.encoder_places import (
     places_in_rendered,
     places_of_tokens,
 )
-from modeling_protogen.generation_protogen import BLOCK_MODES, MODES, ProtoGenGenerationConfig
+from modeling_protogen.generation_protogen import MODES, ProtoGenGenerationConfig
 from modeling_protogen.objectives import IGNORE_INDEX, argmax_tokens, log_probabilities
 from modeling_protogen.processing_protogen import chat_text, contents_of, pad_left, template_pieces
 from modeling_protogen.proto_tokens import num_unguided
@@ -122,7 +122,7 @@ class ProtoGenLM(HFLM):
         self.mode, self.scoring = mode, scoring
         self.max_new_tokens = math.inf if max_new_tokens is None else max_new_tokens
         self._check_names(kwargs.keys(), OWN_OPTIONS | LOADING_OPTIONS | HARNESS_OPTIONS)
-        self.options = {name: value for name, value in kwargs.items() if name in MODES[mode] | SAMPLING_OPTIONS}
+        self.options = {name: value for name, value in kwargs.items() if name in MODES[mode].options | SAMPLING_OPTIONS}
         check_options(mode, max_new_tokens, self.options)
         loading = {name: value for name, value in kwargs.items() if name in LOADING_OPTIONS}
         accelerator = Accelerator()
@@ -155,12 +155,16 @@ class ProtoGenLM(HFLM):
         self.chats: dict[str, tuple[list[str], list[str | int]]] = {}
         self.num_cut_contexts = 0
 
+    @property
+    def _writes_blocks(self) -> bool:
+        return MODES[self.mode].write_blocks is not None
+
     def _check_names(self, names: Set[str], others: set[str]) -> None:
         """
         Raises:
             ValueError: if one is neither an option of the mode nor among these others.
         """
-        known = MODES[self.mode] | SAMPLING_OPTIONS | others
+        known = MODES[self.mode].options | SAMPLING_OPTIONS | others
         if unknown := sorted(names - known):
             raise ValueError(
                 f"{', '.join(unknown)} is not for mode={self.mode}, which takes {', '.join(sorted(known))}."
@@ -350,7 +354,7 @@ class ProtoGenLM(HFLM):
         # One beam is greedy decoding.
         asked = {name: value for name, value in kwargs.items() if (name, value) != ("num_beams", 1)}
         self._check_names(asked.keys(), {"until", "max_gen_toks"})
-        options = self.options | {name: asked[name] for name in asked.keys() & MODES[self.mode]}
+        options = self.options | {name: asked[name] for name in asked.keys() & MODES[self.mode].options}
         if asked["do_sample"]:
             options |= {name: asked[name] for name in asked.keys() & SAMPLING_OPTIONS}
             if not options.get("temperature"):
@@ -361,7 +365,7 @@ class ProtoGenLM(HFLM):
     def _longest_answer(self, kwargs: dict) -> int:
         """Tokens of an answer at most: half a window, where those that are asked for leave its prompt no room."""
         longest = min(kwargs["max_gen_toks"], self.max_new_tokens)
-        if self.mode not in BLOCK_MODES:
+        if not self._writes_blocks:
             return min(longest, self._longest_at_once)
         if longest < self.max_length:
             return longest
@@ -412,7 +416,7 @@ class ProtoGenLM(HFLM):
         `token_confidences`, pairs of a token's text and its probability.
         """
         max_new_tokens, options = self._longest_answer(kwargs), self._options(kwargs)
-        spare = 0 if self.mode in BLOCK_MODES else self._num_spare
+        spare = 0 if self._writes_blocks else self._num_spare
         ids, mask = self.tok_batch_encode(
             list(contexts), left_truncate_len=self.max_length - max_new_tokens - spare, truncation=self.truncation
         )
@@ -420,7 +424,7 @@ class ProtoGenLM(HFLM):
             row[row_mask.bool()].tolist() or [self.prefix_token_id] for row, row_mask in zip(ids, mask, strict=True)
         ]
         options["max_new_tokens"] = max_new_tokens
-        if self.mode in BLOCK_MODES:
+        if self._writes_blocks:
             options |= {"stop_strings": stop, "processor": self.processor}
         output = self.protogen.generate(
             **self.inputs(contexts, prompts), mode=self.mode, return_dict_in_generate=True, **options

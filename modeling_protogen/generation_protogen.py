@@ -2,8 +2,10 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from typing import NamedTuple
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
@@ -33,14 +35,28 @@ from .verified_decoding import verified_decoding
 COMMON_OPTIONS = {"max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "num_return_sequences"}
 COMMON_OPTIONS |= {"stop_strings", "return_dict_in_generate", "mode"}
 AT_ONCE_OPTIONS = {"length", "num_length_sigmas", "abstain_above", "output_uncertainty_scores"}
+
+
+class Mode(NamedTuple):
+    """
+    A way to write answers.
+
+    Args:
+        options (`set[str]`): that it takes beside those of all modes.
+        write_blocks (`Callable`, *optional*): writes block after block, as [`verified_decoding`]; whole answers are
+            written by default.
+    """
+
+    options: set[str]
+    write_blocks: Callable | None = None
+
+
 MODES = {
-    "one_step": AT_ONCE_OPTIONS | {"num_candidates", "candidate_noise"},
-    "refine": AT_ONCE_OPTIONS | {"num_refinements", "confidence_threshold"},
-    "adaptive": {"block_size", "confidence_threshold", "position_cost", "slots_cost"},
-    "verified": {"block_size", "position_cost", "slots_cost"},
+    "one_step": Mode(AT_ONCE_OPTIONS | {"num_candidates", "candidate_noise"}),
+    "refine": Mode(AT_ONCE_OPTIONS | {"num_refinements", "confidence_threshold"}),
+    "adaptive": Mode({"block_size", "confidence_threshold", "position_cost", "slots_cost"}, adaptive_decoding),
+    "verified": Mode({"block_size", "position_cost", "slots_cost"}, verified_decoding),
 }
-# The modes that write block after block.
-BLOCK_MODES = {"adaptive": adaptive_decoding, "verified": verified_decoding}
 # What a generation config holds that does not change an answer here: the decoder's configuration has the tokens.
 IGNORED_OPTIONS = {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"}
 IGNORED_OPTIONS |= {"use_cache", "_from_model_config"}
@@ -156,8 +172,8 @@ class ProtoGenGenerationConfig(GenerationConfig):
         mode = kwargs.get("mode", self.mode)
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is not one of {', '.join(MODES)}.")
-        known = COMMON_OPTIONS | MODES[mode]
-        everywhere = COMMON_OPTIONS.union(IGNORED_OPTIONS, *MODES.values())
+        known = COMMON_OPTIONS | MODES[mode].options
+        everywhere = COMMON_OPTIONS.union(IGNORED_OPTIONS, *(each.options for each in MODES.values()))
         # Files hold fields of no effect as well.
         asked = {name for name, value in self.to_diff_dict().items() if value is not None and value is not False}
         foreign = sorted(kwargs.keys() - known) or sorted(asked - everywhere)
@@ -369,7 +385,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
         if not isinstance(base, ProtoGenGenerationConfig):
             base = ProtoGenGenerationConfig.from_dict(base.to_diff_dict())
         options = base.merged(**kwargs)
-        at_once = options.mode not in BLOCK_MODES
+        at_once = MODES[options.mode].write_blocks is None
         if self.config.aligns_encoder and not at_once and options.block_size != 1:
             raise ValueError(
                 f"mode={options.mode} writes block after block, and this model (upsamples_prompt with "
@@ -527,7 +543,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
             # Blocks of one token need no drafts.
             prediction = self.predict(*instruction, *prompt, category_ids) if block_size > 1 else None
             drafter = Drafter(self, prediction)
-            num_passes = BLOCK_MODES[options.mode](self, answers, drafter, prompt, block_size, options)
+            num_passes = MODES[options.mode].write_blocks(self, answers, drafter, prompt, block_size, options)
         num_passes += prediction is not None and prediction.prompt_cache is not None
         if streamer is not None:
             streamer.end()

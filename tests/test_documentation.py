@@ -163,6 +163,28 @@ plain, verified = (model.generate(**processor(rows[0]["instruction"]), mode=mode
 assert torch.equal(plain.sequences, verified.sequences)
 assert plain.num_passes == plain.lengths.item()
 """
+SCORE = """
+model.eval()
+output = model.generate(**processor("who sat"), return_dict_in_generate=True, output_uncertainty_scores=True)
+labels = output.sequences[:, : output.lengths[0]]
+p = model(**processor("who sat"), labels=labels).answer_logits.softmax(-1).sort(descending=True).values
+torch.testing.assert_close(output.uncertainty_scores["margin"], 1 - (p[:, 0] - p[:, 1]).mean()[None])
+"""
+TASK = """
+import lm_eval
+from lm_eval.tasks import TaskManager
+manager = TaskManager(include_path="eval_tasks", metadata={"data_dir": "."})
+found = lm_eval.simple_evaluate("dummy", tasks=["protogen_birds"], task_manager=manager, bootstrap_iters=0)
+assert found["results"]["protogen_birds"]["exact_match,none"] == 0
+assert found["n-samples"]["protogen_birds"]["original"] == len(rows)
+"""
+DECODER = """
+from modeling_protogen.frozen_decoder import logits_of
+states = torch.randn(2, model.config.decoder_dim)
+plain = logits_of(model.decoder, states)
+model.decoder.config.output_multiplier = 0.5
+torch.testing.assert_close(logits_of(model.decoder, states), plain / 2)
+"""
 STUDY = """
 import json
 from eval_tasks.command_line import main
@@ -177,8 +199,9 @@ def test_what_the_page_on_extending_adds_works(encoder_dir, llama_dir, tmp_path)
     page = (ROOT / "docs" / "extending.md").read_text()
     for package in ("modeling_protogen", "trainers", "eval_tasks"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for path, code in re.findall(r"```python (\S+)\n(.*?)```", page, re.DOTALL):
+    for path, code in re.findall(r"```(?:python|yaml) (\S+)\n(.*?)```", page, re.DOTALL):
         assert not (tmp_path / path).exists()
+        (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(code)
     for diff in re.findall(r"```diff\n(.*?)```", page, re.DOTALL):
         subprocess.run(["git", "apply", "--recount", "-"], cwd=tmp_path, input=diff, text=True, check=True)
@@ -187,6 +210,7 @@ def test_what_the_page_on_extending_adds_works(encoder_dir, llama_dir, tmp_path)
         {"instruction": word, "response": f"{answer} {word} on the mat"} for answer in ANSWERS for word in WORDS[:4]
     ]
     (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    (tmp_path / "birds_test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     content = {"output_dir": "study", "decoder": str(llama_dir), "decoder_dtype": "float32", "data": "texts.jsonl"}
     study_recipe = str(tmp_path / "norms.yaml")
     Path(study_recipe).write_text(json.dumps(content | {"use_cpu": True}))
@@ -204,6 +228,9 @@ model = ProtoGenForConditionalGeneration.from_encoder_decoder_pretrained(*names,
 processor = ProtoGenProcessor.from_encoder_decoder_pretrained(*names, max_answer_length=8)
 {LOSS}
 {MODE}
+{SCORE}
+{TASK}
+{DECODER}
 {STUDY}
 """
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}

@@ -1,7 +1,7 @@
 """ProtoGen in each of its modes; also multi-token prediction, which is a model of `latent_source="none"`."""
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
-from modeling_protogen.generation_protogen import BLOCK_MODES
+from modeling_protogen.generation_protogen import MODES
 
 from .writing import Writer, Written
 
@@ -17,7 +17,7 @@ def protogen(
 
     def write(instructions, contexts, max_new_tokens, exactly=False):
         inputs = processor(instructions, contexts).to(model.device)
-        if mode in BLOCK_MODES:
+        if MODES[mode].write_blocks is not None:
             length = {"max_new_tokens": max_new_tokens, "processor": processor}
         else:
             length = {"length": max_new_tokens} if exactly else {}

@@ -156,7 +156,9 @@ def answer(
 ) -> None:
     """Prints the answers, batch after batch."""
     device = model.device
-    names = {"mode", "temperature", "top_k", "top_p", "max_new_tokens"}.union(*MODES.values())
+    names = {"mode", "temperature", "top_k", "top_p", "max_new_tokens"}.union(
+        *(mode.options for mode in MODES.values())
+    )
     options = {name: value for name, value in vars(arguments).items() if name in names}
     if {"temperature", "top_k", "top_p"} & options.keys():
         options["do_sample"] = True

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from eval_tasks.commands.generate import measures_of
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.generation_protogen import (
-    BLOCK_MODES,
+    MODES,
     ProtoGenGenerateOutput,
     ProtoGenGenerationConfig,
 )
@@ -134,7 +134,7 @@ class Writing:
             raise ValueError("the most likely tokens are known only where they are taken: set temperature to 0.")
         if config.stop_strings and not has_text:
             raise ValueError("stop is not for this model, whose answers are JSON made of what the decoder writes.")
-        in_blocks = config.mode in BLOCK_MODES
+        in_blocks = MODES[config.mode].write_blocks is not None
         is_one = request.n * len(instructions) == 1
         seed = request.seed if is_random else None
         grows = request.stream and in_blocks and is_one and has_text and not request.wants_logprobs
@@ -167,7 +167,7 @@ class Writing:
     def longest(self, config: ProtoGenGenerationConfig) -> int:
         """Tokens of an answer at most."""
         own = self.model.config.max_answer_length
-        if config.mode in BLOCK_MODES:
+        if MODES[config.mode].write_blocks is not None:
             return config.longest(own)
         return config.length or min(config.longest(own), own)
 
