@@ -13,11 +13,7 @@ from eval_tasks.page import Section, html_page
 from eval_tasks.report import fill_metrics, fill_tables, read_result
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = [
-    ROOT / "README.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
-    ROOT / "scripts" / "recipes" / "anatomy" / "README.md",
-]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def header(recipe: Path) -> str:
