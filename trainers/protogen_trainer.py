@@ -262,9 +262,7 @@ class ProtoGenTrainer(ExampleTrainer):
             **kwargs,
         )
         if self.train_dataset:
-            # What was held out before may be learned now.
-            shares = share_held_out(self.train_dataset), self.model.config.validation_share
-            self.model.config.validation_share = min(share for share in shares if share is not None)
+            note_held_out(self.model.config, self.train_dataset)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressLines)
@@ -529,6 +527,12 @@ def hub_name_of(dataset: Dataset | list[Example] | None) -> str | None:
 
 def as_examples(dataset: Dataset | list[Example] | None) -> list[Example] | None:
     return examples_of(dataset) if isinstance(dataset, Dataset) else dataset
+
+
+def note_held_out(config: ProtoGenConfig, examples: list[Example]) -> None:
+    """Notes the share of instructions that these examples leave held out, of which some may have been learned before."""
+    shares = share_held_out(examples), config.validation_share
+    config.validation_share = min(share for share in shares if share is not None)
 
 
 def resolve_losses(config: ProtoGenConfig, args: ProtoGenTrainingArguments) -> None:

@@ -79,8 +79,7 @@ def train(
         print(f"already trained: {output_dir / 'model'}; remove {output_dir} to train again")
         return
     if model_args.first_tokens is None:
-        of_answers = "decoder" if target_args.targets == "teacher" else "slots"
-        model_args.first_tokens = "drafts" if args.num_anchors else of_answers
+        model_args.first_tokens = first_tokens_for(target_args, args)
     resolve_losses(model_args, args)
     bank_folder, bank = bank_args.folder(output_dir), None
     check(model_args, args, bank_folder)
@@ -96,15 +95,12 @@ def train(
     if "bank" in args.needs:
         bank = ProtoTokenBank(bank_folder, bank_info(model_args, model.decoder))
         train_examples = banked(train_examples, bank)
-    embeddings = (
-        answer_embeddings(train_examples, processor, inputs.sentence_encoder) if "embeddings" in args.needs else None
-    )
     trainer = ProtoGenTrainer(
         model=model,
         args=args,
         train_dataset=train_examples,
         eval_dataset=validation_examples,
-        data_collator=ProtoGenCollator(reader, categories, bank, embeddings, "durations" in args.needs),
+        data_collator=collator_for(reader, categories, bank, train_examples, inputs, args),
         processing_class=processor,
         compute_metrics=draft_metrics(model.config.draft_length) if args.num_anchors else one_step_metrics(processor),
     )
@@ -218,6 +214,27 @@ def examples_to_learn(
         with_teacher_answers(train_examples, answers, target_args.targets),
         with_teacher_answers(validation_examples, answers, "teacher"),
     )
+
+
+def first_tokens_for(target_args: TargetArguments, args: ProtoGenTrainingArguments) -> str:
+    if args.num_anchors:
+        return "drafts"
+    return "decoder" if target_args.targets == "teacher" else "slots"
+
+
+def collator_for(
+    processor: ProtoGenProcessor,
+    categories: list[str] | None,
+    bank: ProtoTokenBank | None,
+    train_examples: list[Example],
+    inputs: TrainInputArguments,
+    args: ProtoGenTrainingArguments,
+) -> ProtoGenCollator:
+    """With what the losses need."""
+    embeddings = None
+    if "embeddings" in args.needs:
+        embeddings = answer_embeddings(train_examples, processor, inputs.sentence_encoder)
+    return ProtoGenCollator(processor, categories, bank, embeddings, finds_durations="durations" in args.needs)
 
 
 def answer_embeddings(
