@@ -530,7 +530,7 @@ def as_examples(dataset: Dataset | list[Example] | None) -> list[Example] | None
 
 
 def note_held_out(config: ProtoGenConfig, examples: list[Example]) -> None:
-    """Notes the share of instructions that these examples leave held out, of which some may have been learned before."""
+    """Notes the share of instructions that neither these examples nor those of earlier training hold."""
     shares = share_held_out(examples), config.validation_share
     config.validation_share = min(share for share in shares if share is not None)
 
