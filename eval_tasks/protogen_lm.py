@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, warning_once
 from tqdm import tqdm
-from transformers import BatchEncoding
+from transformers import BatchEncoding, BatchFeature
 
 from eval_tasks.benchmark_data import DOLLY_HELD_OUT
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
@@ -34,7 +34,7 @@ from modeling_protogen.encoder_places import (
 )
 from modeling_protogen.generation_protogen import MODES, ProtoGenGenerationConfig
 from modeling_protogen.objectives import IGNORE_INDEX, argmax_tokens, log_probabilities
-from modeling_protogen.processing_protogen import chat_text, contents_of, pad_left, template_pieces
+from modeling_protogen.processing_protogen import chat_text, contents_of, template_pieces
 from modeling_protogen.proto_tokens import num_unguided
 
 log = logging.getLogger(__name__)
@@ -198,23 +198,16 @@ class ProtoGenLM(HFLM):
     def _chosen_batch_size(self) -> int:
         return self._detect_batch_size() if self.batch_size == "auto" else self.batch_size
 
-    def inputs(self, contexts: list[str], prompts: list[list[int]]) -> dict[str, torch.Tensor]:
+    def inputs(self, contexts: list[str], prompts: list[list[int]]) -> BatchFeature:
         """What the model takes: the encoder's tokens of the contexts, and the decoder's of the prompts."""
-        batch = {}
-        if self.processor.for_encoder:
-            tokenizer, window = self.processor.tokenizer, self.processor.max_input_length
-            rows, places = [], []
-            for context, prompt in zip(contexts, prompts, strict=True):
-                read, encoding, dropped = last_blocks(tokenizer, self._said(context), window)
-                self.num_cut_contexts += bool(dropped)
-                rows.append(encoding.input_ids)
-                if self.processor.aligns_encoder:
-                    places.append(self._places(context, prompt, read, encoding))
-            batch |= tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-            if places:
-                batch["encoder_places"], _ = pad_left(places)
-        batch["decoder_prompt_ids"], batch["decoder_prompt_mask"] = pad_left(prompts)
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+        processor, rows, places = self.processor, [], []
+        for context, prompt in zip(contexts, prompts, strict=True) if processor.for_encoder else ():
+            read, encoding, dropped = last_blocks(processor.tokenizer, self._said(context), processor.max_input_length)
+            self.num_cut_contexts += bool(dropped)
+            rows.append(encoding.input_ids)
+            if processor.aligns_encoder:
+                places.append(self._places(context, prompt, read, encoding))
+        return processor.inputs_of_ids(prompts, rows, places).to(self.device)
 
     def _said(self, context: str) -> str:
         """What the encoder reads of a context: of a rendered chat what is said in it."""

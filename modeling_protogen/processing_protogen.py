@@ -244,22 +244,36 @@ class ProtoGenProcessor(ProcessorMixin):
             checked_instruction(row, *pair) for row, pair in enumerate(zip(instructions, contexts, strict=True))
         ]
 
-        batch = {}
         pairs = list(zip(instructions, contexts, strict=True))
         encodings = [self._encode(*pair) for pair in pairs] if self.for_encoder else []
-        if self.for_encoder:
-            encoded = {"input_ids": [encoding.input_ids for encoding in encodings]}
-            batch = dict(self.tokenizer.pad(encoded, padding_side="right", return_tensors="pt"))
-        prompts = [self._encode_prompt(*pair) for pair in pairs]
-        batch["decoder_prompt_ids"], batch["decoder_prompt_mask"] = pad_left([prompt.ids for prompt in prompts])
+        prompts, places = [self._encode_prompt(*pair) for pair in pairs], []
         if self.aligns_encoder:
             places = [self._places(*each) for each in zip(instructions, contexts, encodings, prompts, strict=True)]
-            batch["encoder_places"], _ = pad_left(places)
+        batch = self.inputs_of_ids([prompt.ids for prompt in prompts], [each.input_ids for each in encodings], places)
         if answer is not None:
             answers = [answer] if isinstance(answer, str) else list(answer)
             if len(answers) != len(instructions):
                 raise ValueError(f"{len(instructions)} instructions, but {len(answers)} answers.")
             batch.update(self.encode_answers(answers))
+        return batch
+
+    def inputs_of_ids(
+        self, prompt_ids: list[list[int]], input_ids: list[list[int]] = (), encoder_places: list[list[int]] = ()
+    ) -> BatchFeature:
+        """
+        The model's inputs of texts that are tokens already, as a call of the processor makes them of texts.
+
+        Args:
+            prompt_ids (`list[list[int]]`): in the decoder's vocabulary.
+            input_ids (`list[list[int]]`, *optional*): in the encoder's, where the model has one.
+            encoder_places (`list[list[int]]`, *optional*): with `aligns_encoder`, of each prompt's tokens.
+        """
+        batch = {}
+        if input_ids:
+            batch |= self.tokenizer.pad({"input_ids": input_ids}, padding_side="right", return_tensors="pt")
+        batch["decoder_prompt_ids"], batch["decoder_prompt_mask"] = pad_left(prompt_ids)
+        if encoder_places:
+            batch["encoder_places"], _ = pad_left(encoder_places)
         return BatchFeature(batch)
 
     def encode_answers(self, answers: list[str | list[int]]) -> dict[str, torch.LongTensor]:
