@@ -372,6 +372,13 @@ def test_fitting_starts_from_a_trained_models_predictions(call, recipe, tmp_path
         torch.testing.assert_close(bank[id].m, predicted.m[0])
     message = call("fit", *fit, "--bank", tmp_path / "other", "--arrangement", "e_m")
     assert "a model with arrangement='e_mN' does not go with this bank" in message
+    # Of a text that it is to write back it reads what is fitted, and no more, which might not fit in its window.
+    call("fit", *fit, "--warm_start_reads_text", "true", "--fit_max_length", 3, "--bank", tmp_path / "texts")
+    bank = ProtoTokenBank(tmp_path / "texts")
+    for id in bank.ids:
+        inputs = processor(processor.decoder_tokenizer.decode(bank.row(id)["token_ids"], skip_special_tokens=True))
+        with torch.no_grad():
+            torch.testing.assert_close(bank[id].e, loaded.predict(inputs["input_ids"]).e[0])
 
 
 def test_two_processes_fit_the_texts_that_one_fits(call, recipe, tmp_path):

@@ -48,7 +48,7 @@ class FitInputArguments:
     )
     warm_start_reads_text: bool = field(
         default=False,
-        metadata={"help": "The warm start's model reads the text to be fitted, as one trained on targets: self does."},
+        metadata={"help": "The warm start's model reads what is fitted, as one trained on targets: self does."},
     )
     fixed_m: str | None = field(
         default=None, metadata={"help": "Safetensors file with the vector `m` (dim,) for m_scope=fixed."}

@@ -144,6 +144,9 @@ def texts_to_fit(
         model = ProtoGenForConditionalGeneration.from_pretrained(inputs.warm_start).to(device)
         processor = ProtoGenProcessor.from_pretrained(inputs.warm_start)
         if inputs.warm_start_reads_text:
-            examples = [replace(example, instruction=example.answer, context="") for example in examples]
+            # No more than is fitted of it, which fits the model's window.
+            cut = tokenizer.batch_decode([text.token_ids for text in texts], skip_special_tokens=True)
+            pairs = zip(examples, cut, strict=True)
+            examples = [replace(example, instruction=text, context="") for example, text in pairs]
         texts = with_predicted_starts(texts, examples, model, processor, bank.info)
     return texts
