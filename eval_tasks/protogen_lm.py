@@ -32,7 +32,7 @@ from modeling_protogen.encoder_places import (
     places_in_rendered,
     places_of_tokens,
 )
-from modeling_protogen.generation_protogen import MODES, ProtoGenGenerationConfig
+from modeling_protogen.generation_protogen import MODES, SAMPLING, ProtoGenGenerationConfig
 from modeling_protogen.objectives import IGNORE_INDEX, argmax_tokens, log_probabilities
 from modeling_protogen.processing_protogen import chat_text, contents_of, template_pieces
 from modeling_protogen.proto_tokens import num_unguided
@@ -44,7 +44,7 @@ harness_log = logging.getLogger("lm_eval.protogen")
 HARNESS_OPTIONS = {"max_length", "truncation", "add_bos_token", "prefix_token_id", "logits_cache", "softmax_dtype"}
 # Options of `from_pretrained`.
 LOADING_OPTIONS = {"revision", "trust_remote_code", "device_map", "attn_implementation"}
-SAMPLING_OPTIONS = {"do_sample", "temperature", "top_k", "top_p"}
+SAMPLING_OPTIONS = {"do_sample", *SAMPLING}
 SCORINGS = ("one_step", "verified")
 # Log-probability, and whether it is the most likely, of a continuation without tokens.
 EMPTY_SCORE = (0.0, True)
@@ -154,10 +154,6 @@ class ProtoGenLM(HFLM):
         # The contents of a chat by its rendered text, as the encoder knows no template, and that template's pieces.
         self.chats: dict[str, tuple[list[str], list[str | int]]] = {}
         self.num_cut_contexts = 0
-
-    @property
-    def _writes_blocks(self) -> bool:
-        return MODES[self.mode].write_blocks is not None
 
     def _check_names(self, names: Set[str], others: set[str]) -> None:
         """
@@ -358,7 +354,7 @@ class ProtoGenLM(HFLM):
     def _longest_answer(self, kwargs: dict) -> int:
         """Tokens of an answer at most: half a window, where those that are asked for leave its prompt no room."""
         longest = min(kwargs["max_gen_toks"], self.max_new_tokens)
-        if not self._writes_blocks:
+        if MODES[self.mode].is_at_once:
             return min(longest, self._longest_at_once)
         if longest < self.max_length:
             return longest
@@ -409,7 +405,7 @@ class ProtoGenLM(HFLM):
         `token_confidences`, pairs of a token's text and its probability.
         """
         max_new_tokens, options = self._longest_answer(kwargs), self._options(kwargs)
-        spare = 0 if self._writes_blocks else self._num_spare
+        spare = self._num_spare if MODES[self.mode].is_at_once else 0
         ids, mask = self.tok_batch_encode(
             list(contexts), left_truncate_len=self.max_length - max_new_tokens - spare, truncation=self.truncation
         )
@@ -417,7 +413,7 @@ class ProtoGenLM(HFLM):
             row[row_mask.bool()].tolist() or [self.prefix_token_id] for row, row_mask in zip(ids, mask, strict=True)
         ]
         options["max_new_tokens"] = max_new_tokens
-        if self._writes_blocks:
+        if not MODES[self.mode].is_at_once:
             options |= {"stop_strings": stop, "processor": self.processor}
         output = self.protogen.generate(
             **self.inputs(contexts, prompts), mode=self.mode, return_dict_in_generate=True, **options

@@ -203,9 +203,8 @@ def gather_answers(sweep: Sweep, command: str) -> dict:
         training = read_json(folder / "metrics.json")
         measured = gains(tables[run], tables.get(sweep.reference(run)), common)
         # Which agree without any learning.
-        measured["num_autoregressive_tokens"] = ProtoGenConfig.from_pretrained(
-            folder / "model"
-        ).num_autoregressive_tokens
+        config = ProtoGenConfig.from_pretrained(folder / "model")
+        measured["num_autoregressive_tokens"] = config.num_autoregressive_tokens
         measured["steps"] = training["log"][-1]["step"]
         measured["instructions"] = training["run"]["train_examples"]
         made_with.add(tuple(training["run"][name] for name in ["decoder", "decoder_dtype", "data", "seed"]))

@@ -50,6 +50,10 @@ class Mode(NamedTuple):
     options: set[str]
     write_blocks: Callable | None = None
 
+    @property
+    def is_at_once(self) -> bool:
+        return self.write_blocks is None
+
 
 MODES = {
     "one_step": Mode(AT_ONCE_OPTIONS | {"num_candidates", "candidate_noise"}),
@@ -197,8 +201,8 @@ class ProtoGenGenerationConfig(GenerationConfig):
     def sampling(self) -> Sampling:
         if not self.do_sample:
             return Sampling()
-        given = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
-        return Sampling(**SAMPLING | {name: type(SAMPLING[name])(value) for name, value in given.items()})
+        given = {name: getattr(self, name) for name in SAMPLING}
+        return Sampling(**{name: type(d)(d if given[name] is None else given[name]) for name, d in SAMPLING.items()})
 
     @property
     def pass_costs(self) -> PassCosts:
@@ -385,7 +389,7 @@ class ProtoGenGenerationMixin(GenerationMixin):
         if not isinstance(base, ProtoGenGenerationConfig):
             base = ProtoGenGenerationConfig.from_dict(base.to_diff_dict())
         options = base.merged(**kwargs)
-        at_once = MODES[options.mode].write_blocks is None
+        at_once = MODES[options.mode].is_at_once
         if self.config.aligns_encoder and not at_once and options.block_size != 1:
             raise ValueError(
                 f"mode={options.mode} writes block after block, and this model (upsamples_prompt with "

@@ -297,16 +297,17 @@ class ProtoGenForConditionalGeneration(ProtoGenGenerationMixin, PreTrainedModel)
                 it cannot serve ([`check_decoder`]). Weights that are quantised, in float16 or not in memory are not
                 compared.
         """
-        check_decoder(decoder)
+        found, expected = fingerprint_if_exact(decoder), self.config.decoder_fingerprint
+        if found is None or found != expected:  # Otherwise it was checked when the model was made.
+            check_decoder(decoder)
         found_config, expected_config = decoder.config.get_text_config(), self.config.decoder_text_config
         for field in ("model_type", "hidden_size", "vocab_size"):
-            found, expected = getattr(found_config, field), getattr(expected_config, field)
-            if found != expected:
+            own, wanted = getattr(found_config, field), getattr(expected_config, field)
+            if own != wanted:
                 raise ValueError(
-                    f"this model was trained for a decoder with {field}={expected}"
-                    f" ({self.config.decoder_name_or_path}); the one given has {field}={found}."
+                    f"this model was trained for a decoder with {field}={wanted}"
+                    f" ({self.config.decoder_name_or_path}); the one given has {field}={own}."
                 )
-        found, expected = fingerprint_if_exact(decoder), self.config.decoder_fingerprint
         if not ignore_other_decoder and None not in (found, expected) and found != expected:
             raise ValueError(
                 f"this model was trained for {self.config.decoder_name_or_path} (fingerprint {expected[:16]}) and the "

@@ -17,10 +17,10 @@ def protogen(
 
     def write(instructions, contexts, max_new_tokens, exactly=False):
         inputs = processor(instructions, contexts).to(model.device)
-        if MODES[mode].write_blocks is not None:
-            length = {"max_new_tokens": max_new_tokens, "processor": processor}
-        else:
+        if MODES[mode].is_at_once:
             length = {"length": max_new_tokens} if exactly else {}
+        else:
+            length = {"max_new_tokens": max_new_tokens, "processor": processor}
         output = model.generate(**inputs, mode=mode, return_dict_in_generate=not exactly, **length, **options)
         if exactly:
             return Written(processor.batch_decode(output), output.tolist())

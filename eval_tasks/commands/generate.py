@@ -23,7 +23,7 @@ from transformers import TextStreamer
 
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.configuration_protogen import category_id
-from modeling_protogen.generation_protogen import MODES, ProtoGenGenerateOutput
+from modeling_protogen.generation_protogen import MODES, SAMPLING, ProtoGenGenerateOutput
 from trainers.decoders import add_loading_options, load_trained
 from trainers.text_files import json_object, numbered_lines, parse_json, read_text, text_of
 
@@ -156,11 +156,9 @@ def answer(
 ) -> None:
     """Prints the answers, batch after batch."""
     device = model.device
-    names = {"mode", "temperature", "top_k", "top_p", "max_new_tokens"}.union(
-        *(mode.options for mode in MODES.values())
-    )
+    names = {"mode", "max_new_tokens", *SAMPLING}.union(*(mode.options for mode in MODES.values()))
     options = {name: value for name, value in vars(arguments).items() if name in names}
-    if {"temperature", "top_k", "top_p"} & options.keys():
+    if SAMPLING.keys() & options.keys():
         options["do_sample"] = True
     options["processor"] = processor
     retrieve = None

@@ -83,8 +83,7 @@ class Common(Strict):
         if self.temperature == 0:
             options["do_sample"] = False
         elif draws and draws != {"top_p": 1}:
-            # These clients expect the whole distribution where they do not cut it.
-            options |= {"do_sample": True, "top_k": 0} | draws
+            options |= {"do_sample": True} | draws
         if self.longest is not None:
             options["max_new_tokens"] = self.longest
         if self.stop:

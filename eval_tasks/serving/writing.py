@@ -113,6 +113,8 @@ class Writing:
         self.given_back = time.monotonic()
         # A loaded model has a plain one.
         self.config = ProtoGenGenerationConfig.from_dict(model.generation_config.to_diff_dict())
+        # These clients expect the whole distribution where neither they nor the model cut it.
+        self.config.top_k = self.config.top_k or 0
         self.readers_processor = copy.deepcopy(processor)
 
     def job(self, request: Common) -> Job:
@@ -134,7 +136,7 @@ class Writing:
             raise ValueError("the most likely tokens are known only where they are taken: set temperature to 0.")
         if config.stop_strings and not has_text:
             raise ValueError("stop is not for this model, whose answers are JSON made of what the decoder writes.")
-        in_blocks = MODES[config.mode].write_blocks is not None
+        in_blocks = not MODES[config.mode].is_at_once
         is_one = request.n * len(instructions) == 1
         seed = request.seed if is_random else None
         grows = request.stream and in_blocks and is_one and has_text and not request.wants_logprobs
@@ -167,9 +169,9 @@ class Writing:
     def longest(self, config: ProtoGenGenerationConfig) -> int:
         """Tokens of an answer at most."""
         own = self.model.config.max_answer_length
-        if MODES[config.mode].write_blocks is not None:
-            return config.longest(own)
-        return config.length or min(config.longest(own), own)
+        if MODES[config.mode].is_at_once:
+            return config.length or min(config.longest(own), own)
+        return config.longest(own)
 
     def write(self, jobs: list[Job]) -> list[list[Answer]]:
         """The answers to each job, which all have the same options, from one call of `generate`."""
