@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from trainers.devices import best_device
-from trainers.files import write_json
+from trainers.files import write_atomically, write_json
 from trainers.text_files import read_json
 
 RESULT_FIELDS = ("command", "date", "versions", "machine", "device", "model", "revision", "data", "seed", "metrics")
@@ -54,14 +54,15 @@ def write_result(path: str | Path, content: dict, columns: list[str] = (), besid
 
 
 def write_csv(path: str | Path, rows: list[dict]) -> None:
-    """Writes rows with the same keys aside and renames the file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    """Writes rows with the same keys, or nothing where that fails; makes the folder if there is none."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(Path(path), write)
 
 
 def read_result(path: str | Path) -> dict:

@@ -117,6 +117,15 @@ def content():
     return report.result("make it", "tiny", None, "three rows", 0, {"accuracy": 0.98765, "speedup": [20.0, 19.0, 21.0]})
 
 
+def test_rows_are_written_whole_into_a_folder_that_is_made(tmp_path):
+    path = tmp_path / "results" / "x.csv"
+    report.write_csv(path, [{"text": "a,b", "length": 1}, {"text": "c", "length": 2}])
+    with pytest.raises(ValueError, match="fields not in fieldnames"):
+        report.write_csv(path, [{"text": "a"}, {"other": "c"}])
+    assert path.read_bytes() == b'text,length\r\n"a,b",1\r\nc,2\r\n'
+    assert [file.name for file in path.parent.iterdir()] == ["x.csv"]
+
+
 def test_results_are_written_whole_and_read_back(content, tmp_path):
     path = tmp_path / "results" / "x.json"
     report.write_json(path, content)

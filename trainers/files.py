@@ -23,12 +23,14 @@ LINE_SHA256 = "line_sha256"
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
-    Calls `write(temporary_path)`, forces the file to disk, renames it to `path`, and forces that to disk too.
+    Calls `write(temporary_path)`, forces the file to disk, renames it to `path`, and forces that to disk too. Makes the
+    folder if there is none.
 
     Raises:
         OSError: if the disk is full; the message names the folder.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with full_disk_named(path.parent):
             write(temporary)
@@ -40,10 +42,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: str | Path, content: dict | list) -> None:
-    """[`write_atomically`] of JSON; makes the folder if there is none."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+    """[`write_atomically`] of JSON."""
+    write_atomically(Path(path), lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def sync(path: Path) -> None:
