@@ -53,7 +53,9 @@ class TokenHeadLoss(nn.Module):
 
 def head_tokens(vectors: torch.Tensor, embeddings: torch.Tensor) -> torch.LongTensor:
     """The head's most likely tokens of all the vocabulary: proto-tokens `(..., dim)` to `(...)`."""
-    return (vectors.to(embeddings.dtype) @ embeddings.T).max(-1).indices
+    # On a slice of three dimensions a CPU would copy the whole output layer for each call.
+    rows = vectors.to(embeddings.dtype).flatten(end_dim=-2)
+    return (rows @ embeddings.T).max(-1).indices.view(vectors.shape[:-1])
 
 
 def head_answers(
