@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import BatchEncoding, BatchFeature
 
 from eval_tasks.benchmark_data import DOLLY_HELD_OUT
-from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen import ProtoGenForConditionalGeneration
 from modeling_protogen.encoder_places import (
     fitted,
     places_by_content,
@@ -32,10 +32,11 @@ from modeling_protogen.encoder_places import (
     places_in_rendered,
     places_of_tokens,
 )
-from modeling_protogen.generation_protogen import MODES, SAMPLING, ProtoGenGenerationConfig
+from modeling_protogen.generation_protogen import MODES, SAMPLING, ProtoGenGenerationConfig, not_taken
 from modeling_protogen.objectives import IGNORE_INDEX, argmax_tokens, log_probabilities
 from modeling_protogen.processing_protogen import chat_text, contents_of, template_pieces
 from modeling_protogen.proto_tokens import num_unguided
+from trainers.decoders import check_is_model, load_processor_of, networks_of
 
 log = logging.getLogger(__name__)
 # The harness shows what its own loggers inform of.
@@ -79,7 +80,7 @@ class ProtoGenLM(HFLM):
     """
     Args:
         pretrained (`str`): folder or Hub id of a ProtoGen model.
-        decoder (`str`, *optional*): a thin checkpoint's decoder, where it has moved.
+        decoder (`str`, *optional*): a thin checkpoint's decoder, where it has moved; may have an `embedded:` name.
         device (`str`, *optional*): the harness's default, `cuda:0`, means the CPU where there is no GPU. Not used with
             `device_map`.
         dtype (`str`): of all weights; `auto` is that of the checkpoint.
@@ -130,14 +131,13 @@ class ProtoGenLM(HFLM):
             device = accelerator.device
         elif device is None or (str(device).startswith("cuda") and not torch.cuda.is_available()):
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.protogen = ProtoGenForConditionalGeneration.from_pretrained(
-            pretrained, dtype=dtype, decoder_name_or_path=decoder, **loading
-        )
+        check_is_model(pretrained)
+        source = {name: loading[name] for name in loading.keys() & {"revision", "trust_remote_code"}}
+        networks = networks_of(pretrained, decoder, **source)
+        self.protogen = ProtoGenForConditionalGeneration.from_pretrained(pretrained, dtype=dtype, **networks, **loading)
         if "device_map" not in loading:
             self.protogen.to(device)
-        self.processor = ProtoGenProcessor.from_pretrained(
-            pretrained, **{name: loading[name] for name in loading.keys() & {"revision", "trust_remote_code"}}
-        )
+        self.processor = load_processor_of(pretrained, decoder, **source)
         # Of what does not fit the encoder reads the end.
         self.processor.tokenizer.truncation_side = "left"
         with quiet("lm_eval.models.huggingface"):  # It warns that the model is loaded, and of what we do below.
@@ -162,9 +162,7 @@ class ProtoGenLM(HFLM):
         """
         known = MODES[self.mode].options | SAMPLING_OPTIONS | others
         if unknown := sorted(names - known):
-            raise ValueError(
-                f"{', '.join(unknown)} is not for mode={self.mode}, which takes {', '.join(sorted(known))}."
-            )
+            raise ValueError(not_taken(self.mode, unknown, known) + ".")
 
     @property
     def tokenizer_name(self) -> str:

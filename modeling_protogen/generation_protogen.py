@@ -1,8 +1,9 @@
 """Decoding: `generate` in all its modes, and what it returns."""
 
 import copy
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -183,13 +184,11 @@ class ProtoGenGenerationConfig(GenerationConfig):
         foreign = sorted(kwargs.keys() - known) or sorted(asked - everywhere)
         if foreign:
             instead = "".join(f"; {INSTEAD[name]}" for name in foreign if name in INSTEAD)
-            raise ValueError(
-                f"{', '.join(foreign)} is not for mode={mode}, which takes {', '.join(sorted(known))}{instead}."
-            )
+            raise ValueError(not_taken(mode, foreign, known) + instead + ".")
         # At transformers' defaults they change nothing.
         drawn = [name for name, neutral in SAMPLING.items() if kwargs.get(name) not in (None, neutral)]
         if drawn and not kwargs.get("do_sample", self.do_sample):
-            raise ValueError(f"{' and '.join(drawn)} draw tokens: set do_sample=True.")
+            raise ValueError(f"do_sample=True is needed with {' and '.join(drawn)}, by which tokens are drawn.")
         given = {name: kwargs.get(name, getattr(self, name)) for name in (*WHOLE_NUMBERS, *NUMBERS)}
         check_numbers({name: value for name, value in given.items() if value is not None})
         options.update(**kwargs)
@@ -286,9 +285,21 @@ def check_numbers(options: dict[str, int | float]) -> None:
             raise ValueError(f"{name} must lie in {least}..{most}; got {value}.")
 
 
+def not_taken(mode: str, names: list[str], known: Set[str]) -> str:
+    """What to say of options that a mode does not take, without a full stop."""
+    near = [name for given in names for name in difflib.get_close_matches(given, known, n=1, cutoff=0.8)]
+    meant = f" (did you mean {' and '.join(near)}?)" if near else ""
+    return f"{', '.join(names)}{meant} is not for mode={mode}, which takes {', '.join(sorted(known))}"
+
+
 def check_ids(**ids: torch.LongTensor | None) -> None:
     """A ValueError names ids that are no batch of texts."""
     for name, given in ids.items():
+        if given is not None and not isinstance(given, torch.Tensor):
+            raise ValueError(
+                f"{name} must be a tensor; got {type(given).__name__}. The processor makes them: "
+                "model.generate(**processor(text))."
+            )
         if given is not None and (given.dim() != 2 or not given.numel()):
             raise ValueError(
                 f"{name} must have the shape (batch, length), with a text at least; got {tuple(given.shape)}. "
@@ -401,7 +412,10 @@ class ProtoGenGenerationMixin(GenerationMixin):
         if decoder_prompt_ids is not None and decoder_prompt_mask is None:
             decoder_prompt_mask = torch.ones_like(decoder_prompt_ids)
         if proto_tokens is not None and not at_once:
-            raise ValueError(f"proto_tokens are not for mode={options.mode}, which predicts new ones for each block.")
+            raise ValueError(
+                f"proto_tokens are not for mode={options.mode}, which drafts from those that the model predicts: use "
+                "one_step or refine."
+            )
         if options.stop_strings and processor is None:
             raise ValueError("stop_strings need the tokenizer: give processor=processor.")
         number = options.num_return_sequences or 1

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -232,6 +232,8 @@ class ProtoGenProcessor(ProcessorMixin):
             raise ValueError("ProtoGenProcessor makes PyTorch tensors only: return_tensors='pt'.")
         if isinstance(text, dict):
             raise ValueError("a message alone is no chat: give a list of messages.")
+        if not isinstance(text, Iterable):
+            raise ValueError(f"text must be an instruction, a chat, or a list of these; got {text!r}.")
         is_one = isinstance(text, str) or (len(text) > 0 and isinstance(text[0], dict))
         instructions = [text] if is_one else list(text)
         if not instructions:
@@ -432,8 +434,8 @@ class ProtoGenProcessor(ProcessorMixin):
             )
         if [message["role"] for message in conversation] != ["user"]:
             raise ValueError(
-                "this model's prompt has one user message and the chat has others: leave out the system prompt, and "
-                "examples as turns (fewshot_as_multiturn)."
+                "this model's prompt has one user message and the chat has others: leave out the system prompt and "
+                "earlier turns, as examples of fewshot_as_multiturn are."
             )
         template = self.prompt_template or PROMPT_TEMPLATE
         return template.replace("{message}", conversation[0]["content"])

@@ -384,9 +384,10 @@ def test_answers_end_at_a_stop_string(build, decoder_dir):
         ({"do_sample": True, "temperature": -1.0}, "temperature must not be negative"),
         ({"do_sample": True, "top_k": -1}, "top_k must not be negative; got -1"),
         ({"do_sample": True, "top_k": 2.5}, r"top_k must be a whole number; got 2\.5"),
-        ({"top_k": 3}, "top_k draw tokens: set do_sample=True"),
+        ({"max_new_token": 3}, r"max_new_token \(did you mean max_new_tokens\?\) is not for mode=one_step"),
+        ({"top_k": 3}, "do_sample=True is needed with top_k, by which"),
         ({"do_sample": True, "top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
-        ({"temperature": 0.5, "top_p": 0.5}, "temperature and top_p draw tokens: set do_sample=True"),
+        ({"temperature": 0.5, "top_p": 0.5}, "do_sample=True is needed with temperature and top_p, by which"),
         ({"mode": "adaptive", "block_size": 9}, r"block_size must lie in 1\.\.8 tokens; got 9"),
         ({"mode": "verified", "max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"mode": "verified", "max_new_tokens": 3.0}, r"max_new_tokens must be a whole number; got 3\.0"),
@@ -415,6 +416,14 @@ def test_ids_are_a_batch(build, llama_dir, ids):
     for mode in MODES:
         with pytest.raises(ValueError, match=r"decoder_prompt_ids must have the shape \(batch, length\), with a text"):
             model.generate(decoder_prompt_ids=ids, mode=mode)
+
+
+def test_inputs_that_are_not_unpacked_are_named(build, llama_dir):
+    model, processor = build(llama_dir)
+    with pytest.raises(
+        ValueError, match=r"input_ids must be a tensor; got BatchFeature.* model\.generate\(\*\*processor"
+    ):
+        model.generate(processor("who sat"))
 
 
 @pytest.mark.parametrize("mode", MODES)

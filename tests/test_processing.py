@@ -86,6 +86,7 @@ def test_long_contexts_are_cut_and_the_instruction_is_kept(encoder_dir, decoder_
         (([[{"role": "user", "content": "who"}]], ["red"]), "chat 0 has a context beside it"),
         (([[]],), "instruction 0 is empty"),
         (([],), "there is no instruction: give at least one"),
+        ((None,), "text must be an instruction, a chat, or a list of these; got None"),
         (({"role": "user", "content": "who"},), "a message alone is no chat"),
         (([5],), "instruction 0 must be text; got 5"),
         (([[{"role": 1, "content": "who"}]],), "chat 0 must hold messages with role and content, both text; got"),

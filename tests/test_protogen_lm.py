@@ -365,7 +365,7 @@ def test_unknown_modes_are_named(llama_checkpoint):
     # All that there is, not the mode's own alone.
     with pytest.raises(ValueError, match="num_beams is not for mode=one_step.* decoder, device, .* dtype, .* scoring"):
         ProtoGenLM(str(llama_checkpoint), num_beams=4)
-    with pytest.raises(ValueError, match="temperature draw tokens: set do_sample=True"):
+    with pytest.raises(ValueError, match="do_sample=True is needed with temperature, by which"):
         ProtoGenLM(str(llama_checkpoint), temperature=0.5)
     for batch_size in ("8:2", 0, "auto:", "all"):
         with pytest.raises(ValueError, match=f"batch_size={batch_size} is neither a number from 1 on, nor auto"):

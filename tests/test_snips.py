@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from eval_tasks.baselines.few_shot import few_shot
 from eval_tasks.benchmarks.snips import one_of_each_kind, uncertainty_metrics
+from eval_tasks.protogen_lm import ProtoGenLM
 from eval_tasks.report import read_result
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
 from trainers.data import Example
@@ -69,6 +70,14 @@ def recipe(llama_dir, tmp_path):
     return path
 
 
+def test_an_answer_that_cannot_be_lines_is_named_before_training(call, recipe, tmp_path):  # noqa: F811
+    with open(tmp_path / "commands.jsonl", "a") as file:
+        file.write('\n{"instruction": "the red light", "response": "light on"}\n')
+    said = call("train", "--config", recipe)
+    assert "the instruction 'the red light' has an answer that answer_format=key_value_lines does not take" in said
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("latent_source", ["decoder", "encoder"])
 def test_two_trainings_a_rival_and_their_result(call, recipe, tmp_path, llama_dir, encoder_dir, latent_source):  # noqa: F811
     content = yaml.safe_load(recipe.read_text()) | {"latent_source": latent_source, "encoder": str(encoder_dir)}
@@ -90,6 +99,8 @@ def test_two_trainings_a_rival_and_their_result(call, recipe, tmp_path, llama_di
     )
     names = load_file(tmp_path / "packed" / "model" / "model.safetensors").keys()
     assert not [name for name in names if "word_embeddings" in name or name.startswith("decoder.")]
+    assert ProtoGenLM(str(tmp_path / "packed" / "model")).processor.answer_format == "key_value_lines"
+    assert "leave out --stream" in call("generate", tmp_path / "packed" / "model", "three", "--stream")
     again = ["--output_dir", tmp_path / "again", "--start_from", tmp_path / "packed" / "model", "--max_steps", 1]
     assert "model in" in call("train", "--config", recipe, *again)
     assert "exists; remove it" in call("pack", tmp_path / "run", tmp_path / "packed")

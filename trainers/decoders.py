@@ -83,6 +83,25 @@ def load_decoder(
     return tokenizer, decoder.to(device)
 
 
+def networks_of(folder: str | Path, decoder: str | None = None, **source) -> dict[str, Path | str]:
+    """
+    Where a trained model's networks are that are not where its configuration says: options of `from_pretrained`.
+
+    Args:
+        folder (`str` or `Path`): or a Hub id.
+        decoder (`str`, *optional*): a thin checkpoint's decoder, where it has moved; may have an `embedded:` name, as
+            the checkpoint's own, and its encoder's, may.
+        **source: `revision` and `trust_remote_code`, as in `from_pretrained`.
+    """
+    config = ProtoGenForConditionalGeneration.config_class.from_pretrained(folder, **source)
+    moved = {}
+    if decoder or (config.decoder_name_or_path or "").startswith(PREFIX):
+        moved["decoder_name_or_path"] = resolve(decoder or config.decoder_name_or_path)
+    if (config.encoder_name_or_path or "").startswith(PREFIX):
+        moved["encoder_name_or_path"] = resolve(config.encoder_name_or_path)
+    return moved
+
+
 def load_protogen(
     folder: str | Path, dtype: str = "auto", decoder: str | None = None
 ) -> ProtoGenForConditionalGeneration:
@@ -92,33 +111,29 @@ def load_protogen(
     Args:
         folder (`str` or `Path`): or a Hub id.
         dtype (`str`, defaults to `"auto"`): of the weights; `auto` is the fastest one here.
-        decoder (`str`, *optional*): a thin checkpoint's decoder, where it has moved; may have an `embedded:` name, as
-            the checkpoint's own, and its encoder's, may.
+        decoder (`str`, *optional*): as in [`networks_of`].
     """
-    config = ProtoGenForConditionalGeneration.config_class.from_pretrained(folder)
-    names = {"decoder_name_or_path": decoder or config.decoder_name_or_path,
-             "encoder_name_or_path": config.encoder_name_or_path}  # fmt: skip
-    moved = {field: resolve(name) for field, name in names.items() if name and (decoder or name.startswith(PREFIX))}
     dtype = getattr(torch, fastest_dtype() if dtype == "auto" else dtype)
-    return ProtoGenForConditionalGeneration.from_pretrained(folder, dtype=dtype, **moved).eval()
+    networks = networks_of(folder, decoder)
+    return ProtoGenForConditionalGeneration.from_pretrained(folder, dtype=dtype, **networks).eval()
 
 
-def load_processor_of(folder: str | Path, decoder: str | None = None) -> ProtoGenProcessor:
+def load_processor_of(folder: str | Path, decoder: str | None = None, **source) -> ProtoGenProcessor:
     """
     A trained model's processor; a packed one has the encoder's and the decoder's own tokenizers, which are not packed
     with it.
 
     Args:
         folder (`str` or `Path`): or a Hub id.
-        decoder (`str`, *optional*): as in `load_protogen`.
+        decoder (`str`, *optional*), **source: as in [`networks_of`].
     """
     path = Path(folder) / PROCESSOR_NAME
     fields = read_json(path) if path.is_file() else {"for_encoder": True}
     tokenizers = [path.parent / "tokenizer_config.json", path.parent / "decoder_tokenizer"]
-    config = ProtoGenForConditionalGeneration.config_class.from_pretrained(folder)
+    config = ProtoGenForConditionalGeneration.config_class.from_pretrained(folder, **source)
     encoder = config.encoder_name_or_path
     if (fields["for_encoder"] and not encoder) or any(tokenizer.exists() for tokenizer in tokenizers):
-        return ProtoGenProcessor.from_pretrained(folder)
+        return ProtoGenProcessor.from_pretrained(folder, **source)
     options = {name: value for name, value in fields.items() if name in PROCESSOR_FIELDS}
     return ProtoGenProcessor.from_encoder_decoder_pretrained(
         encoder and resolve(encoder), resolve(decoder or config.decoder_name_or_path), **options
@@ -132,6 +147,17 @@ def add_loading_options(parser: argparse.ArgumentParser, dtype: str = "auto") ->
     parser.add_argument("--decoder", help="load a thin checkpoint's decoder from here")
 
 
+def check_is_model(name: str) -> None:
+    """
+    Raises:
+        FileNotFoundError: if the name is no folder, and cannot be a Hub id: those are `org/name`, and no folder `org`
+            is here.
+    """
+    parts = name.split("/")
+    if not Path(name).is_dir() and (len(parts) != 2 or parts[0].startswith((".", "~")) or Path(parts[0]).is_dir()):
+        raise FileNotFoundError(f"there is no model folder {name}, and it is no Hub id either.")
+
+
 def load_trained(
     name: str, dtype: str = "auto", decoder: str | None = None, fuses_adapters: bool = False
 ) -> tuple[ProtoGenForConditionalGeneration, ProtoGenProcessor]:
@@ -141,15 +167,14 @@ def load_trained(
     Args:
         name (`str`): folder or Hub id.
         dtype (`str`, defaults to `"auto"`): of the weights; `auto` is the fastest one here.
-        decoder (`str`, *optional*): as in `load_protogen`.
+        decoder (`str`, *optional*): as in [`networks_of`].
         fuses_adapters (`bool`, defaults to False): see [`ProtoGenForConditionalGeneration.fuse_slot_adapters`].
 
     Raises:
         FileNotFoundError: if the name is no folder, and no Hub id either.
         ValueError: if there are no adapters to fuse, or they cannot be fused.
     """
-    if not Path(name).is_dir() and name.count("/") != 1:
-        raise FileNotFoundError(f"there is no model folder {name}, and it is no Hub id either.")
+    check_is_model(name)
     processor = load_processor_of(name, decoder)
     model = load_protogen(name, dtype, decoder).to(best_device())
     if fuses_adapters:

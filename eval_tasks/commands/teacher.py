@@ -5,6 +5,7 @@ from pathlib import Path
 from eval_tasks.recipes import SHARED, RecipeParser
 from modeling_protogen import ProtoGenProcessor
 from modeling_protogen.frozen_decoder import decoder_fingerprint
+from modeling_protogen.key_value_lines import to_lines
 from trainers.arguments import ModelArguments, TargetArguments, load_processor, open_accelerator
 from trainers.data import DataArguments, Example, load_examples, split_by_instruction
 from trainers.decoders import load_decoder
@@ -88,7 +89,24 @@ def instructions_to_learn(
             f"{len(train_examples)} training and {len(validation_examples)} validation examples are too few; "
             "change validation_share or give more data."
         )
+    if processor.answer_format == "key_value_lines" and target_args.targets == "human":
+        for example in train_examples + validation_examples:
+            check_lines(example)
     return train_examples, validation_examples
+
+
+def check_lines(example: Example) -> None:
+    """
+    Raises:
+        ValueError: if the answer cannot be written as lines.
+    """
+    try:
+        to_lines(example.answer)
+    except ValueError as error:
+        raise ValueError(
+            f"the instruction {example.instruction[:60]!r} has an answer that answer_format=key_value_lines does not "
+            f"take: {error}"
+        ) from None
 
 
 def teacher_info(model_args: ModelArguments, target_args: TargetArguments, decoder, processor) -> TeacherInfo:
