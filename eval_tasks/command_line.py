@@ -5,6 +5,7 @@
 import importlib
 import os
 import sys
+from importlib.metadata import version
 
 # Of each command, in the module of `eval_tasks.commands` that has its name.
 COMMANDS = {
@@ -44,8 +45,12 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv (`list[str]`, *optional*): command and arguments; those of the process by default.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        sys.argv[0] = " ".join(["protogen", *argv[:1]])  # What parsers call themselves.
     command, *arguments = [argument for argument in argv if argument != "--debug"] or ["--help"]
+    if command == "--version":
+        return print(f"protogen {version('protogen')}")
     if command not in (*COMMANDS, "-h", "--help"):
         sys.exit(f"error: there is no command {command!r}.\n\n{usage()}")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -104,7 +109,7 @@ def message(words: list[str], error: Exception) -> str:
         return f"no space left on the disk for {where}; make room and run the same command again"
     if isinstance(error, ModuleNotFoundError):
         extras = ",".join(["train", "eval", *(name for name in ("serve", "demo") if name in words[:2])])
-        return f"{error}; `protogen {words[0]}` needs more: pip install 'protogen[{extras}]'"
+        return f"{error}; `protogen {words[0]}` needs more: in a clone of ProtoGen, pip install -e '.[{extras}]'"
     if isinstance(error, KeyError):  # a name, or a sentence
         text = str(error.args[0]) if error.args else ""
         return text if " " in text else f"there is no {text!r}"

@@ -20,7 +20,7 @@ from trainers.arguments import (
 from trainers.data import DataArguments
 from trainers.fitting import FittingArguments
 from trainers.text_files import read_text
-from trainers.training_args import ProtoGenTrainingArguments
+from trainers.training_args import REFUSED, ProtoGenTrainingArguments
 
 from .studies.controlled_world import WorldArguments
 
@@ -119,7 +119,12 @@ class RecipeParser(HfArgumentParser):
     """
 
     def __init__(self, *types: type, passed_over: tuple[type, ...] = ()):
-        super().__init__(types, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        usage = "%(prog)s [--config RECIPE] [--OPTION VALUE ...]"
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(types, usage=usage, allow_abbrev=False, formatter_class=formatter)
+        for action in self._actions:
+            if action.dest in REFUSED:
+                action.help = argparse.SUPPRESS
         self.passed_over = keys_of(passed_over)
         self.add_argument("--config", help="Recipe: a YAML file, or its name in scripts/recipes.")
 

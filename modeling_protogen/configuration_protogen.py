@@ -70,8 +70,8 @@ class ProtoGenConfig(PreTrainedConfig):
             from `decoder_name_or_path`.
         encoder_name_or_path (`str`, *optional*): where the word embeddings of a thin checkpoint's encoder, which are
             frozen, come from. None keeps them in the checkpoint.
-        arrangement (`str`, defaults to `"e_mN"`): how `e` and `m` are laid out over the decoder's positions: one of
-            `ARRANGEMENTS` (table 1 of https://arxiv.org/abs/2505.21189).
+        arrangement (`str`, defaults to `"e_mN"`): how `e` and `m` are laid out over the decoder's positions:
+            `e_m`, `e_mN`, `interleaved`, `halves` or `e_only` (table 1 of https://arxiv.org/abs/2505.21189).
         num_e_tokens (`int`, defaults to 1): `e` proto-tokens that open a chunk. More than one needs the arrangement
             `e_m` or `e_mN`.
         chunk_size (`int`, defaults to 64): answer tokens governed by one `(e, m)` pair.

@@ -156,7 +156,7 @@ main(["fit"])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert "predicted length" in done.stdout, done.stderr
     assert done.returncode == 1
-    assert "`protogen fit` needs more: pip install 'protogen[train,eval]'" in done.stderr
+    assert "`protogen fit` needs more: in a clone of ProtoGen, pip install -e '.[train,eval]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -660,7 +660,7 @@ def test_expected_errors_are_one_line(call, monkeypatch, error, line):
     assert call("fit").startswith(line)
 
 
-def test_errors_are_one_clear_line(call, recipe, tmp_path, capsys):
+def test_errors_are_one_clear_line(call, recipe, tmp_path, capsys, monkeypatch):
     def error(script, *arguments):
         message = call(script, *arguments)
         assert message.startswith("error: "), message
@@ -685,8 +685,13 @@ def test_errors_are_one_clear_line(call, recipe, tmp_path, capsys):
     assert "are too few; change validation_share" in error("train", "--config", recipe, "--validation_share", 0)
     assert not (tmp_path / "run").exists()
 
-    assert "there is no model folder" in error("generate", tmp_path / "none", "who")
-    assert "prompt file" in error("generate", tmp_path, "--file", tmp_path / "none.txt")
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in (tmp_path / "none", "./none", "runs/none"):
+        assert "there is no model folder" in error("generate", name, "who")
+    for name in ("none.txt", "runs"):
+        assert f"prompt file {name} does not exist, or is a folder" in error("generate", tmp_path, "--file", name)
+    assert "there is a prompt, 'who', and --file none.txt" in error("generate", tmp_path, "who", "--file", "none.txt")
     for option, message in BAD_OPTIONS:
         assert message in error("generate", tmp_path, "who", *option)
     assert "is missing: fit and train first" in error("bench", "quickstart", "--run", tmp_path / "run")

@@ -21,7 +21,7 @@ def config_field(name: str, **metadata):
     """A field of [`ProtoGenConfig`] as an argument: its default, and its entry in the docstring as help."""
     default = next(known.default for known in fields(ProtoGenConfig) if known.name == name)
     entry = re.search(rf"\n        {name} \(.*?\): (.*?)(?=\n        \w|\n\n)", ProtoGenConfig.__doc__, re.DOTALL)
-    text = " ".join(entry[1].replace("`", "").split())
+    text = " ".join(re.sub(r"[`\[\]]", "", entry[1]).split())
     return field(default=default, metadata={"help": text[0].upper() + text[1:], **metadata})
 
 

@@ -51,7 +51,7 @@ def read_prompts(arguments) -> tuple[list[PromptLine], list[str]]:
     else:
         name = arguments.file
         if not Path(name).is_file():
-            raise FileNotFoundError(f"prompt file {name} does not exist.")
+            raise FileNotFoundError(f"prompt file {name} does not exist, or is a folder.")
         text = read_text(name)
     is_json = Path(name).suffix.lower() == ".jsonl"
     prompts, problems = [], []
@@ -95,7 +95,9 @@ def measures_of(output: ProtoGenGenerateOutput, row: int) -> dict[str, float]:
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("model", help="folder or Hub id of a ProtoGen model")
     parser.add_argument("prompt", nargs="?", help="instruction")
     parser.add_argument("--context", help="text that the instruction speaks of")
@@ -124,6 +126,10 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size} must be at least 1.")
+    if arguments.prompt is not None and arguments.file is not None:
+        raise ValueError(
+            f"there is a prompt, {arguments.prompt[:60]!r}, and --file {arguments.file}: give one of them."
+        )
     if arguments.stream and arguments.json:
         raise ValueError("--stream prints text as it is written and --json whole objects: choose one of them.")
     return arguments
@@ -136,6 +142,8 @@ def main(argv: list[str]) -> None:
     else:
         prompts, problems = [prompt_of(vars(arguments) | {"instruction": arguments.prompt}, "the prompt")], []
     model, processor = load_trained(arguments.model, arguments.dtype, arguments.decoder, arguments.fuse_adapters)
+    if arguments.stream and processor.answer_format != "text":
+        raise ValueError("this model's answers become JSON when they are whole: leave out --stream.")
     if arguments.prompt is None:
         prompts, refused = fitting_prompts(prompts, processor)
         problems += refused
@@ -168,7 +176,10 @@ def answer(
         retrieve = NearestBanked(model, ProtoTokenBank(arguments.retrieve))
     batch_size = arguments.batch_size
     if arguments.stream:
-        batch_size, options["streamer"] = 1, TextStreamer(processor.decoder_tokenizer, skip_prompt=True)
+        batch_size, options["streamer"] = (
+            1,
+            TextStreamer(processor.decoder_tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         began = time.perf_counter()

@@ -34,7 +34,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     # In bfloat16 passes of different shapes round differently, so answers would depend on who shares them.
     add_loading_options(parser, "float32")
     for field in fields(Limits):
-        option, text = f"--{field.name.replace('_', '-')}", f"{field.metadata['help']} (default: {field.default:g})"
+        option, text = f"--{field.name.replace('_', '-')}", f"{field.metadata['help']} (default: {field.default})"
         parser.add_argument(option, type=field.type, default=field.default, help=text)
     parser.add_argument("--cors-origin", nargs="*", default=[], help="origins whose pages may ask from a browser")
     return parser.parse_args(argv)
