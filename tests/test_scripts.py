@@ -689,6 +689,8 @@ def test_errors_are_one_clear_line(call, recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (tmp_path / "none", "./none", "runs/none"):
         assert "there is no model folder" in error("generate", name, "who")
+    assert "there is no folder org/none, and the Hub gave no model of that name" in error("generate", "org/none", "who")
+    assert "none is no output_dir of a finished training" in error("pack", tmp_path / "none", tmp_path / "packed")
     for name in ("none.txt", "runs"):
         assert f"prompt file {name} does not exist, or is a folder" in error("generate", tmp_path, "--file", name)
     assert "there is a prompt, 'who', and --file none.txt" in error("generate", tmp_path, "who", "--file", "none.txt")

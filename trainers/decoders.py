@@ -171,11 +171,18 @@ def load_trained(
         fuses_adapters (`bool`, defaults to False): see [`ProtoGenForConditionalGeneration.fuse_slot_adapters`].
 
     Raises:
-        FileNotFoundError: if the name is no folder, and no Hub id either.
+        FileNotFoundError: if the name is no folder, and the Hub has no such model or cannot be asked.
         ValueError: if there are no adapters to fuse, or they cannot be fused.
     """
     check_is_model(name)
-    processor = load_processor_of(name, decoder)
+    try:
+        processor = load_processor_of(name, decoder)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise FileNotFoundError(
+            f"there is no folder {name}, and the Hub gave no model of that name: {error}"
+        ) from error
     model = load_protogen(name, dtype, decoder).to(best_device())
     if fuses_adapters:
         model.fuse_slot_adapters()

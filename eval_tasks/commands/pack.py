@@ -25,6 +25,8 @@ def main(arguments: list[str]) -> None:
     arguments = parser.parse_args(arguments)
     if arguments.folder.exists():
         raise FileExistsError(f"{arguments.folder} exists; remove it, or give another folder.")
+    if not (arguments.run / "metrics.json").is_file():
+        raise FileNotFoundError(f"{arguments.run} is no output_dir of a finished training: it has no metrics.json.")
     metrics = read_json(arguments.run / "metrics.json")
     model = ProtoGenForConditionalGeneration.from_pretrained(arguments.run / "model")
     # The names that the recipe has, which are the same on every machine.
