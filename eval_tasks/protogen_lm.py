@@ -36,7 +36,7 @@ from modeling_protogen.generation_protogen import MODES, SAMPLING, ProtoGenGener
 from modeling_protogen.objectives import IGNORE_INDEX, argmax_tokens, log_probabilities
 from modeling_protogen.processing_protogen import chat_text, contents_of, template_pieces
 from modeling_protogen.proto_tokens import num_unguided
-from trainers.decoders import check_is_model, load_processor_of, networks_of
+from trainers.decoders import load_processor_of, networks_of
 
 log = logging.getLogger(__name__)
 # The harness shows what its own loggers inform of.
@@ -131,7 +131,6 @@ class ProtoGenLM(HFLM):
             device = accelerator.device
         elif device is None or (str(device).startswith("cuda") and not torch.cuda.is_available()):
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        check_is_model(pretrained)
         source = {name: loading[name] for name in loading.keys() & {"revision", "trust_remote_code"}}
         networks = networks_of(pretrained, decoder, **source)
         self.protogen = ProtoGenForConditionalGeneration.from_pretrained(pretrained, dtype=dtype, **networks, **loading)
@@ -162,7 +161,7 @@ class ProtoGenLM(HFLM):
         """
         known = MODES[self.mode].options | SAMPLING_OPTIONS | others
         if unknown := sorted(names - known):
-            raise ValueError(not_taken(self.mode, unknown, known) + ".")
+            raise ValueError(not_taken(self.mode, unknown, known))
 
     @property
     def tokenizer_name(self) -> str:

@@ -183,8 +183,7 @@ class ProtoGenGenerationConfig(GenerationConfig):
         asked = {name for name, value in self.to_diff_dict().items() if value is not None and value is not False}
         foreign = sorted(kwargs.keys() - known) or sorted(asked - everywhere)
         if foreign:
-            instead = "".join(f"; {INSTEAD[name]}" for name in foreign if name in INSTEAD)
-            raise ValueError(not_taken(mode, foreign, known) + instead + ".")
+            raise ValueError(not_taken(mode, foreign, known))
         # At transformers' defaults they change nothing.
         drawn = [name for name, neutral in SAMPLING.items() if kwargs.get(name) not in (None, neutral)]
         if drawn and not kwargs.get("do_sample", self.do_sample):
@@ -286,21 +285,24 @@ def check_numbers(options: dict[str, int | float]) -> None:
 
 
 def not_taken(mode: str, names: list[str], known: Set[str]) -> str:
-    """What to say of options that a mode does not take, without a full stop."""
+    """What to say of options that a mode does not take."""
     near = [name for given in names for name in difflib.get_close_matches(given, known, n=1, cutoff=0.8)]
     meant = f" (did you mean {' and '.join(near)}?)" if near else ""
-    return f"{', '.join(names)}{meant} is not for mode={mode}, which takes {', '.join(sorted(known))}"
+    instead = "".join(f"; {INSTEAD[name]}" for name in names if name in INSTEAD)
+    return f"{', '.join(names)}{meant} is not for mode={mode}, which takes {', '.join(sorted(known))}{instead}."
 
 
 def check_ids(**ids: torch.LongTensor | None) -> None:
     """A ValueError names ids that are no batch of texts."""
     for name, given in ids.items():
-        if given is not None and not isinstance(given, torch.Tensor):
+        if given is None:
+            continue
+        if not isinstance(given, torch.Tensor):
             raise ValueError(
                 f"{name} must be a tensor; got {type(given).__name__}. The processor makes them: "
                 "model.generate(**processor(text))."
             )
-        if given is not None and (given.dim() != 2 or not given.numel()):
+        if given.dim() != 2 or not given.numel():
             raise ValueError(
                 f"{name} must have the shape (batch, length), with a text at least; got {tuple(given.shape)}. "
                 "The processor makes them."

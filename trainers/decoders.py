@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import PROCESSOR_NAME
 
-from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor
+from modeling_protogen import ProtoGenConfig, ProtoGenForConditionalGeneration, ProtoGenProcessor
 from modeling_protogen.frozen_decoder import keep_special_tokens
 from modeling_protogen.loading import load_tokenizer, load_weights
 
@@ -83,6 +83,28 @@ def load_decoder(
     return tokenizer, decoder.to(device)
 
 
+def trained_config(folder: str | Path, **source) -> ProtoGenConfig:
+    """
+    A trained model's configuration; arguments as in [`networks_of`].
+
+    Raises:
+        FileNotFoundError: if there is no such folder, and the Hub has no such model or cannot be asked. Hub ids are
+            `org/name`, where no folder `org` is here.
+    """
+    parts = str(folder).split("/")
+    is_folder = Path(folder).is_dir()
+    if not is_folder and (len(parts) != 2 or parts[0].startswith((".", "~")) or Path(parts[0]).is_dir()):
+        raise FileNotFoundError(f"there is no model folder {folder}, and it is no Hub id either.")
+    try:
+        return ProtoGenConfig.from_pretrained(folder, **source)
+    except OSError as error:
+        if is_folder:
+            raise
+        raise FileNotFoundError(
+            f"there is no folder {folder}, and the Hub gave no model of that name: {error}"
+        ) from error
+
+
 def networks_of(folder: str | Path, decoder: str | None = None, **source) -> dict[str, Path | str]:
     """
     Where a trained model's networks are that are not where its configuration says: options of `from_pretrained`.
@@ -93,7 +115,7 @@ def networks_of(folder: str | Path, decoder: str | None = None, **source) -> dic
             the checkpoint's own, and its encoder's, may.
         **source: `revision` and `trust_remote_code`, as in `from_pretrained`.
     """
-    config = ProtoGenForConditionalGeneration.config_class.from_pretrained(folder, **source)
+    config = trained_config(folder, **source)
     moved = {}
     if decoder or (config.decoder_name_or_path or "").startswith(PREFIX):
         moved["decoder_name_or_path"] = resolve(decoder or config.decoder_name_or_path)
@@ -130,7 +152,7 @@ def load_processor_of(folder: str | Path, decoder: str | None = None, **source) 
     path = Path(folder) / PROCESSOR_NAME
     fields = read_json(path) if path.is_file() else {"for_encoder": True}
     tokenizers = [path.parent / "tokenizer_config.json", path.parent / "decoder_tokenizer"]
-    config = ProtoGenForConditionalGeneration.config_class.from_pretrained(folder, **source)
+    config = trained_config(folder, **source)
     encoder = config.encoder_name_or_path
     if (fields["for_encoder"] and not encoder) or any(tokenizer.exists() for tokenizer in tokenizers):
         return ProtoGenProcessor.from_pretrained(folder, **source)
@@ -147,17 +169,6 @@ def add_loading_options(parser: argparse.ArgumentParser, dtype: str = "auto") ->
     parser.add_argument("--decoder", help="load a thin checkpoint's decoder from here")
 
 
-def check_is_model(name: str) -> None:
-    """
-    Raises:
-        FileNotFoundError: if the name is no folder, and cannot be a Hub id: those are `org/name`, and no folder `org`
-            is here.
-    """
-    parts = name.split("/")
-    if not Path(name).is_dir() and (len(parts) != 2 or parts[0].startswith((".", "~")) or Path(parts[0]).is_dir()):
-        raise FileNotFoundError(f"there is no model folder {name}, and it is no Hub id either.")
-
-
 def load_trained(
     name: str, dtype: str = "auto", decoder: str | None = None, fuses_adapters: bool = False
 ) -> tuple[ProtoGenForConditionalGeneration, ProtoGenProcessor]:
@@ -171,18 +182,10 @@ def load_trained(
         fuses_adapters (`bool`, defaults to False): see [`ProtoGenForConditionalGeneration.fuse_slot_adapters`].
 
     Raises:
-        FileNotFoundError: if the name is no folder, and the Hub has no such model or cannot be asked.
+        FileNotFoundError: as [`trained_config`].
         ValueError: if there are no adapters to fuse, or they cannot be fused.
     """
-    check_is_model(name)
-    try:
-        processor = load_processor_of(name, decoder)
-    except OSError as error:
-        if Path(name).is_dir():
-            raise
-        raise FileNotFoundError(
-            f"there is no folder {name}, and the Hub gave no model of that name: {error}"
-        ) from error
+    processor = load_processor_of(name, decoder)
     model = load_protogen(name, dtype, decoder).to(best_device())
     if fuses_adapters:
         model.fuse_slot_adapters()

@@ -176,10 +176,8 @@ def answer(
         retrieve = NearestBanked(model, ProtoTokenBank(arguments.retrieve))
     batch_size = arguments.batch_size
     if arguments.stream:
-        batch_size, options["streamer"] = (
-            1,
-            TextStreamer(processor.decoder_tokenizer, skip_prompt=True, skip_special_tokens=True),
-        )
+        batch_size = 1
+        options["streamer"] = TextStreamer(processor.decoder_tokenizer, skip_prompt=True, skip_special_tokens=True)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         began = time.perf_counter()
