@@ -165,6 +165,12 @@ def test_training_drafts_resumes(train, tmp_path):
     assert weights_hash(train(resumes=True, **settings).model) == whole
 
 
+def test_a_compiled_pass_trains_the_same(train):
+    """Slot adapters are hooks, which torch has to trace."""
+    compiled = train(max_steps=2, torch_compile=True, torch_compile_backend="eager")
+    assert weights_hash(compiled.model) == weights_hash(train(max_steps=2).model)
+
+
 def test_metrics_of_drafts():
     labels = np.array([[5, 6, 7, 8, 9, -100], [4, 3, 2, -100, -100, -100]])
     drafts = np.array([[5, 6, 0, 8, 0, -100], [0, 3, 2, -100, -100, -100]])

@@ -24,7 +24,6 @@ REFUSED = {
     "length_column_name": "lengths are those of instruction and context",
     "save_only_model": "nothing could go on from such checkpoints",
     "do_predict": "the held-out answers are always written",
-    "torch_compile": "compiled passes leave the slot adapters' hooks out",
 }
 
 
