@@ -113,8 +113,8 @@ class ProtoGenConfig(PreTrainedConfig):
             with `decoder_sees_prompt`, in one pass.
         predictor_dim (`int`, defaults to 384): width of the predictor, a multiple of 64.
         predictor_dropout (`float`, defaults to 0.1): share of the predictor's activations that training drops.
-        num_source_layers (`int`, defaults to 2): layers that mix the source's states in both directions.
-        num_query_layers (`int`, defaults to 3): layers of queries that attend to one another and to the source.
+        num_source_layers (`int`, defaults to 0): layers that mix the source's states in both directions.
+        num_query_layers (`int`, defaults to 1): layers of queries that attend to one another and to the source.
             Without a source there are none of either.
         proto_token_std (`float`, defaults to 0.32): standard deviation of fresh proto-tokens: about that of fitted
             ones, `FITTED_SIZE` times that of the decoder's input embeddings.
@@ -166,8 +166,8 @@ class ProtoGenConfig(PreTrainedConfig):
     upsamples_prompt: bool = False
     predictor_dim: int = 384
     predictor_dropout: float = 0.1
-    num_source_layers: int = 2
-    num_query_layers: int = 3
+    num_source_layers: int = 0
+    num_query_layers: int = 1
     proto_token_std: float = 0.32
     log_length_variance_range: list[float] | tuple[float, float] = (-6.0, 3.0)
     log_length_shift: float = 0.0
