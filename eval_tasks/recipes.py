@@ -98,13 +98,13 @@ def read_recipe(name: str) -> dict:
 
 
 def options_of(values: dict) -> list[str]:
-    """Command-line arguments of a mapping; a value that is None is left out."""
+    """Command-line arguments of a mapping; None is the word `null`, as in YAML."""
     arguments = []
     for key, value in values.items():
         if isinstance(value, list):
             arguments += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            arguments.append(f"--{key}={json.dumps(value, default=str) if isinstance(value, dict) else value}")
+        else:
+            arguments.append(f"--{key}={json.dumps(value, default=str) if isinstance(value, dict | None) else value}")
     return arguments
 
 
@@ -125,11 +125,19 @@ class RecipeParser(HfArgumentParser):
         for action in self._actions:
             if action.dest in REFUSED:
                 action.help = argparse.SUPPRESS
+        hints = {name: hint for type in types for name, hint in get_type_hints(type).items()}
+        self.may_be_none = {name for name, hint in hints.items() if type(None) in get_args(hint)}
         self.passed_over = keys_of(passed_over)
         self.add_argument("--config", help="Recipe: a YAML file, or its name in scripts/recipes.")
 
     def error(self, message: str):
         raise ValueError(message)
+
+    def _get_values(self, action: argparse.Action, words: list[str]):
+        # Of one value and of a list alike; `type` would be asked for each word of a list.
+        if words == ["null"] and action.dest in self.may_be_none:
+            return None
+        return super()._get_values(action, words)
 
     def parse(self, arguments: list[str]) -> tuple:
         """
@@ -156,14 +164,11 @@ class RecipeParser(HfArgumentParser):
             if key not in own | self.passed_over:
                 self._reject(key, f"in {where}")
         recipe = {key: value for key, value in recipe.items() if key in own}
-        types = {name: type for own in self.dataclass_types for name, type in get_type_hints(own).items()}
         for key, value in recipe.items():
             if isinstance(value, list) and self._option_string_actions[f"--{key}"].nargs is None:
                 raise ValueError(f"{where}: {key} takes one value, not the list {value}.")
-            if value is None and type(None) not in get_args(types[key]):
+            if value is None and key not in self.may_be_none:
                 raise ValueError(f"{where}: {key} needs a value; leave the key out for the default.")
-        # The command line has no word for None.
-        self.set_defaults(**{key: value for key, value in recipe.items() if value is None})
         return options_of(recipe)
 
     def _reject(self, key: str, where: str):

@@ -19,10 +19,11 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from eval_tasks import command_line
 from eval_tasks.commands import study
-from eval_tasks.recipes import SHARED, RecipeParser
+from eval_tasks.recipes import SHARED, RecipeParser, options_of
 from eval_tasks.report import read_result
 from eval_tasks.studies import capacity
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenGenerationConfig, ProtoGenProcessor
+from trainers.arguments import ModelArguments, TargetArguments
 from trainers.data import DataArguments, load_examples, split_by_instruction
 from trainers.embedded import resolve
 from trainers.files import locked
@@ -763,6 +764,23 @@ def test_every_recipe_is_understood(monkeypatch):
         is_study = "study" in yaml.safe_load(path.read_text())
         types = (capacity.Arguments, *study.ARGUMENTS) if is_study else SHARED
         RecipeParser(*types).parse(["--config", str(path), "--use_cpu", "true"])
+
+
+def test_null_undoes_what_a_recipe_says(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("max_answer_length: 9\nslot_adapter_modules: [down_proj]\nteacher_answers: null\n")
+
+    def parse(*options):
+        return RecipeParser(ModelArguments, TargetArguments).parse(["--config", str(path), *options])
+
+    model, targets = parse()
+    assert (model.max_answer_length, model.slot_adapter_modules, targets.teacher_answers) == (9, ["down_proj"], None)
+    model, targets = parse(
+        *options_of({"max_answer_length": None, "slot_adapter_modules": None, "teacher_answers": "a"})
+    )
+    assert (model.max_answer_length, model.slot_adapter_modules, targets.teacher_answers) == (None, None, "a")
+    with pytest.raises(ValueError, match="invalid int value: 'null'"):
+        parse("--chunk_size", "null")
 
 
 def test_accelerate_launch(recipe, tmp_path):

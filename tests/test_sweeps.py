@@ -52,6 +52,7 @@ def test_a_run_has_the_sweeps_options_then_its_own_then_those_of_the_command_lin
         "--a",
         "1",
         "2",
+        "--b=null",
         '--c={"d": 1}',
         "--e=False",
     ]
