@@ -221,3 +221,16 @@ def test_the_layers_that_are_read_and_no_others(build, llama_dir, layers):
         hidden = model.decoder(ids, output_hidden_states=True).hidden_states
         expected = torch.stack([hidden[layer][0] for layer in layers], dim=1)
         torch.testing.assert_close(seen[0][row][mask[row]], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["encoder", "decoder"])
+def test_durations_are_chosen_under_autocast(build, llama_dir, source):
+    """torch fuses layers with an even number of heads, whose states are narrower there than in training."""
+    fields = {"latent_source": source, "predictor_dim": 128}
+    model, processor = build(llama_dir, **UPSAMPLED | TOKEN_BY_TOKEN | fields)
+    inputs = processor(INSTRUCTIONS[:2])
+    with torch.no_grad():
+        expected = model.predict(**inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.predict(**inputs)
+    torch.testing.assert_close(found.duration_logits.float(), expected.duration_logits, rtol=0.1, atol=0.1)
