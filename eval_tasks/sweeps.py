@@ -171,6 +171,7 @@ def gather(sweep: Sweep, command: str) -> dict:
 
     Raises:
         FileNotFoundError: if no run is finished.
+        ValueError: if the runs cannot be compared.
     """
     return GATHER[sweep.gather](sweep, command)
 
@@ -199,6 +200,11 @@ def gather_answers(sweep: Sweep, command: str) -> dict:
     tables = {run: pd.read_csv(folder / "answers.csv", index_col="id") for run, folder in runs.items()}
     # An encoder's window may leave out instructions that other runs have.
     common = sorted(set.intersection(*(set(table.index) for table in tables.values())))
+    if not common:
+        raise ValueError(
+            f"the runs in {sweep.folder} have no held-out instruction in common: what is only a start for others, as "
+            "targets: self, belongs under `before`."
+        )
     for run, folder in runs.items():
         training = read_json(folder / "metrics.json")
         measured = gains(tables[run], tables.get(sweep.reference(run)), common)

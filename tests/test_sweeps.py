@@ -106,6 +106,16 @@ def test_a_run_is_a_process_with_a_log_of_its_own(monkeypatch, tmp_path, capfd):
     assert "none.yaml does not exist" in (tmp_path / "runs" / "tiny" / "a.log").read_text()
 
 
+def test_runs_of_other_instructions_are_not_compared(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for number, run in enumerate(("base", "short")):
+        folder = tmp_path / "runs" / "tiny" / run
+        folder.mkdir(parents=True)
+        (folder / "answers.csv").write_text(f"id,agreement\ntext-{number},1.0\n")
+    with pytest.raises(ValueError, match="no held-out instruction in common"):
+        sweeps.gather(tiny(), "protogen sweep tiny")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
