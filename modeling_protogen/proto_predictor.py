@@ -141,8 +141,8 @@ class Upsampling(nn.Module):
         """Logits `(batch, source, MAX_DURATION + 1)` and durations `(batch, source)`, given or chosen."""
         states = self.norm(states)
         logits, gates = self.duration(states).unbind(1), self.gates_from_state(states).unbind(1)
-        # As wide as the gates under autocast, where states may be narrower.
-        memory = self.gates_from_previous.weight.new_zeros(len(states), MEMORY_DIM)
+        # Of the gates' dtype under autocast, where states may be narrower.
+        memory = states.new_zeros(len(states), MEMORY_DIM, dtype=self.gates_from_previous.weight.dtype)
         previous = torch.zeros_like(mask[:, 0], dtype=torch.long)
         conditioned, durations = [], []
         for place, is_token in enumerate(mask.unbind(1)):
