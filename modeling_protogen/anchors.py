@@ -54,7 +54,12 @@ def _num_places(labels: torch.LongTensor) -> torch.LongTensor:
 
 
 def pair_mask(
-    mask: torch.Tensor, ends: torch.LongTensor, size: int, dtype: torch.dtype, num_new: int = 0
+    mask: torch.Tensor,
+    ends: torch.LongTensor,
+    size: int,
+    dtype: torch.dtype,
+    num_new: int = 0,
+    follows: torch.BoolTensor | None = None,
 ) -> torch.Tensor:
     """
     What the texts' last tokens and the slots behind anchors see, as an attention mask that is added to the scores,
@@ -65,10 +70,17 @@ def pair_mask(
         ends (`torch.LongTensor` of shape `(batch, anchors)`): how many places of the text lie before each anchor.
         size (`int`): slots behind each.
         num_new (`int`): tokens at the texts' ends that are read in the same pass.
+        follows (`torch.BoolTensor` of shape `(tokens, tokens)`, *optional*): which of the last of these tokens each
+            follows from, as [`ancestors`], where they are no chain; then anchors are the same in all texts.
     """
     text, slot = torch.arange(mask.shape[1], device=mask.device), torch.arange(ends.shape[1] * size, device=mask.device)
     new_ends = text[len(text) - num_new :].add(1).expand(len(mask), -1)
     sees_text = text < torch.cat([new_ends, ends.repeat_interleave(size, dim=1)], dim=1)[..., None]
+    if follows is not None:
+        number = len(follows)
+        anchors = (ends[0] - 1 - (len(text) - number)).repeat_interleave(size)
+        tokens = torch.cat([torch.arange(number, device=mask.device), anchors])
+        sees_text[:, num_new - number :, len(text) - number :] &= follows[tokens]
     sees_slot = (slot[:, None] // size == slot // size) & (slot[:, None] >= slot)
     sees_slot = F.pad(sees_slot, (0, 0, num_new, 0)).expand(len(mask), -1, -1)
     sees = torch.cat([sees_text & mask.bool()[:, None], sees_slot], dim=2)

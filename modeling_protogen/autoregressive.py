@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .anchors import pair_mask
-from .frozen_decoder import check_positions, crop_cache, logits_after, move_right, num_positions, slot_positions
+from .draft_tree import ancestors
+from .frozen_decoder import check_positions, crop_cache, logits_after, move_right, num_positions
 from .proto_tokens import position_ids
 from .slot_adapters import slots_at_the_end
 
@@ -88,6 +89,7 @@ class DecoderState:
         num_last: int = 1,
         slots: torch.Tensor | None = None,
         ends: Sequence[int] = (-1,),
+        parents: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Reads on, with slots behind some of the last tokens, which are forgotten again.
@@ -98,6 +100,8 @@ class DecoderState:
             slots (`torch.Tensor` of shape `(batch, size, dim)`, *optional*): the same behind each end.
             ends (`Sequence[int]`): places among the last tokens that slots lie behind; the last one by default, and
                 with others the decoder must take masks of pairs ([`longest_pair_masked`]).
+            parents (`Sequence[int]`, *optional*): which of the last tokens each of them but the first follows from
+                ([`draft_tree`]), where that is not the one before it; the decoder must take masks of pairs.
 
         Returns:
             The decoder's last states at these tokens `(batch, num_last, dim)`, and at the slots behind each end
@@ -122,8 +126,15 @@ class DecoderState:
             "attention_mask": text,
             "position_ids": position_ids(text)[:, start:],
         }
-        if slots is not None:
-            inputs = self._with_slots(inputs, slots, torch.arange(1 - num_last, 1)[list(ends)])
+        follows = None
+        if parents is not None:
+            follows = ancestors(parents).to(ids.device)
+            # A token stands as far from the text as it has ancestors.
+            surplus = torch.arange(1, 1 + num_last, device=ids.device) - follows.sum(1)
+            inputs["position_ids"][:, new - num_last :] -= surplus
+        if slots is not None or follows is not None:
+            places = torch.arange(1 - num_last, 1)[list(ends)]
+            inputs = self._with_slots(inputs, slots, places, follows)
         num_slots = 0 if slots is None else len(ends) * slots.shape[1]
         with slots_at_the_end(num_slots):
             output = self.decoder.base_model(**inputs, past_key_values=self.cache, use_cache=True)
@@ -134,22 +145,47 @@ class DecoderState:
         return states, of_slots
 
     def _with_slots(
-        self, inputs: dict[str, torch.Tensor], slots: torch.Tensor, places: torch.LongTensor
+        self,
+        inputs: dict[str, torch.Tensor],
+        slots: torch.Tensor | None,
+        places: torch.LongTensor,
+        follows: torch.BoolTensor | None,
     ) -> dict[str, torch.Tensor]:
         """With slots behind tokens at these places: 0 is the last, -1 the one before it."""
-        text, size = inputs["attention_mask"], slots.shape[1]
-        ends = (text.shape[1] + places.to(text.device)).expand(len(text), -1)
-        embeds, new = inputs["inputs_embeds"], inputs["inputs_embeds"].shape[1]
+        text, embeds = inputs["attention_mask"], inputs["inputs_embeds"]
+        if slots is None:
+            slots, places = embeds[:, :0], places[:0]
+        size = slots.shape[1]
         # What a decoder makes of a mask of texts is right for slots at its end too, and all families do.
         mask = F.pad(text, (0, size), value=1)
-        if places.tolist() != [0]:
-            mask = pair_mask(text, ends, size, embeds.dtype, new)
-        positions = slot_positions(self.decoder, text, ends, size)
+        if follows is not None or places.tolist() != [0]:
+            ends = (text.shape[1] + places.to(text.device)).expand(len(text), -1)
+            mask = pair_mask(text, ends, size, embeds.dtype, embeds.shape[1], follows)
+        behind = inputs["position_ids"][:, places - 1, None] + torch.arange(1, 1 + size, device=text.device)
+        # No text goes beyond the decoder's last position, and what slots there predict means nothing.
+        positions = behind.flatten(1).clamp_max(num_positions(self.decoder) - 1)
         return {
             "inputs_embeds": torch.cat([embeds, slots.to(embeds.dtype).repeat(1, len(places), 1)], dim=1),
             "attention_mask": mask,
             "position_ids": torch.cat([inputs["position_ids"], positions], dim=1),
         }
+
+    def follow(self, branches: torch.LongTensor, size: int) -> None:
+        """
+        Puts each text's branch of the tree that the last pass read next to each other, in the tree's place.
+
+        Args:
+            branches (`torch.LongTensor` of shape `(batch, tokens)`): numbers of their tokens.
+            size (`int`): tokens of the tree.
+        """
+        start = self.ids.shape[1] - size
+        rows, tokens = torch.arange(len(branches), device=branches.device)[:, None], start + branches
+        places = slice(start, start + branches.shape[1])
+        self.ids[:, places] = self.ids[rows, tokens]
+        for layer in self.cache.layers:
+            for part in (layer.keys, layer.values):
+                there = rows.to(part.device), slice(None), tokens.to(part.device)
+                part[:, :, places] = part[there].transpose(1, 2)
 
     def forget(self, surplus: torch.LongTensor, is_done: list[bool]) -> None:
         """

@@ -158,6 +158,7 @@ class Drafter:
         size: int,
         num_last: int = 1,
         ends: Sequence[int] = (-1,),
+        parents: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         Reads on with slots for drafts of `size` tokens behind each end; other arguments as in [`DecoderState.read`].
@@ -166,7 +167,7 @@ class Drafter:
             The decoder's logits at the last tokens `(batch, num_last, vocab)`, and for [`Drafter.draft`] states
             `(batch, ends, size, dim)` and logits `(batch, ends, size, vocab)`; None where `size` is 0.
         """
-        states, behind = text.read(tokens, mask, num_last, self.slots(size), ends)
+        states, behind = text.read(tokens, mask, num_last, self.slots(size), ends, parents)
         if not size:
             return logits_of(self.decoder, states), None, None
         behind = behind[:, :, self.places(size)]

@@ -3,7 +3,8 @@ Verified decoding: drafts are kept as far as the decoder would have written them
 by speculative sampling (Leviathan et al., 2023, https://arxiv.org/abs/2211.17192), with its own probabilities.
 """
 
-from itertools import pairwise, takewhile
+import math
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from .autoregressive import DecoderState
 from .block_decoding import Drafter, GenerationBuffer
 from .draft_length import DraftLength, PassCosts
+from .draft_tree import NUM_BESIDE, NUM_CANDIDATES, chain, grow, walk
 from .frozen_decoder import longest_pair_masked
 from .prompt_lookup import continuation
-from .sampling import Sampling, log_probability
+from .sampling import Sampling, log_normalizer, log_probability
 
 # Tokens of a draft from the text itself at most.
 LONGEST_LOOKUP = 10
@@ -31,7 +33,8 @@ def accept(
     drafts: torch.LongTensor, draft_logits: torch.Tensor | None, target_logits: torch.Tensor, sampling: Sampling
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
     """
-    Algorithm 1 of Leviathan et al.: what is kept of a draft and the token after that have the decoder's distribution.
+    Algorithm 1 of Leviathan et al.: what is kept of a draft and the token after that have the decoder's distribution,
+    where tokens are drawn.
 
     Args:
         drafts (`torch.LongTensor` of shape `(batch, size)`), draft_logits (`torch.Tensor` of shape `(batch, size,
@@ -42,10 +45,8 @@ def accept(
     Returns:
         Drafted tokens that are kept, and the decoder's token after them, each `(batch,)`.
     """
-    if sampling.is_greedy or not drafts.shape[1]:
-        own = sampling.pick(target_logits)
-        kept = (drafts == own[:, :-1]).long().cumprod(1).sum(1)
-        return kept, own.gather(1, kept[:, None])[:, 0]
+    if not drafts.shape[1]:
+        return torch.zeros(len(drafts), dtype=torch.long, device=drafts.device), sampling.pick(target_logits)[:, 0]
     if draft_logits is None:
         draft_logits = CERTAIN * F.one_hot(drafts, target_logits.shape[-1]).to(target_logits.dtype)
     ratio = sampling.probability(target_logits[:, :-1], drafts) / sampling.probability(draft_logits, drafts)
@@ -64,9 +65,10 @@ class Draft(NamedTuple):
 
     Args:
         tokens (`torch.LongTensor` of shape `(batch, size)`)
+        parents (`list[int]`): which token each follows from, as in [`draft_tree`].
         logits (`torch.Tensor` of shape `(batch, size, vocab)`, *optional*): what they were drawn from; None for tokens
             that were not drawn.
-        chances (`list[float]`): that they are kept up to the first, second, ... of them.
+        chances (`list[float]`): that each is kept, and with it all that it follows from.
         gain (`float`): tokens of each text that are expected of it, less what they cost.
         noted (`int`): tokens that are noted.
         sources (`list[tuple[DraftLength, list[int]]]`): what learns how many of them are kept, of which texts. What the
@@ -74,6 +76,7 @@ class Draft(NamedTuple):
     """
 
     tokens: torch.LongTensor
+    parents: list[int]
     logits: torch.Tensor | None
     chances: list[float]
     gain: float
@@ -112,22 +115,52 @@ def gain_of(chances: list[float], price: float) -> float:
     return sum(chance - price for chance in worth_verifying(chances, price))
 
 
+def kept_branches(
+    draft: Draft, own: torch.Tensor, sampling: Sampling
+) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+    """
+    The branch of each text that is kept the furthest.
+
+    Args:
+        own (`torch.Tensor` of shape `(batch, 1 + size, vocab)`): the decoder's logits, at the certain token and at each
+            of the draft.
+
+    Returns:
+        The numbers of its tokens `(batch, 1 + depth)`, from the certain one on, how many drafted ones are kept, and the
+        decoder's token after them, each `(batch,)`.
+    """
+    if sampling.is_greedy:
+        picked = sampling.pick(own)
+        branches, kept = walk(draft.tokens, draft.parents, picked)
+        return branches, kept, picked.gather(1, branches[:, -1:])[:, 0]
+    kept, certain = accept(draft.tokens, draft.logits, own, sampling)
+    return torch.arange(own.shape[1], device=own.device).expand(len(own), -1), kept, certain
+
+
 def slots_that_pay(
-    chances: list[float], by_slots: dict[bool, DraftLength], num_slots: list[int], batch: int, costs: PassCosts
+    chances: list[float],
+    parents: list[int],
+    by_slots: dict[bool, DraftLength],
+    num_slots: list[int],
+    batch: int,
+    costs: PassCosts,
 ) -> tuple[int, list[int]]:
     """
     How long the next drafts are to be, and the places of tokens, from the certain one on, that their slots are worth
     laying behind.
 
     Args:
-        chances (`list[float]`): of the draft that is verified in the same pass, as in [`Draft`].
-        by_slots (`dict[bool, DraftLength]`): what is expected of the next one, by whether all of this draft is right.
+        chances (`list[float]`), parents (`list[int]`): of the draft that is verified in the same pass, as in [`Draft`].
+        by_slots (`dict[bool, DraftLength]`): what is expected of the next one, by whether no token of this draft is
+            wrong.
         num_slots (`list[int]`): slots that drafts of 1, 2, ... tokens take.
         batch (`int`): texts.
         costs (`PassCosts`)
     """
-    is_last = [before - after for before, after in pairwise([1.0, *chances, 0.0])]
-    expected = [by_slots[False]] * len(chances) + [by_slots[True]]
+    is_last = [1.0, *chances]
+    for chance, parent in zip(chances, parents, strict=True):
+        is_last[parent] -= chance
+    expected = [by_slots[token not in parents] for token in range(len(is_last))]
     gains, ends = [], []
     for size, number in enumerate(num_slots, start=1):
         to_verify, price = costs.price(batch, size), costs.price(batch, number)
@@ -147,23 +180,31 @@ def drafted_by_slots(
     certain: torch.LongTensor,
     sources: list[tuple[DraftLength, list[int]]],
     num_rows: int,
-    price: float,
+    limits: tuple[float, float, int],
     sampling: Sampling,
 ) -> tuple[Draft, list[int]]:
     """
     A draft from states and logits at slots, as in [`Drafter.draft`], which lie behind some of the `num_rows` unfinished
-    texts; and the most likely first token of each text.
+    texts, with tokens beside it where none are drawn; and the most likely first token of each text. Its limits are the
+    price of a token, that of a token beside the most likely draft, and its size, as in [`grow`].
     """
     tokens, logits = drafter.draft(states, logits, certain, sampling)
-    most_likely = logits.max(-1).indices
-    chances = (log_probability(logits, most_likely).cumsum(1).exp()[rows_of(sources)].sum(0) / num_rows).tolist()
-    # By earlier drafts where tokens are drawn: were it by these, the samples that are verified would be chosen ones.
-    expected = chances if sampling.is_greedy else shares_kept(sources, len(chances), num_rows)
-    verified = worth_verifying(chances, price)
+    noted, price = tokens.shape[1], limits[0]
+    likeliest = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]) if sampling.is_greedy else 1)
+    normalizer = log_normalizer(logits.flatten(end_dim=-2)).view(*tokens.shape, 1)
+    probabilities = (likeliest.values.float() - normalizer).exp()[rows_of(sources)].cpu()
+    tree = grow(probabilities, num_rows, *limits)
+    chances = [node.chance for node in tree]
+    if sampling.is_greedy:
+        depths, ranks = [node.depth for node in tree], [node.rank for node in tree]
+        tokens, logits, gain = likeliest.indices[:, depths, ranks], None, sum(chances) - price * len(tree)
+    else:
+        tokens, logits = tokens[:, : len(tree)], logits[:, : len(tree)]
+        # By earlier drafts: were it by these, the samples that are verified would be chosen ones.
+        gain = gain_of(shares_kept(sources, noted, num_rows), price)
     # What is not verified counts as wrong.
-    noted, size = len(chances), len(verified)
-    draft = Draft(tokens[:, :size], logits[:, :size], verified, gain_of(expected, price), noted, sources)
-    return draft, most_likely[:, 0].tolist()
+    draft = Draft(tokens, [node.parent for node in tree], logits, chances, gain, noted, sources)
+    return draft, likeliest.indices[:, 0, 0].tolist()
 
 
 def drafted_by_lookup(
@@ -194,7 +235,7 @@ def drafted_by_lookup(
     tokens = like.new_zeros(len(like), size)
     for row, ids in found.items():
         tokens[row, : len(ids)] = tokens.new_tensor(ids[:size])
-    return Draft(tokens, None, chances, gain_of(chances, price), size, sources)
+    return Draft(tokens, chain(size), None, chances, gain_of(chances, price), size, sources)
 
 
 def verified_decoding(
@@ -207,9 +248,9 @@ def verified_decoding(
 ) -> int:
     """
     Each pass reads the last certain token and a draft, with slots behind the tokens where they pay. It verifies the
-    draft, gives the next certain token, and drafts on from the slots behind the last token kept. Where more is expected
-    of how the text went on from its last tokens before, that is the draft. Where a decoder takes no masks of pairs,
-    passes that verify and passes that draft take turns.
+    draft, gives the next certain token, and drafts on from the slots behind the last token kept: a tree, where tokens
+    beside the most likely ones pay. Where more is expected of how the text went on from its last tokens before, that is
+    the draft. Where a decoder takes no masks of pairs, passes that verify and passes that draft take turns.
 
     Args:
         model (`ProtoGenForConditionalGeneration`)
@@ -229,34 +270,43 @@ def verified_decoding(
     by_slots = {right: DraftLength(block_size - 1, expected) for right, expected in EXPECTED_OF_SLOTS.items()}
     by_lookup = {same: DraftLength(LONGEST_LOOKUP, expected) for same, expected in EXPECTED_OF_LOOKUP.items()}
     beginnings = [ids[is_text.bool()].tolist() for ids, is_text in zip(*prompt, strict=True)]
-    nothing = Draft(prompt[0][:, :0], None, [], 0.0, 0, [])
+    # A token beside the most likely draft is to pay for slots behind it, too.
+    price_beside = costs.price(batch, 1 + max(num_slots, default=0))
+    nothing = Draft(prompt[0][:, :0], [], None, [], 0.0, 0, [])
     (tokens, mask), draft = prompt, nothing
     while answers.unfinished:
         num_drafted, size, ends = draft.tokens.shape[1], 0, []
         if not num_drafted or text.ids.shape[1] + num_drafted + block_size < longest_masked:
             # This pass and the next write a token each without drafts.
             wanted = num_slots[: max(answers.room - 2, 0)]
-            size, ends = slots_that_pay(draft.chances, by_slots, wanted, batch, costs)
-        own, behind, of_slots = drafter.read(text, tokens, mask, size, 1 + num_drafted, ends)
-        kept, certain = accept(draft.tokens, draft.logits, own, sampling)
+            size, ends = slots_that_pay(draft.chances, draft.parents, by_slots, wanted, batch, costs)
+        parents = None if draft.parents == chain(num_drafted) else draft.parents
+        own, behind, of_slots = drafter.read(text, tokens, mask, size, 1 + num_drafted, ends, parents)
+        branches, kept, certain = kept_branches(draft, own, sampling)
+        last = branches.gather(1, kept[:, None])[:, 0].tolist()
+        is_right = [token not in draft.parents for token in last]
+        own, drafted = own[all_rows[:, None], branches], draft.tokens.gather(1, (branches[:, 1:] - 1).clamp_min(0))
+        if parents is not None:
+            text.follow(branches, 1 + num_drafted)
         for source, of_source in draft.sources:
             source.note(draft.noted, kept[of_source].float().mean().item())
         certain = certain[:, None]
-        written = torch.cat([draft.tokens, certain], dim=1).scatter(1, kept[:, None], certain)
+        written = torch.cat([drafted, certain], dim=1).scatter(1, kept[:, None], certain)
         added = answers.extend(written, log_probability(own, written), kept + 1)
         if num_drafted:
             answers.note_draft(kept.cpu().minimum(added), rows_of(draft.sources))
         text.forget(num_drafted - kept, answers.is_done)
         rows, draft, first_tokens = answers.unfinished, nothing, {}
         longest = min(answers.room, text.num_free) - 1 if rows else 0
-        places = [ends.index(number) if number in ends else None for number in kept.tolist()]
+        places = [ends.index(token) if token in ends else None for token in last]
         behind_slots = [row for row in rows if places[row] is not None]
         if longest and behind_slots:
             at = all_rows, torch.tensor([place or 0 for place in places], device=kept.device), slice(longest)
-            is_right = (kept == num_drafted).tolist()
             sources = sources_of({row: is_right[row] for row in behind_slots}, by_slots)
+            has_room = text.ids.shape[1] + NUM_BESIDE + 2 * block_size < longest_masked
+            limits = price, price_beside if has_room else math.inf, min(NUM_BESIDE + block_size, text.num_free - 1)
             draft, most_likely = drafted_by_slots(
-                drafter, behind[at], of_slots[at], certain, sources, len(rows), price, sampling
+                drafter, behind[at], of_slots[at], certain, sources, len(rows), limits, sampling
             )
             first_tokens = {row: most_likely[row] for row in behind_slots}
         if longest:

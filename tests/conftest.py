@@ -230,4 +230,6 @@ def weights_hash(module: torch.nn.Module) -> str:
 
 INSTRUCTIONS = ["who sat on the mat", "what color is the sky", "name three animals"]
 CONTEXTS = [None, "the sky was red and blue", None]
+# Where positions cost nothing, drafts are as long and as wide as they may be.
+FREE = {"position_cost": 0.0, "slots_cost": 0.0}
 ANSWERS = ["the cat sat on the mat", "blue", "cat dog and bird"]

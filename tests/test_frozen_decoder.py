@@ -5,6 +5,7 @@ from functools import wraps
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import FREE
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from modeling_protogen import ProtoGenConfig, ProtoGenForConditionalGeneration
@@ -149,9 +150,12 @@ def test_verified_decoding_is_greedy(model, prompts, monkeypatch):
         return (right if (at * at + row) % 3 else (right + 1) % 64), True
 
     plan_drafts(monkeypatch, range(3), draft, 0)
-    found = model.generate(**prompts, mode="verified", max_new_tokens=TOKENS, return_dict_in_generate=True)
-    assert found.sequences.tolist() == expected
-    assert found.accepted_lengths.unique().numel() > 1
+    options = {"mode": "verified", "max_new_tokens": TOKENS, "return_dict_in_generate": True}
+    # Where positions cost nothing drafts are trees.
+    for costs in ({}, FREE):
+        found = model.generate(**prompts, **options, **costs)
+        assert found.sequences.tolist() == expected
+        assert found.accepted_lengths.unique().numel() > 1
 
 
 def test_adaptive_answers_do_not_depend_on_the_batch(model, prompts, monkeypatch):
@@ -245,7 +249,8 @@ def test_answers_reach_the_last_position(latent_source):
     # The last token is not read.
     options = {"max_new_tokens": 5, "do_sample": False}
     greedy = model.decoder.generate(input_ids=ids, attention_mask=mask, pad_token_id=0, **options)[:, 28:].tolist()
-    assert model.generate(**prompts, mode="verified", **options).tolist() == greedy
+    for costs in ({}, FREE):
+        assert model.generate(**prompts, mode="verified", **options, **costs).tolist() == greedy
     assert model.generate(**prompts, mode="adaptive", confidence_threshold=1, **options).tolist() == greedy
     sure = {"mode": "adaptive", "confidence_threshold": 0.0, **options}
     found = model.generate(**prompts, **sure, return_dict_in_generate=True)

@@ -844,7 +844,7 @@ def test_decoding_is_timed_and_verified(call, recipe, tmp_path, llama_dir, encod
     metrics = read_result(tmp_path / "verified" / "verified.json")["metrics"]
     assert (metrics["prompts"], metrics["mismatches"]) == (5, 0)
     assert metrics["speedup_dolly"][0] > 0
-    assert {"speedup_without_lookup_dolly", "speedup_in_turns_dolly"} <= set(metrics)
+    assert {"speedup_without_lookup_dolly", "speedup_without_trees_dolly", "speedup_in_turns_dolly"} <= set(metrics)
     assert metrics["accepted_length_run_dolly"] == metrics["accepted_length_dolly"]
     # What was compared is not written again.
     files = [tmp_path / "verified" / f"compared-{dtype}.jsonl" for dtype in ("float32", "bfloat16")]

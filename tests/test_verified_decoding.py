@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
-from conftest import CONTEXTS, INSTRUCTIONS, stir_slot_adapters
+from conftest import CONTEXTS, FREE, INSTRUCTIONS, stir_slot_adapters
 
 from eval_tasks.baselines.autoregressive import autoregressive
 from modeling_protogen import ProtoGenForConditionalGeneration, verified_decoding
@@ -82,8 +82,9 @@ def test_the_answer_is_the_greedy_one(build, decoder_dir, fields, ends):
     assert ends or all(len(answer) == TOKENS for answer in expected)
     # By default a draft is a chunk, which is no draft where a chunk is one token.
     options = {"block_size": 6} if model.config.chunk_size == 1 else {}
-    for batch_size in (1, 2, 5):
-        answers, outputs = verified(model, processor, batch_size, **options)
+    # Where positions cost nothing drafts are trees.
+    for batch_size, costs in ((1, {}), (2, {}), (5, {}), (1, FREE), (5, FREE)):
+        answers, outputs = verified(model, processor, batch_size, **options, **costs)
         assert answers == expected
         # Of several texts, one in which nothing is found has no draft while others are drafted for.
         drafted = [(output.num_drafts > 0).tolist() for output in outputs]
@@ -172,7 +173,7 @@ def test_texts_of_a_batch_grow_at_different_paces(build, decoder_dir, monkeypatc
     inputs = processor(MORE, MORE_CONTEXTS)
     random = torch.Generator().manual_seed(0)
     plan_drafts(monkeypatch, expected, lambda size: torch.randint(0, size + 1, (1,), generator=random).item())
-    options = {"block_size": 6, "position_cost": 0.0, "slots_cost": 0.0, "return_dict_in_generate": True}
+    options = {"block_size": 6, "return_dict_in_generate": True} | FREE
     output = model.generate(**inputs, mode="verified", max_new_tokens=TOKENS, **options)
     assert output.sequences.tolist() == expected
     assert output.num_passes < TOKENS
@@ -232,20 +233,25 @@ def test_unsure_drafts_are_not_verified():
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_slots_lie_where_what_they_bring_is_more_than_what_they_cost(batch):
-    """Against all sizes and all sets of ends."""
+    """Against all sizes and all sets of ends, of chains and of trees."""
     random = torch.Generator().manual_seed(batch)
     seen = set()
     for _ in range(60):
         number = int(torch.randint(0, 5, (), generator=random))
-        chances = torch.rand(number, generator=random).cumprod(0).tolist()
+        parents, chances, is_last = [], [], [1.0]
+        for token in range(number):
+            is_chain = torch.rand((), generator=random) < 0.7
+            parents.append(token if is_chain else int(torch.randint(token + 1, (), generator=random)))
+            chances.append(is_last[parents[-1]] * torch.rand((), generator=random).item())
+            is_last[parents[-1]] -= chances[-1]
+            is_last.append(chances[-1])
         after_wrong, after_right = DraftLength(3, 0.0), DraftLength(3, 0.0)
         after_wrong.rates, after_right.rates = torch.rand(2, 3, generator=random).tolist()
         costs = PassCosts(*(0.05 * torch.rand(2, generator=random)).tolist())
-        reach = [1.0, *chances, 0.0]
 
-        def gain(size, ends, reach=reach, sources=(after_wrong, after_right), costs=costs):
-            kept = [sources[end == len(reach) - 2].kept(size) for end in ends]
-            chances = [reach[end] - reach[end + 1] for end in ends]
+        def gain(size, ends, parents=parents, is_last=is_last, sources=(after_wrong, after_right), costs=costs):
+            kept = [sources[end not in parents].kept(size) for end in ends]
+            chances = [is_last[end] for end in ends]
             later = sum(p * (tokens - costs.price(batch, size)) for p, tokens in zip(chances, kept, strict=True))
             return later - costs.price(batch, (size + 1) * len(ends), True)
 
@@ -254,7 +260,7 @@ def test_slots_lie_where_what_they_bring_is_more_than_what_they_cost(batch):
         best = max(((gain(size, ends), size, list(ends)) for size in (1, 2, 3) for ends in sets), key=lambda x: x[0])
         expected = best[1:] if best[0] > 0 else (0, [])
         by_slots = {False: after_wrong, True: after_right}
-        assert slots_that_pay(chances, by_slots, [2, 3, 4], batch, costs) == tuple(expected)
+        assert slots_that_pay(chances, parents, by_slots, [2, 3, 4], batch, costs) == tuple(expected)
         seen.add((expected[0], len(expected[1]) - number))
     assert len(seen) > 5
 

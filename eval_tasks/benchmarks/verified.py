@@ -17,7 +17,6 @@ from eval_tasks.baselines.writing import Writer
 from eval_tasks.latency import interleaved_seconds, ratio_with_interval
 from eval_tasks.statistics import mean_with_interval
 from modeling_protogen import ProtoGenForConditionalGeneration, ProtoGenProcessor, verified_decoding
-from modeling_protogen.block_decoding import Drafter
 from trainers.data import DataArguments, Example, held_out_of, load_examples
 from trainers.decoders import load_decoder
 from trainers.devices import best_device
@@ -102,11 +101,11 @@ def sources_of(arguments) -> dict[str, list[Example]]:
     return sources
 
 
-def changed(write: Writer, owner, **functions: Callable) -> Writer:
-    """Answers that are written with other functions in place of some of a module or class."""
+def changed(write: Writer, **others: Callable | int) -> Writer:
+    """Answers that are written with others in place of some functions and constants of verified decoding."""
 
     def write_changed(*args):
-        with mock.patch.multiple(owner, **functions):
+        with mock.patch.multiple(verified_decoding, **others):
             return write(*args)
 
     return write_changed
@@ -114,20 +113,21 @@ def changed(write: Writer, owner, **functions: Callable) -> Writer:
 
 def drafting_wrongly(write: Writer) -> Writer:
     """Verified answers whose drafts are all of the unknown token, which the decoder does not write."""
-    draft = Drafter.draft
+    drafted = verified_decoding.drafted_by_slots
 
     def wrong(*args):
-        tokens, logits = draft(*args)
-        return torch.zeros_like(tokens), logits
+        draft, first_tokens = drafted(*args)
+        return draft._replace(tokens=torch.zeros_like(draft.tokens)), first_tokens
 
-    return changed(write, Drafter, draft=wrong)
+    return changed(write, drafted_by_slots=wrong)
 
 
 def ablations(write: Writer) -> dict[str, Writer]:
-    """Verified answers without drafts from the text, and by passes that draft or verify in turns."""
+    """Verified answers without drafts from the text, without trees, and by passes that draft or verify in turns."""
     return {
-        "without_lookup": changed(write, verified_decoding, continuation=lambda ids, longest: []),
-        "in_turns": changed(write, verified_decoding, longest_pair_masked=lambda decoder: 0),
+        "without_lookup": changed(write, continuation=lambda ids, longest: []),
+        "without_trees": changed(write, NUM_CANDIDATES=1),
+        "in_turns": changed(write, longest_pair_masked=lambda decoder: 0),
     }
 
 
