@@ -17,6 +17,7 @@ from eval_tasks.baselines.one_text_fit import fit_one_text
 from eval_tasks.latency import peak_gigabytes
 from trainers.data import DataArguments, fitting_targets, load_examples
 from trainers.decoders import load_frozen_decoder
+from trainers.devices import fastest_dtype
 from trainers.embedded import decoder_revision
 from trainers.fitting import FittingArguments, ProtoTokenFitter, Text
 from trainers.proto_bank import BankInfo, ProtoTokenBank
@@ -136,6 +137,9 @@ def fit_kill(arguments) -> None:
         raise FileExistsError(f"{run} exists; the kill test starts from nothing: remove it, or give another --run.")
     command = [*PROTOGEN, "fit", "--output_dir", run]
     command += ["--config", arguments.recipe, "--fit_num_texts", arguments.texts, "--fit_slots", 8]
+    # Measured again in the dtype of the fit: in another one, tokens that nearly tie may change places.
+    dtype = fastest_dtype()
+    command += ["--decoder_dtype", dtype]
     command = [*map(str, command), "--fit_max_length", str(arguments.tokens)]
     rng = random.Random(arguments.seed)
     seen, lost, kills = set(), set(), 0
@@ -160,7 +164,7 @@ def fit_kill(arguments) -> None:
     bank = ProtoTokenBank(run / "bank")
     bank.verify()
     summary = read_json(run / "fit.json")
-    _, decoder = load_frozen_decoder(bank.info.decoder, "bfloat16")
+    _, decoder = load_frozen_decoder(bank.info.decoder, dtype)
     fitter = ProtoTokenFitter(decoder, bank.info, FittingArguments())
     mismatches = sum(
         abs(fitter.measure(bank[id]) - bank.row(id)["accuracy"]) > 1e-6 for id in tqdm(bank.ids, desc="measure again")
@@ -169,7 +173,7 @@ def fit_kill(arguments) -> None:
     stored = [id for path in bank.folder.glob("shard-*.parquet") for id in pq.read_table(path)["id"].to_pylist()]
     content = report.result(
         command=arguments.command_line,
-        model=f"{bank.info.decoder}, bfloat16",
+        model=f"{bank.info.decoder}, {dtype}",
         revision=decoder_revision(bank.info.decoder),
         data=f"first {arguments.tokens} tokens of {arguments.texts} responses, recipe {arguments.recipe}",
         seed=arguments.seed,
