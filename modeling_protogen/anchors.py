@@ -108,11 +108,12 @@ def states_behind(
     cache, _ = read_prefix(decoder, ids, mask, [])
     ends = ids.shape[1] - num_read[:, None] + anchors.minimum(num_read[:, None])
     number, size = ends.shape[1], slots.shape[1]
+    tokens_before = F.pad(mask.cumsum(1), (1, 0)).gather(1, ends)
     with slots_at_the_end(number * size):
         output = decoder.base_model(
             inputs_embeds=slots.to(decoder.dtype).repeat(1, number, 1),
             attention_mask=pair_mask(mask, ends, size, decoder.dtype),
-            position_ids=slot_positions(decoder, mask, ends, size),
+            position_ids=slot_positions(decoder, tokens_before, size),
             past_key_values=cache,
             use_cache=True,
         )

@@ -8,7 +8,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .anchors import pair_mask
 from .draft_tree import ancestors
-from .frozen_decoder import check_positions, crop_cache, logits_after, move_right, num_positions
+from .frozen_decoder import check_positions, crop_cache, logits_after, move_right, num_positions, slot_positions
 from .proto_tokens import position_ids
 from .slot_adapters import slots_at_the_end
 
@@ -161,9 +161,7 @@ class DecoderState:
         if follows is not None or places.tolist() != [0]:
             ends = (text.shape[1] + places.to(text.device)).expand(len(text), -1)
             mask = pair_mask(text, ends, size, embeds.dtype, embeds.shape[1], follows)
-        behind = inputs["position_ids"][:, places - 1, None] + torch.arange(1, 1 + size, device=text.device)
-        # No text goes beyond the decoder's last position, and what slots there predict means nothing.
-        positions = behind.flatten(1).clamp_max(num_positions(self.decoder) - 1)
+        positions = slot_positions(self.decoder, 1 + inputs["position_ids"][:, places - 1], size)
         return {
             "inputs_embeds": torch.cat([embeds, slots.to(embeds.dtype).repeat(1, len(places), 1)], dim=1),
             "attention_mask": mask,

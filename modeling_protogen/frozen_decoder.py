@@ -259,17 +259,15 @@ def longest_pair_masked(decoder: PreTrainedModel) -> int:
     return min((window for window in windows if window), default=sys.maxsize)
 
 
-def slot_positions(decoder: PreTrainedModel, mask: torch.Tensor, ends: torch.LongTensor, size: int) -> torch.LongTensor:
+def slot_positions(decoder: PreTrainedModel, tokens_before: torch.LongTensor, size: int) -> torch.LongTensor:
     """
     The positions of slots behind anchors, `(batch, anchors * size)`.
 
     Args:
-        mask (`torch.Tensor` of shape `(batch, text)`): of the texts' tokens.
-        ends (`torch.LongTensor` of shape `(batch, anchors)`): how many places of the text lie before each anchor.
+        tokens_before (`torch.LongTensor` of shape `(batch, anchors)`): that each anchor follows from.
         size (`int`): slots behind each.
     """
-    tokens_before = F.pad(mask.long().cumsum(1), (1, 0)).gather(1, ends)
-    positions = (tokens_before[..., None] + torch.arange(size, device=ends.device)).flatten(1)
+    positions = (tokens_before[..., None] + torch.arange(size, device=tokens_before.device)).flatten(1)
     # No text goes beyond the decoder's last position, and what slots there predict means nothing.
     return positions.clamp_max(num_positions(decoder) - 1)
 

@@ -197,11 +197,11 @@ def drafted_by_slots(
     chances = [node.chance for node in tree]
     if sampling.is_greedy:
         depths, ranks = [node.depth for node in tree], [node.rank for node in tree]
-        tokens, logits, gain = likeliest.indices[:, depths, ranks], None, sum(chances) - price * len(tree)
+        tokens, logits = likeliest.indices[:, depths, ranks], None
     else:
         tokens, logits = tokens[:, : len(tree)], logits[:, : len(tree)]
-        # By earlier drafts: were it by these, the samples that are verified would be chosen ones.
-        gain = gain_of(shares_kept(sources, noted, num_rows), price)
+    # By earlier drafts where tokens are drawn: were it by these, the samples that are verified would be chosen ones.
+    gain = gain_of(chances if sampling.is_greedy else shares_kept(sources, noted, num_rows), price)
     # What is not verified counts as wrong.
     draft = Draft(tokens, [node.parent for node in tree], logits, chances, gain, noted, sources)
     return draft, likeliest.indices[:, 0, 0].tolist()
